@@ -1,0 +1,43 @@
+"Shared by all tests: a copy of the repository, so that no test changes the checkout."
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from course import copy_course
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    "A cache folder that all tests share and nobody else sees."
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    "A copy of the repository in which notebooks may run."
+    return copy_course(tmp_path_factory.mktemp("checkout") / "sdxl_course")
+
+
+@pytest.fixture
+def fresh_copy(tmp_path):
+    "A copy of the repository for one test, to be changed at will."
+    return copy_course(tmp_path / "sdxl_course")
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory):
+    "Folder of a whole SDXL pipeline with a few thousand random weights: made for 64 pixels, an update takes milliseconds."
+    from toy import make_toy_model
+    return make_toy_model(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture
+def make_pictures(tmp_path):
+    "A function that fills a folder with small captioned pictures."
+    from toy import make_pictures
+    return lambda n=5, name="pictures", **options: make_pictures(tmp_path / name, n, **options)

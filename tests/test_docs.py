@@ -1,0 +1,35 @@
+"The pages of the site can be made. Quarto itself is not needed: this is the stage before it, which runs imports and exports."
+import json
+import subprocess
+import sys
+
+import pytest
+
+from course import NBS, NOTEBOOKS, environment
+
+STAGE = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+
+
+def make_docs(root):
+    return subprocess.run([sys.executable, "-c", STAGE], cwd=root, env=environment(root), capture_output=True, text=True)
+
+
+def test_docs_stage(fresh_copy):
+    made = make_docs(fresh_copy)
+    assert made.returncode == 0, made.stderr[-3000:]
+    pages = fresh_copy / "_proc"
+    assert {path.name for path in pages.rglob("*.ipynb")} == {path.name for path in NOTEBOOKS}
+    assert (pages / "_quarto.yml").is_file() and not (pages / "_quarto.yml").is_symlink()
+    core = json.loads((pages / "00_core.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(cell["source"]) for cell in core["cells"])
+    assert "pick_device" in text and "default_exp" not in text
+
+
+def test_a_page_that_cannot_be_made_is_noticed(fresh_copy):
+    for path in (fresh_copy / "nbs").glob("*.ipynb"):
+        if path.stem != "00_core": path.unlink()
+    path = fresh_copy / "nbs" / "00_core.ipynb"
+    nb = json.loads((NBS / path.name).read_text(encoding="utf-8"))
+    nb["cells"].append({"cell_type": "code", "execution_count": None, "id": "broken00", "metadata": {}, "outputs": [], "source": ["#| export\n", "1 / 0"]})
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    assert make_docs(fresh_copy).returncode != 0

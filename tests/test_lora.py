@@ -1,0 +1,189 @@
+"What the page 21_lora does not show: every kind of LoRA through diffusers' own reader, and equal bytes across processes."
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sdxl_course.components import sdxl_architecture, tiny_architecture
+from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
+from sdxl_course.lora import (add_lora, attach_lora, load_lora_into, lora_file_tensors, lora_parameters, lora_size,
+    lora_targets, read_lora, save_lora)
+
+EVERYTHING = "attention+feedforward+convolution"
+BASE = tiny_architecture(0)
+
+
+def fresh_parts(): return copy.deepcopy(BASE)
+
+
+def shake(model, *key):
+    "Give every trained-looking parameter numbers that do not vanish."
+    for name, p in lora_parameters(model):
+        drawn = torch.randn(p.shape, generator=seeded(*key, name))
+        p.data = p.data * (1 + 0.2 * drawn.abs()) if "magnitude" in name else 0.05 * drawn
+    return model
+
+
+def predict(parts):
+    "Hidden states of both text encoders and the UNet's answer, without tokenizers."
+    ids = torch.arange(2 * 77).view(2, 77) % 900
+    with torch.no_grad():
+        one, two = (te.eval()(ids, output_hidden_states=True) for te in (parts.text_encoder, parts.text_encoder_2))
+        embeds = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        added = dict(text_embeds=two.text_embeds, time_ids=torch.full((2, 6), 128.))
+        noise = torch.randn(2, 4, 16, 16, generator=seeded("noise"))
+        return parts.unet.eval()(noise, 300, embeds, added_cond_kwargs=added).sample
+
+
+def adapted(layers, encoders, **options):
+    parts = fresh_parts()
+    shake(add_lora(parts.unet, layers=layers, generator=seeded("A"), **options), "unet")
+    for part in encoders:
+        text_layers = layers if layers.startswith("attention") else "attention"
+        shake(add_lora(getattr(parts, part), layers=text_layers, generator=seeded("A", part), **options), part)
+    return parts, {part: getattr(parts, part) for part in encoders}
+
+
+BOTH = ("text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize("layers, encoders, options", [
+    ("attention", (), dict(rank=4, alpha=10)),
+    ("attention", BOTH, dict(rank=4, alpha=2.5)),
+    ("attention", ("text_encoder_2",), dict(rank=1)),
+    ("attention+feedforward", BOTH, dict(rank=3, alpha=5)),
+    (EVERYTHING, BOTH, dict(rank=2, alpha=7)),
+    ("convolution", (), dict(rank=2, alpha=3)),
+    ("to_q,proj_in,proj_out,time_emb_proj,conv_in", (), dict(rank=2, alpha=3)),
+    (EVERYTHING, BOTH, dict(rank=2, alpha=7, use_dora=True)),
+    ("attention+feedforward", BOTH, dict(rank=4, alpha=3, use_rslora=True)),
+    ("attention", BOTH, dict(rank=4, alpha=3, use_rslora=True, use_dora=True, dropout=0.3, init="kaiming")),
+])
+def test_stock_diffusers_draws_the_same(tmp_path, layers, encoders, options):
+    parts, text = adapted(layers, encoders, **options)
+    file = save_lora(tmp_path, parts.unet, **text)
+    ours, base = predict(parts), predict(fresh_parts())
+    assert (ours - base).abs().max() > 1e-2
+    fresh = fresh_parts()
+    fresh.pipeline().load_lora_weights(tmp_path, weight_name=file.name)  # offline, diffusers 0.39 wants the name
+    assert (predict(fresh) - ours).abs().max() == 0
+    again = fresh_parts()
+    for part in ("unet", *encoders):
+        wanted = layers if part == "unet" or layers.startswith("attention") else "attention"
+        add_lora(getattr(again, part), layers=wanted, **options)
+    load_lora_into(again.unet, *(getattr(again, p) if p in encoders else None for p in BOTH), file)
+    assert (predict(again) - ours).abs().max() == 0
+    tensors, settings = read_lora(file)
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert set(settings) == {"unet", *encoders} and settings["unet"]["r"] == options["rank"]
+
+
+def test_alpha_and_rank_survive_the_file(tmp_path):
+    "trainers.md: alpha different from rank was lost on the way."
+    parts, _ = adapted("attention", (), rank=4, alpha=16)
+    save_lora(tmp_path, parts.unet)
+    fresh = fresh_parts()
+    attach_lora(fresh.pipeline(), tmp_path)
+    layer = fresh.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+    assert layer.scaling == {"default": 4.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_is_fp32_beside_a_half_base(tmp_path, dtype):
+    "trainers.md 2.14 number 26: under bf16 the reference keeps LoRA and Adam in bf16."
+    for model in (fresh_parts().unet, fresh_parts().text_encoder):
+        add_lora(model.to(dtype), rank=2, generator=seeded(0))
+        assert {p.dtype for _, p in lora_parameters(model)} == {torch.float32}
+        assert {p.dtype for n, p in model.named_parameters() if ".lora_" not in n} == {dtype}
+    full = lora_file_tensors(add_lora(fresh_parts().unet, rank=2, generator=seeded(0)))[0]
+    half = lora_file_tensors(add_lora(fresh_parts().unet.to(dtype), rank=2, generator=seeded(0)))[0]
+    assert all(torch.equal(full[name], half[name]) for name in full)
+
+
+def test_draw_depends_on_the_generator_alone():
+    def A(seed): return torch.cat([p.flatten() for n, p in lora_parameters(add_lora(fresh_parts().unet, generator=seeded(seed))) if "lora_A" in n])
+    state = torch.random.get_rng_state()
+    one = A(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(one, A(1)) and not torch.equal(one, A(2))
+    assert abs(one.std() - 1 / 4) < 0.01
+
+
+def test_sdxl_counts_agree_with_peft():
+    sdxl = sdxl_architecture()
+    for model, per_rank, layers in (sdxl.unet, 1_451_520, 560), (sdxl.text_encoder, 73_728, 48), (sdxl.text_encoder_2, 327_680, 128):
+        assert lora_size(model, 2) == (layers, 2 * per_rank)
+        add_lora(model, rank=2)
+        assert sum(p.numel() for _, p in lora_parameters(model)) == 2 * per_rank
+        assert lora_size(model, 2) == (layers, 2 * per_rank)  # adapters are seen through
+
+
+def test_two_adapters_live_side_by_side(tmp_path):
+    unet = fresh_parts().unet
+    add_lora(unet, rank=2, adapter_name="style", generator=seeded(1))
+    add_lora(unet, rank=3, layers="attention+feedforward", adapter_name="subject", generator=seeded(2))
+    assert {p.shape[0] for n, p in lora_parameters(unet, "style") if "lora_A" in n} == {2}
+    assert {p.shape[0] for n, p in lora_parameters(unet, "subject") if "lora_A" in n} == {3}
+    assert len(lora_file_tensors(unet, adapter_name="subject")[0]) > len(lora_file_tensors(unet, adapter_name="style")[0])
+    with pytest.raises(CourseError, match="call add_lora first"): lora_parameters(unet)
+
+
+def test_gradients_reach_only_the_lora():
+    parts, text = adapted("attention", BOTH, rank=2)
+    ids = torch.arange(77)[None]
+    parts.text_encoder(ids).last_hidden_state.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in lora_parameters(parts.text_encoder))
+    assert all(p.grad is None for n, p in parts.text_encoder.named_parameters() if ".lora_" not in n)
+
+
+def test_wrong_files_are_refused(tmp_path):
+    parts, _ = adapted("attention", (), rank=2, alpha=4)
+    file = save_lora(tmp_path / "good", parts.unet)
+    tensors, metadata = load_tensors(file)
+    fresh = add_lora(fresh_parts().unet, rank=2, alpha=4)
+    before = lora_file_tensors(fresh)[0]
+    first = min(tensors)
+    broken = {"lacks": {n: t for n, t in tensors.items() if n != first}, "has too much with": {**tensors, "unet.new.lora_A.weight": tensors[first]},
+        "this model wants": {**tensors, first: tensors[first][:1]}}
+    for message, content in broken.items():
+        save_tensors(tmp_path / "bad.safetensors", content, metadata)
+        with pytest.raises(CourseError, match=message): load_lora_into(fresh, None, None, tmp_path / "bad.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CourseError, match="whole safetensors"): load_lora_into(fresh, None, None, tmp_path / "cut.safetensors")
+    after = lora_file_tensors(fresh)[0]
+    assert all(torch.equal(before[n], after[n]) for n in before)  # nothing was half loaded
+    for options, key in (dict(rank=2, alpha=2), "lora_alpha"), (dict(rank=2, alpha=4, use_rslora=True), "use_rslora"), (dict(rank=4, alpha=4), "r = 2"):
+        with pytest.raises(CourseError, match=key): load_lora_into(add_lora(fresh_parts().unet, **options), None, None, file)
+
+
+def test_a_lora_for_another_model_is_refused(tmp_path):
+    parts, _ = adapted("attention", (), rank=2)
+    tensors, metadata = load_tensors(save_lora(tmp_path / "good", parts.unet))
+    save_tensors(tmp_path / "deep.safetensors", {**tensors, "unet.down_blocks.2.attentions.9.to_q.lora_A.weight": torch.ones(2, 192)}, metadata)
+    with pytest.raises(CourseError, match="this model lacks"): attach_lora(fresh_parts().pipeline(), tmp_path / "deep.safetensors")
+    save_tensors(tmp_path / "wide.safetensors", {n: torch.cat([t, t], dim=-1) if "lora_A" in n else t for n, t in tensors.items()}, metadata)
+    with pytest.raises(CourseError, match="does not load as a LoRA"): attach_lora(fresh_parts().pipeline(), tmp_path / "wide.safetensors")
+
+
+def test_targets_in_words():
+    unet = fresh_parts().unet
+    assert lora_targets(unet, "feedforward") == ["ff.net.0.proj", "ff.net.2"]
+    assert lora_targets(unet, " attention + feedforward ") == ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    full = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert lora_size(unet, 4, full) == (1, 4 * (128 + 128))
+    with pytest.raises(CourseError, match="nearest name is 'feedforward'"): lora_targets(unet, "attention+feedfoward")
+
+
+def test_equal_values_give_equal_bytes_in_any_process(tmp_path):
+    code = ("import sys; from sdxl_course.components import tiny_architecture; from sdxl_course.core import seeded; from sdxl_course.lora import *\n"
+        "save_lora(sys.argv[1], add_lora(tiny_architecture(0).unet, layers='attention+feedforward', generator=seeded(5)))")
+    there, here = tmp_path / "there.safetensors", tmp_path / "here.safetensors"
+    subprocess.run([sys.executable, "-c", code, str(there)], check=True, env={**os.environ, "PYTHONHASHSEED": "12"})
+    save_lora(here, add_lora(fresh_parts().unet, layers="attention+feedforward", generator=seeded(5)))
+    assert there.read_bytes() == here.read_bytes()
+    note = load_tensors(here)[1]
+    assert set(note) == {"format", "lora_adapter_metadata"} and str(tmp_path) not in json.dumps(note)

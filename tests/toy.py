@@ -1,0 +1,56 @@
+"A very small SDXL and very small pictures, made on the spot: tests need no download and no trained weights."
+import json
+from pathlib import Path
+
+LETTERS = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]  # how CLIP writes the 256 bytes
+
+
+def make_tokenizer(folder):
+    "A CLIP tokenizer that knows single letters only; its end token has the largest id."
+    from transformers import CLIPTokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    words = LETTERS + [f"{letter}</w>" for letter in LETTERS] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(special, model_max_length=77, tokenizer_class="CLIPTokenizer")))
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def make_toy_model(folder):
+    "The folder of an SDXL pipeline: two levels, 64-pixel pictures, 8 x 8 latents."
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from sdxl_course.components import SDXLComponents, save_components
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    tokenizer = make_tokenizer(Path(folder).with_name("tokenizer"))
+    text = CLIPTextConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, projection_dim=8,
+        vocab_size=len(tokenizer), bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = dict(text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+            vae=AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1, sample_size=64, scaling_factor=0.13025,
+                latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+            unet=UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=16,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=(1, 2), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+                projection_class_embeddings_input_dim=6 * 4 + 8))
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
+    components = SDXLComponents(tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, **parts)
+    return save_components(components, folder, dtype=torch.float32)
+
+
+def make_pictures(folder, n=5, size=(64, 64), captions=None):
+    "A folder of n pictures of the given (height, width) with metadata.jsonl; picture i always looks the same."
+    import numpy as np
+    from PIL import Image
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(n):
+        small = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        rows.append(dict(file_name=f"{i}.png", text=captions[i] if captions else f"picture {i}"))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
