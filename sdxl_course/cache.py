@@ -88,7 +88,12 @@ def fingerprint(
         FINGERPRINTS[module] = (state, name)
     return FINGERPRINTS[module][1]
 
-# %% ../nbs/32_cache.ipynb #7a65daae
+# %% ../nbs/32_cache.ipynb #866e2b45
+def _checksum(tensors, text):
+    "Covers the numbers and the notes of an entry."
+    return hashlib.sha256(f"{text}\n{tensors_digest(tensors.items())}".encode()).hexdigest()
+
+# %% ../nbs/32_cache.ipynb #035357c2
 class LatentCache:
     "Tensors kept under the name of what they were made from."
     def __init__(self,
@@ -106,10 +111,10 @@ class LatentCache:
         "Keep an entry, and give it back as a reader will see it."
         tensors, text = {name: tensor.detach().cpu() for name, tensor in tensors.items()}, json.dumps(info, sort_keys=True)
         if self.folder is None: self.memory[key] = (tensors, json.loads(text))
-        else: save_tensors(self.path(key), tensors, {"key": key, "info": text, "sha256": tensors_digest(tensors.items())})
+        else: save_tensors(self.path(key), tensors, {"key": key, "info": text, "sha256": _checksum(tensors, text)})
         return tensors, json.loads(text)
 
-# %% ../nbs/32_cache.ipynb #d1cd7719
+# %% ../nbs/32_cache.ipynb #8c65190c
 @patch
 def read(
     self:LatentCache,
@@ -120,7 +125,7 @@ def read(
     if not self.path(key).exists(): return None
     try:
         tensors, notes = load_tensors(self.path(key))
-        if notes.get("key") != key or notes.get("sha256") != tensors_digest(tensors.items()): raise CourseError("its checksum is wrong")
+        if notes.get("key") != key or notes.get("sha256") != _checksum(tensors, notes["info"]): raise CourseError("its checksum is wrong")
         return tensors, json.loads(notes["info"])
     except (CourseError, ValueError, KeyError) as error:
         warnings.warn(f"cache entry {self.path(key).name} is damaged and is made again ({error})", stacklevel=2)
@@ -133,6 +138,17 @@ def get_or_make(
 )->tuple: # (tensors, info)
     "Look first, work only if you must."
     return self.read(key) or self.write(key, *make())
+
+# %% ../nbs/32_cache.ipynb #1acce065
+@patch
+def fetch(
+    self:LatentCache,
+    key:str, # name of an entry that was made before
+)->tuple: # (tensors, info)
+    "An entry that must be there, because what made it may be gone."
+    kept = self.read(key)
+    if kept is None: raise CourseError(f"cache entry {key[:16]}... is gone or damaged and nothing is loaded to make it again: start the run again, it is then rebuilt")
+    return kept
 
 # %% ../nbs/32_cache.ipynb #c0e5a43e
 def hashed(
@@ -217,7 +233,7 @@ def _entry(key, latents, sizes, texts):
     "Put the two halves together."
     return CacheEntry(**latents, **texts, **{name: tuple(pair) for name, pair in sizes.items()}, key=key)
 
-# %% ../nbs/32_cache.ipynb #ec9e3449
+# %% ../nbs/32_cache.ipynb #19d1cbe3
 @patch
 def entry(
     self:LatentCache,
@@ -238,10 +254,7 @@ def load(
     key:str, # `CacheEntry.key`
 )->CacheEntry: # without any network
     "An entry that was made before."
-    kept = [self.read(part) for part in key.split("-")]
-    if len(kept) != 2 or None in kept:
-        raise CourseError(f"cache entry {key[:16]}... is gone or damaged and nothing is loaded to make it again: start the run again, it is then rebuilt")
-    (latents, sizes), (texts, _) = kept
+    (latents, sizes), (texts, _) = (self.fetch(part) for part in (key.split("-") + [key])[:2])
     return _entry(key, latents, sizes, texts)
 
 # %% ../nbs/32_cache.ipynb #f3e829e0

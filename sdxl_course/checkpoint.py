@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'MACHINE', 'manifest', 'write_folder', 'damage', 'list_checkpoints', 'latest_checkpoint', 'prune_checkpoints',
-           'find_checkpoint', 'set_aside', 'optimizer_state', 'restore_optimizer', 'save_checkpoint', 'log_lines',
-           'read_state', 'load_checkpoint', 'logging_to', 'checkpointing', 'config_changes', 'refuse_changes']
+           'find_checkpoint', 'tidy', 'set_aside', 'optimizer_state', 'restore_optimizer', 'save_checkpoint',
+           'log_lines', 'read_state', 'load_checkpoint', 'logging_to', 'checkpointing', 'config_changes',
+           'refuse_changes']
 
 # %% ../nbs/42_checkpoint.ipynb #412cd14e
 import hashlib
@@ -106,14 +107,23 @@ def find_checkpoint(
     if wrong := damage(path): raise CourseError(f"the checkpoint {path} is not whole: {wrong}; name another, or latest for the newest whole one")
     return path
 
-# %% ../nbs/42_checkpoint.ipynb #50421e59
+# %% ../nbs/42_checkpoint.ipynb #4cf80d83
+def tidy(
+    output_dir, # folder of a run
+):
+    "Clear up after a process that was killed while writing: drop drafts, give back a name that was just taken away."
+    for path in Path(output_dir).glob(".checkpoint-*.former"):
+        target = path.with_name(path.name.split(".")[1])
+        if not target.exists(): os.replace(path, target)
+    for path in [*Path(output_dir).glob(".checkpoint-*.former"), *Path(output_dir).glob(".checkpoint-*.part")]: shutil.rmtree(path, ignore_errors=True)
+
+# %% ../nbs/42_checkpoint.ipynb #4c8b4003
 def set_aside(
     output_dir, # folder of a run that begins afresh
     say=print, # gets one sentence
 ):
     "Move an earlier run's checkpoints away, so that they are not taken for this run's."
     found = list_checkpoints(output_dir)
-    for stale in Path(output_dir).glob(".checkpoint-*.part"): shutil.rmtree(stale, ignore_errors=True)
     if not found: return
     number = next(i for i in range(1, 10**6) if not (Path(output_dir)/f"earlier-{i}").exists())
     home = Path(output_dir)/f"earlier-{number}"
@@ -226,8 +236,8 @@ def checkpointing(
         prune_checkpoints(output_dir, limit)
     return hook
 
-# %% ../nbs/42_checkpoint.ipynb #00825601
-FREE = frozenset("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint dataloader_num_workers local_rank train_batch_size
+# %% ../nbs/42_checkpoint.ipynb #15e7f53b
+FREE = frozenset("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint dataloader_num_workers local_rank train_batch_size updates
     validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir report_to push_to_hub hub_model_id debug_loss
     pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column max_train_samples""".split())
 MACHINE = frozenset("mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention revision variant".split())

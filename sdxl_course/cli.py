@@ -135,7 +135,7 @@ def save_loss_plot(
     figure.savefig(data, format="png")
     return write_atomic(path, data.getvalue())
 
-# %% ../nbs/62_cli.ipynb #a5f75dca
+# %% ../nbs/62_cli.ipynb #d89f332a
 def demo(
     output_dir="sdxl-course-demo", # folder for what it makes
     steps:int=300,                 # of training
@@ -151,7 +151,8 @@ def demo(
     with phase(seconds, "before", f"drawing {len(PROMPTS)} prompts with the base model"): before = draw(seed)
     with phase(seconds, "training", f"training a LoRA for {steps} steps"):
         config = TextToImageConfig(pretrained_model_name_or_path="tiny", train_data_dir=str(data), output_dir=str(folder / "lora"),
-                                   resolution=128, train_batch_size=8, max_train_steps=steps, learning_rate=1e-3, rank=8, seed=seed)
+                                   resolution=128, train_batch_size=8, max_train_steps=steps, learning_rate=1e-3, rank=8, seed=seed,
+                                   report_to="none")
         result = train_text_to_image(config)
     with phase(seconds, "after", "drawing the same prompts and seeds with the LoRA"): after = draw(seed, result.lora_path)
     save_before_after(folder / "before_after.png", before, after)
@@ -161,7 +162,7 @@ def demo(
     print(f"look at {folder / 'before_after.png'}, {folder / 'loss.png'} and {folder / 'report.json'}; the LoRA is in {result.lora_path}")
     return report
 
-# %% ../nbs/62_cli.ipynb #494e887c
+# %% ../nbs/62_cli.ipynb #c2e21e08
 def demo_report(
     steps:int,    # of training
     seed:int,     # of the run
@@ -173,6 +174,7 @@ def demo_report(
     tenth = max(1, len(result.losses) // 10)
     return {"prompts": PROMPTS, "seeds": [seed + i for i in range(len(PROMPTS))], "steps": steps,
             "loss_first_tenth": sum(result.losses[:tenth]) / tenth, "loss_last_tenth": sum(result.losses[-tenth:]) / tenth,
+            "validation_loss_before": result.validation_loss_before, "validation_loss_after": result.validation_loss_after,
             "losses": result.losses, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(),
             "lora": str(result.lora_path), "provenance": provenance()}
 

@@ -103,7 +103,7 @@ SDXL = dict( # the published sizes of SDXL 1.0
         addition_time_embed_dim=256, projection_class_embeddings_input_dim=6*256 + 1280),
     vae=dict(sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32))
 
-# %% ../nbs/10_components.ipynb #ba712aa8
+# %% ../nbs/10_components.ipynb #dc5e195d
 TINY = dict( # the sizes of sdxl-tiny: the same plan, about a hundredth of the parameters
     text_encoder=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
         projection_dim=64),
@@ -112,7 +112,7 @@ TINY = dict( # the sizes of sdxl-tiny: the same plan, about a hundredth of the p
     unet=dict(sample_size=16, block_out_channels=(64, 128, 192), layers_per_block=1,
         transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 4, 6), cross_attention_dim=64 + 128,
         addition_time_embed_dim=32, projection_class_embeddings_input_dim=6*32 + 128),
-    vae=dict(sample_size=128, block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8))
+    vae=dict(sample_size=128, block_out_channels=(8, 24, 48, 96), layers_per_block=1, norm_num_groups=2))
 
 # %% ../nbs/10_components.ipynb #60a962f1
 def _build(

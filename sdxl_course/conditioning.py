@@ -21,12 +21,12 @@ def tokenize(
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
         return_tensors="pt").input_ids
 
-# %% ../nbs/11_conditioning.ipynb #7362b158
+# %% ../nbs/11_conditioning.ipynb #4d9e384f
 def dropped_text(
     tokenizer, # CLIPTokenizer
     prompt:str, # any length
 )->str: # what the encoder will not see; "" when everything fits
-    "The end of a prompt that is longer than 77 positions."
+    "The end of a prompt that does not fit into the encoder's positions."
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids[1:-1]
     return tokenizer.decode(ids[tokenizer.model_max_length - 2:]).strip()
 

@@ -335,7 +335,7 @@ def _captions(root, name, texts, problems):
     try: return read_sidecar(Path(root, name))
     except CourseError as error: problems.append((name, str(error))); return ()
 
-# %% ../nbs/30_data.ipynb #5e3c583b
+# %% ../nbs/30_data.ipynb #73a977a9
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 def find_examples(
@@ -354,11 +354,11 @@ def find_examples(
         problems += [((here / file).as_posix() if file else name, reason) for file, reason in wrong]
     pictures = [name for name in names if is_picture(name)]
     problems += _missing(captions, pictures)
-    unread = [name for name in pictures if PurePosixPath(name).suffix.lower() in UNREAD]
-    problems += [(name, "pictures of this kind are not read: export it as JPEG or PNG") for name in unread]
+    unread = {name for name in pictures if PurePosixPath(name).suffix.lower() in UNREAD}
+    problems += [(name, "pictures of this kind are not read: export it as JPEG or PNG") for name in pictures if name in unread]
     candidates = [(name, Path(folder, name), _captions(folder, name, captions.get(_same(name)), problems)) for name in pictures if name not in unread]
-    beside = {PurePosixPath(name).with_suffix(end).as_posix() for name in pictures for end in (".txt", ".caption")}
-    others = [name for name in names if name not in pictures and name not in beside and PurePosixPath(name).name not in METADATA]
+    used = {PurePosixPath(name).with_suffix(end).as_posix() for name in pictures for end in (".txt", ".caption")} | set(pictures)
+    others = [name for name in names if name not in used and PurePosixPath(name).name not in METADATA]
     return candidates, problems, others
 
 # %% ../nbs/30_data.ipynb #71e05b78
@@ -456,7 +456,7 @@ def _table_examples(name, config, data_dir, image_column, caption_column, cache_
         except CourseError as error: problems.append((file, str(error)))
     return candidates, problems
 
-# %% ../nbs/30_data.ipynb #aac0a492
+# %% ../nbs/30_data.ipynb #a05f5e09
 def _folder_examples(folder, image_column, caption_column, max_samples, seed, require_captions):
     "Candidates and problems from a folder of picture files."
     if not Path(folder).is_dir():
@@ -466,9 +466,9 @@ def _folder_examples(folder, image_column, caption_column, max_samples, seed, re
     if require_captions and candidates and not any(captions for file, path, captions in candidates):
         why = f"{problems[0][0]}: {problems[0][1]}" if problems else "there is no metadata.jsonl, no metadata.csv and no .txt file beside a picture"
         raise CourseError(f"no captions in {str(folder)!r}: {candidates[0][0]} has none, nor has any of the {len(candidates)} pictures ({why})")
-    chosen = choose(len(candidates), max_samples, seed)
-    if len(chosen) < len(candidates): problems = [(file, reason) for file, reason in problems if file in {candidates[i][0] for i in chosen}]
-    return [candidates[i] for i in chosen], problems
+    chosen = [candidates[i] for i in choose(len(candidates), max_samples, seed)]
+    names = {file for file, path, captions in chosen}
+    return chosen, problems if len(chosen) == len(candidates) else [problem for problem in problems if problem[0] in names]
 
 # %% ../nbs/30_data.ipynb #71bf8489
 def read_dataset(

@@ -6,9 +6,10 @@
 __all__ = ['LAYER_GROUPS', 'INITS', 'LORA_NAME', 'LoRALinear', 'lora_targets', 'lora_size', 'lora_parameters', 'add_lora',
            'lora_file_tensors', 'save_lora', 'lora_file', 'attach_lora', 'read_lora', 'load_lora_into']
 
-# %% ../nbs/21_lora.ipynb #ef1932fa
+# %% ../nbs/21_lora.ipynb #e9372d23
 import json
 import re
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -146,7 +147,19 @@ def lora_parameters(
     if not named: raise CourseError(f"{type(model).__name__} has no LoRA called {adapter_name!r}: call add_lora first")
     return sorted(named, key=lambda pair: pair[0])
 
-# %% ../nbs/21_lora.ipynb #bea6e442
+# %% ../nbs/21_lora.ipynb #03ac2ae6
+@contextmanager
+def _quiet_loading():
+    "Silence both libraries' loaders, then put things back."
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are what we want
+            yield
+    finally: diffusers_logging.set_verbosity(level)
+
+# %% ../nbs/21_lora.ipynb #d2105b4a
 def add_lora(
     model, # a UNet or text encoder; changed in place
     rank:int=4, # width of the side paths
@@ -163,7 +176,7 @@ def add_lora(
     targets = _check_lora_wishes(model, rank, alpha, layers, dropout, init, adapter_name)
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=targets, lora_dropout=dropout,
         init_lora_weights="gaussian" if init == "gaussian" else True, use_dora=use_dora, use_rslora=use_rslora)
-    with torch.random.fork_rng(devices=[]): model.add_adapter(config, adapter_name)  # PEFT draws too: undo its use of the global state
+    with torch.random.fork_rng(devices=[]), _quiet_loading(): model.add_adapter(config, adapter_name)  # PEFT draws too: not from the global state
     for name, p in lora_parameters(model, adapter_name):
         p.data = p.data.float()
         if ".lora_A." in name and not p.is_meta: _draw_A(p, init, generator)
@@ -235,16 +248,7 @@ def lora_file(
     if path.suffix != ".safetensors": raise CourseError(f"{path} is not a .safetensors file: other formats can run code when opened; convert it first")
     return path
 
-# %% ../nbs/21_lora.ipynb #e450c6ae
-@contextmanager
-def _quiet_loading():
-    "Silence both libraries' loaders, then put things back."
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        with quiet(): yield
-    finally: diffusers_logging.set_verbosity(level)
-
+# %% ../nbs/21_lora.ipynb #78e967ea
 def _check_attached(
     pipeline, # after loading
     path:Path, # what was loaded
@@ -256,7 +260,7 @@ def _check_attached(
     lost = [name for name in load_tensors(path)[0] if name.startswith(tuple(f"{part}." for part in models)) and ".lora_A." in name and name not in places]
     if lost: raise CourseError(f"{path} has {len(lost)} layers that this model lacks, for instance {min(lost)}: was the LoRA made for another model?")
 
-# %% ../nbs/21_lora.ipynb #2af15f35
+# %% ../nbs/21_lora.ipynb #c5735992
 def attach_lora(
     pipeline, # StableDiffusionXLPipeline
     where, # a folder, a .safetensors file, or a hub id like owner/name
@@ -264,14 +268,15 @@ def attach_lora(
     **hub, # weight_name, revision and the like for a hub id
 ): # the same pipeline
     "Let diffusers read a LoRA, quietly, and make sure that all of it arrived."
-    local = Path(where).expanduser().exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)) or str(where).startswith(".")
+    local = Path(where).expanduser().exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", str(where))
     path = lora_file(where) if local else None
-    source = dict(weight_name=path.name) if local else hub
+    source = (path.parent, dict(weight_name=path.name)) if local else (str(where), hub)
     try:
-        with _quiet_loading(): pipeline.load_lora_weights(path.parent if local else str(where), adapter_name=adapter_name, **source)
+        with _quiet_loading(): pipeline.load_lora_weights(source[0], adapter_name=adapter_name, **source[1])
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CourseError(f"{where} does not load as a LoRA for this model ({reason}): wanted an SDXL LoRA made for the same base model") from error
+        given = f"{where} does not load as a LoRA for this model" if local else f"{where} is no local path, and the hub gave no LoRA for it"
+        raise CourseError(f"{given} ({reason}): wanted an SDXL LoRA made for the same base model") from error
     if local: _check_attached(pipeline, path, adapter_name)
     return pipeline
 

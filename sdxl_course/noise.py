@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from .core import CourseError, nearest
 
-# %% ../nbs/12_noise.ipynb #b5f6e5bc
+# %% ../nbs/12_noise.ipynb #de02769d
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class NoiseSchedule:
     prediction_type: str = "epsilon" # "epsilon", "v_prediction" or "sample"
 
     def __post_init__(self):
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise CourseError(f"prediction_type is {self.prediction_type!r}: wanted one of {', '.join(PREDICTION_TYPES)}"
-                f" (nearest: {nearest(str(self.prediction_type), PREDICTION_TYPES)})")
+        if self.prediction_type in PREDICTION_TYPES: return
+        hint = nearest(str(self.prediction_type), PREDICTION_TYPES)
+        raise CourseError(f"prediction_type is {self.prediction_type!r}: wanted one of {', '.join(PREDICTION_TYPES)}"
+            + (f"; did you mean {hint}?" if hint else ""))
 
     def __len__(self): return len(self.alphas_cumprod)
 
@@ -38,17 +39,17 @@ class NoiseSchedule:
             raise CourseError(f"{type(scheduler).__name__} has no alphas_cumprod: wanted a scheduler with timesteps, such as DDPMScheduler")
         return cls(scheduler.alphas_cumprod.float().clone(), prediction_type or scheduler.config.prediction_type)
 
-# %% ../nbs/12_noise.ipynb #c8b983aa
+# %% ../nbs/12_noise.ipynb #5e046f0c
 @patch
-def _shares(self:NoiseSchedule,
+def _amplitudes(self:NoiseSchedule,
     t, # (b,) int64 timesteps
     like, # (b, ...) tensor to multiply
 ): # two tensors that broadcast against `like`
-    "Square roots of the picture's and the noise's share of the variance."
+    "Square roots of the picture's and of the noise's share of the variance."
     kept = self.alphas_cumprod.to(like.device)[t.to(like.device)].view(-1, *[1]*(like.ndim - 1))
     return kept.sqrt().to(like.dtype), (1 - kept).sqrt().to(like.dtype)
 
-# %% ../nbs/12_noise.ipynb #3af9f14f
+# %% ../nbs/12_noise.ipynb #0fe6da7a
 @patch
 def add_noise(self:NoiseSchedule,
     x0, # (b, ...) clean latents or pixels
@@ -56,38 +57,38 @@ def add_noise(self:NoiseSchedule,
     t, # (b,) int64 timesteps, 0 = almost clean
 ): # (b, ...) what the model sees
     "Jump from clean to timestep t at once."
-    picture, static = self._shares(t, x0)
+    picture, static = self._amplitudes(t, x0)
     return picture*x0 + static*noise
 
-# %% ../nbs/12_noise.ipynb #63a7fd63
+# %% ../nbs/12_noise.ipynb #eaf6a281
+@patch
+def snr(self:NoiseSchedule,
+    t, # (b,) int64 timesteps
+): # (b,) float32
+    "Signal-to-noise ratio: variance of the picture over variance of the noise."
+    kept = self.alphas_cumprod.to(t.device)[t]
+    return kept / (1 - kept)
+
+# %% ../nbs/12_noise.ipynb #6d016f64
+@patch
+def sigma(self:NoiseSchedule,
+    t, # (b,) int64 timesteps
+): # (b,) float32
+    "Standard deviation of the noise when the picture keeps its full size."
+    return self.snr(t).rsqrt()
+
+# %% ../nbs/12_noise.ipynb #096ed22e
 @patch
 def velocity(self:NoiseSchedule,
     x0, # (b, ...) clean
     noise, # like x0
     t, # (b,) int64 timesteps
 ): # (b, ...) target of v-prediction
-    "Noise minus picture, each with the other's share."
-    picture, static = self._shares(t, x0)
+    "Noise less picture, each with the other's amplitude."
+    picture, static = self._amplitudes(t, x0)
     return picture*noise - static*x0
 
-# %% ../nbs/12_noise.ipynb #7bae424a
-@patch
-def snr(self:NoiseSchedule,
-    t, # (b,) int64 timesteps
-): # (b,) float32
-    "Signal-to-noise ratio: variance of the picture over variance of the noise."
-    kept = self.alphas_cumprod[t.to(self.alphas_cumprod.device)].to(t.device)
-    return kept / (1 - kept)
-
-# %% ../nbs/12_noise.ipynb #e33b4862
-@patch
-def sigma(self:NoiseSchedule,
-    t, # (b,) int64 timesteps
-): # (b,) float32
-    "Noise added to an unscaled picture: standard deviation of noise over picture."
-    return self.snr(t).rsqrt()
-
-# %% ../nbs/12_noise.ipynb #1316e918
+# %% ../nbs/12_noise.ipynb #147f0360
 @patch
 def predict_x0(self:NoiseSchedule,
     model_output, # (b, ...) in the schedule's prediction type
@@ -95,7 +96,7 @@ def predict_x0(self:NoiseSchedule,
     t, # (b,) int64 timesteps
 ): # (b, ...) the clean picture that the output implies
     "What the model believes was there before the noise."
-    picture, static = self._shares(t, xt)
+    picture, static = self._amplitudes(t, xt)
     if self.prediction_type == "epsilon": return (xt - static*model_output) / picture
     if self.prediction_type == "v_prediction": return picture*xt - static*model_output
     return model_output

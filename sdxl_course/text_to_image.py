@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['TextToImageConfig', 'refuse_unfinished', 'vae_factor', 'known_resolution', 'check_resolution', 'Feeder', 'Denoiser',
-           'trained_parts', 'inject', 'draw_pictures', 'decode_pictures', 'validation_loss', 'Result', 'license_of',
-           'model_card', 'save_curve', 'save_results', 'open_output', 'data_fingerprint', 'run_seed', 'tf32', 'Run',
-           'load_base', 'make_feeder', 'report_data', 'progress', 'set_up', 'train_text_to_image', 'main']
+           'trained_parts', 'recompute_activations', 'inject', 'draw_pictures', 'decode_pictures', 'validation_loss',
+           'Result', 'license_of', 'model_card', 'save_curve', 'save_results', 'open_output', 'data_fingerprint',
+           'run_seed', 'tf32', 'Run', 'load_base', 'make_feeder', 'report_data', 'progress', 'set_up',
+           'train_text_to_image', 'main']
 
-# %% ../nbs/43_text_to_image.ipynb #1a55e633
+# %% ../nbs/43_text_to_image.ipynb #6781dd74
 import hashlib
 import json
 import os
 import secrets
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -25,11 +27,11 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
-from .cache import CacheEntry, LatentCache, collate, crop_origin, posterior, vae_dtype
-from .checkpoint import checkpointing, find_checkpoint, load_checkpoint, logging_to, read_state, refuse_changes, set_aside
+from .cache import CacheEntry, LatentCache, collate, posterior, vae_dtype
+from .checkpoint import checkpointing, find_checkpoint, load_checkpoint, logging_to, read_state, refuse_changes, set_aside, tidy
 from .components import load_components
 from .conditioning import dropped_text, empty_prompt_embeds, encode_prompts
-from .core import CourseError, image_grid, seeded, weight_dtype, write_atomic
+from .core import CourseError, seeded, to_pil, weight_dtype, write_atomic
 from .data import open_image, read_dataset
 from .lora import add_lora, load_lora_into, lora_parameters, save_lora
 from .noise import NoiseSchedule
@@ -86,7 +88,7 @@ def check_resolution(
     if not known/4 <= resolution <= known*4:
         raise CourseError(f"--resolution is {resolution}, far from the {known} that {components.name or 'this model'} knows: wanted {known//4} to {known*4}, best {known}")
 
-# %% ../nbs/43_text_to_image.ipynb #d8300996
+# %% ../nbs/43_text_to_image.ipynb #ef335b0e
 @dataclass
 class Feeder:
     "Turns places in the dataset into batches."
@@ -106,8 +108,10 @@ class Feeder:
     empty: tuple = () # embeddings of the dropped caption, (77, d) and (p,)
 
     def __post_init__(self):
-        seen = [record.key for record in self.records]
-        self.keys = [f"{key}#{seen[:i].count(key)}" for i, key in enumerate(seen)] # a picture that is there twice gets dice of its own
+        seen, self.keys = Counter(), []
+        for record in self.records:
+            self.keys.append(f"{record.key}#{seen[record.key]}") # a picture that is there twice gets dice of its own
+            seen[record.key] += 1
 
     def dice(self, epoch:int, i:int)->Chance: return Chance(self.seed, epoch, self.keys[i])
 
@@ -222,7 +226,7 @@ class Denoiser(torch.nn.Module):
             batch = replace(batch, prompt_embeds=embeds*heard[:, None, None], pooled_prompt_embeds=pooled*heard[:, None])
         return denoising_loss(self.unet, batch, self.schedule, noise, timesteps, self.snr_gamma)
 
-# %% ../nbs/43_text_to_image.ipynb #aec667e3
+# %% ../nbs/43_text_to_image.ipynb #36ddc051
 def trained_parts(
     components, # SDXLComponents
     train_text_encoder:bool, # the text encoders as well
@@ -230,6 +234,13 @@ def trained_parts(
     "The networks that get a LoRA."
     names = ("unet", "text_encoder", "text_encoder_2") if train_text_encoder else ("unet",)
     return {name: getattr(components, name) for name in names}
+
+def recompute_activations(
+    model, # of diffusers or transformers
+):
+    "Gradient checkpointing, under the name that this version of the library has for it."
+    if hasattr(model, "enable_gradient_checkpointing"): model.enable_gradient_checkpointing()
+    else: getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(dict(use_reentrant=False))
 
 def inject(
     parts:dict, # part name -> module; changed in place
@@ -246,8 +257,7 @@ def inject(
         if getattr(model, "peft_config", None): raise CourseError(f"the {name} has an adapter already: wanted freshly loaded components, since training adds its own")
         groups = layers if name == "unet" else ",".join(["attention"] + ["feedforward"]*("feedforward" in words))
         add_lora(model.requires_grad_(False), rank, alpha, groups, dropout, generator=seeded(seed, "lora", name))
-        if gradient_checkpointing and name == "unet": model.enable_gradient_checkpointing()
-        elif gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        if gradient_checkpointing: recompute_activations(model)
     return {f"{name}.{key}": p for name, model in parts.items() for key, p in lora_parameters(model)}
 
 # %% ../nbs/43_text_to_image.ipynb #7001b707
@@ -274,7 +284,7 @@ def draw_pictures(
     unet.train(kept)
     return decode_pictures(components.vae, latents)
 
-# %% ../nbs/43_text_to_image.ipynb #5fa2f76d
+# %% ../nbs/43_text_to_image.ipynb #b2ddc08d
 @torch.no_grad()
 def decode_pictures(
     vae, # AutoencoderKL
@@ -286,7 +296,7 @@ def decode_pictures(
     pictures = []
     for one in latents.float().cpu().split(1):
         scaled = (one*std/vae.config.scaling_factor + mean).to(vae.device, vae.dtype)
-        pictures.append(image_grid([vae.decode(scaled).sample[0].float().clamp(-1, 1)]))
+        pictures.append(to_pil(vae.decode(scaled).sample[0].float().clamp(-1, 1)))
     return pictures
 
 # %% ../nbs/43_text_to_image.ipynb #eae4cea3
@@ -468,7 +478,7 @@ class Run:
 
     def validation_loss(self)->float: return validation_loss(self.feeder, self.components.unet, self.schedule, self.embed)
 
-# %% ../nbs/43_text_to_image.ipynb #2f10517c
+# %% ../nbs/43_text_to_image.ipynb #dd339c85
 def load_base(
     config, # TextToImageConfig
     device, # where to
@@ -480,8 +490,9 @@ def load_base(
         components = load_components(config.pretrained_model_name_or_path, dtype, vae=config.pretrained_vae_model_name_or_path, revision=config.revision, variant=config.variant)
     if components.tokenizer is None: raise CourseError("these components have no tokenizers: wanted a whole model, as load_components gives it")
     check_resolution(config.resolution, components)
-    for part in ("unet", "text_encoder", "text_encoder_2"): getattr(components, part).to(device, dtype).requires_grad_(False)
-    components.vae.to(device, vae_dtype(components.vae, dtype)).requires_grad_(False)
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        network = getattr(components, part)
+        torch.nn.Module.to(network, device, vae_dtype(network, dtype) if part == "vae" else dtype).requires_grad_(False)
     if config.prediction_type: components.scheduler.register_to_config(prediction_type=config.prediction_type)
     if config.enable_xformers_memory_efficient_attention: components.unet.enable_xformers_memory_efficient_attention()
     if config.enable_npu_flash_attention: components.unet.enable_npu_flash_attention()
@@ -544,20 +555,23 @@ def set_up(
     lr_scheduler = make_schedule(getattr(optimizer, "optimizer", optimizer), config.lr_scheduler, config.lr_warmup_steps, updates, config.lr_step_rules)
     return Run(config, output_dir, components, accelerator, feeder, plan, schedule, denoiser, TrainState(named, optimizer, lr_scheduler, seed), updates, say)
 
-# %% ../nbs/43_text_to_image.ipynb #45460235
+# %% ../nbs/43_text_to_image.ipynb #0c6fc814
 @patch
 def settings(self:Run)->dict: # what a checkpoint must agree on
     "The configuration, and what its paths stand for."
     c = self.config
     names = [Path(name).name if name else None for name in (c.pretrained_model_name_or_path, c.pretrained_vae_model_name_or_path)]
-    return {**config_dict(c), "data": data_fingerprint(self.feeder.records), "base_model": names[0], "vae": names[1], "pictures_per_micro_step": self.plan.batch_size*self.plan.processes}
+    return {**config_dict(c), "updates": self.updates, "data": data_fingerprint(self.feeder.records), "base_model": names[0], "vae": names[1], "pictures_per_micro_step": self.plan.batch_size*self.plan.processes}
 
 @patch
 def resume(self:Run,
     checkpoint, # Path
 ):
     "Go back to where the checkpoint was written."
-    refuse_changes(read_state(checkpoint)["config"], self.settings(), self.say)
+    saved = read_state(checkpoint)["config"]
+    refuse_changes(saved, self.settings(), self.say)
+    if saved["updates"] != self.updates and not self.config.lr_scheduler.startswith("constant"):
+        self.say(f"the {self.config.lr_scheduler} schedule is now {self.updates} updates long, it was {saved['updates']}: the learning rate jumps")
     load_checkpoint(checkpoint, self.state, self.read_lora, self.accelerator.scaler)
     self.say(f"resuming from {checkpoint}: {self.state.step} of {self.updates} updates are done")
 
@@ -576,13 +590,14 @@ def validate(self:Run,
         if images and hasattr(tracker, "log_images"): tracker.log_images({"validation": torch.stack([(to_tensor(i).permute(1, 2, 0)/2 + 0.5) for i, _ in images]).numpy()}, step=self.state.step)
     return [image for image, _ in images], files, [prompt for _, prompt in images]
 
-# %% ../nbs/43_text_to_image.ipynb #0b0ee9ce
+# %% ../nbs/43_text_to_image.ipynb #f3f64b22
 @patch
-def hooks(self:Run)->list: # functions of (state, row)
+def hooks(self:Run,
+    bar, # tqdm
+)->list: # functions of (state, row)
     "What happens between updates, in order; on the main process only."
     config, accelerator = self.config, self.accelerator
     if not accelerator.is_main_process: return []
-    bar = tqdm(total=self.updates, initial=self.state.step, desc="training", disable=None)
     def one_by_one(state, row): row["loss_of"] = dict(state.recent)
     def show(state, row): bar.update(), bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
     def track(state, row):
@@ -601,9 +616,10 @@ def train(self:Run):
     micro_steps = self.plan.micro_steps(self.state.step, self.updates, self.accelerator.process_index)
     loaded = prefetch(self.feeder.prepare, micro_steps, self.config.dataloader_num_workers)
     batches = ((micro, self.feeder.batch(micro, prepared, len(self.schedule))) for micro, prepared in loaded)
-    fit(self.denoiser, batches, self.state, self.accelerator, self.config.max_grad_norm, self.hooks(), self.feeder.name)
+    with tqdm(total=self.updates, initial=self.state.step, desc="training", disable=None if self.accelerator.is_main_process else True) as bar:
+        fit(self.denoiser, batches, self.state, self.accelerator, self.config.max_grad_norm, self.hooks(bar), self.feeder.name)
 
-# %% ../nbs/43_text_to_image.ipynb #68d2443f
+# %% ../nbs/43_text_to_image.ipynb #fbf25727
 @patch
 def finish(self:Run,
     before:float, # validation loss of the base model
@@ -626,12 +642,14 @@ def train_text_to_image(
     "Train a LoRA on captioned pictures."
     refuse_unfinished(config)
     output_dir = open_output(config.output_dir)
+    if os.environ.get("RANK", "0") == "0": tidy(output_dir)
+    else: say = lambda text: None # one voice is enough
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, say)
     records = read_dataset(config.train_data_dir, config.dataset_name, config.dataset_config_name, config.image_column, config.caption_column,
         config.cache_dir, config.max_train_samples, config.seed)
     precision, tracker = machine_precision(config.mixed_precision, say=say), usable_tracker(config.report_to, say)
     with accelerating(precision, tracker, output_dir/config.logging_dir, config.train_text_encoder) as accelerator, tf32(config.allow_tf32):
-        run = set_up(config, output_dir, records, accelerator, components, checkpoint, say if accelerator.is_main_process else lambda text: None)
+        run = set_up(config, output_dir, records, accelerator, components, checkpoint, say)
         before = run.validation_loss()
         if tracker: accelerator.init_trackers("text2image-fine-tune", config={k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config_dict(config).items()})
         if checkpoint: run.resume(checkpoint)

@@ -41,3 +41,23 @@ def make_pictures(tmp_path):
     "A function that fills a folder with small captioned pictures."
     from toy import make_pictures
     return lambda n=5, name="pictures", **options: make_pictures(tmp_path / name, n, **options)
+
+
+@pytest.fixture(scope="session")
+def toy(toy_model):
+    "A function that gives the components of `toy_model`, fresh each time."
+    from toy import load_toy
+    return load_toy(toy_model)
+
+
+@pytest.fixture
+def train(tmp_path, toy, toy_model, make_pictures):
+    "A function that trains the toy model on five toy pictures in tmp_path/NAME; options are those of the command."
+    from sdxl_course.text_to_image import TextToImageConfig, train_text_to_image
+    data = make_pictures(5)
+    usual = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(data), resolution=64, train_batch_size=2, max_train_steps=3,
+        learning_rate=1e-2, seed=0, report_to="none", checkpointing_steps=1000)
+
+    def train(name="run", say=lambda text: None, **options):
+        return train_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), say)
+    return train

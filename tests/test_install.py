@@ -57,13 +57,14 @@ def test_the_course_comes_from_the_wheel(bare):
 
 
 def test_import_is_light(bare):
-    code = "import sys, time; t = time.perf_counter(); import sdxl_course; print(time.perf_counter() - t < 0.3, 'torch' in sys.modules)"
-    assert bare("python", "-c", code).stdout.split() == ["True", "False"]
+    code = "import sys, time; t = time.perf_counter(); import sdxl_course; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    found = [bare("python", "-c", code).stdout.split() for _ in range(3)] # the quickest counts: another process may be in the way
+    assert min(float(seconds) for seconds, _ in found) < 0.3 and {torch for _, torch in found} == {"False"}
 
 
 def test_help_is_quick(bare):
     seconds = []
-    for _ in range(3): # the quickest of three: another process may be in the way
+    for _ in range(3):
         begin = time.perf_counter()
         found = bare("sdxl-course", "--help")
         seconds.append(time.perf_counter() - begin)

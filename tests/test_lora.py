@@ -169,6 +169,11 @@ def test_a_lora_for_another_model_is_refused(tmp_path):
     with pytest.raises(CourseError, match="does not load as a LoRA"): attach_lora(fresh_parts().pipeline(), tmp_path / "wide.safetensors")
 
 
+@pytest.mark.parametrize("where, words", [("owner/name", "the hub gave no LoRA"), ("runs/x.safetensors", "no LoRA at"), ("./runs", "no LoRA at"), ("runs", "no LoRA at")])
+def test_a_lora_that_is_not_there(where, words):
+    with pytest.raises(CourseError, match=words): attach_lora(fresh_parts().pipeline(), where)
+
+
 def test_targets_in_words():
     unet = fresh_parts().unet
     assert lora_targets(unet, "feedforward") == ["ff.net.0.proj", "ff.net.2"]

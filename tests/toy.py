@@ -54,3 +54,17 @@ def make_pictures(folder, n=5, size=(64, 64), captions=None):
         rows.append(dict(file_name=f"{i}.png", text=captions[i] if captions else f"picture {i}"))
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+def load_toy(folder):
+    "A function that gives the toy model's components afresh, without reading the disk again."
+    import copy
+    from sdxl_course.components import load_components
+    whole = load_components(str(folder))
+    networks = ("text_encoder", "text_encoder_2", "vae", "unet", "scheduler")
+    return lambda: copy.copy(whole).__class__(**{**vars(whole), **{name: copy.deepcopy(getattr(whole, name)) for name in networks}})
+
+
+def files_of(folder):
+    "Every file below a folder: relative name -> bytes."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}

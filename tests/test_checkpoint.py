@@ -1,0 +1,163 @@
+"What survives: exact resume, whole folders, refused resumes."
+import json
+import os
+import shutil
+
+import pytest
+from sdxl_course.checkpoint import damage, find_checkpoint, latest_checkpoint, list_checkpoints, write_folder
+from sdxl_course.core import CourseError, write_atomic
+from safetensors.torch import load_file
+from toy import files_of
+
+N = 6
+MESSY = dict(train_text_encoder=True, gradient_accumulation_steps=2, lora_dropout=0.2, random_flip=True, proportion_empty_prompts=0.3, snr_gamma=5.0, noise_offset=0.1)
+
+
+def lasting(folder):
+    "What must be equal to the last byte: weights, log, final checkpoint. Where the run was told to write may differ."
+    files = {name: data for name, data in files_of(folder).items() if name in ("pytorch_lora_weights.safetensors", "training_log.jsonl") or name.startswith(f"checkpoint-{N}/")}
+    files.pop(f"checkpoint-{N}/manifest.json")
+    state = json.loads(files.pop(f"checkpoint-{N}/trainer_state.json"))
+    for free in ("output_dir", "resume_from_checkpoint"): state["config"].pop(free)
+    assert len(files) == 7
+    return files | {"state": state}
+
+
+def resumed(train, straight, k, options):
+    return train(f"from-{k}", **options, resume_from_checkpoint=str(straight / f"checkpoint-{k}")).output_dir
+
+
+def test_every_k_plus_the_rest_equals_n_byte_for_byte(train):
+    options = dict(max_train_steps=N, checkpointing_steps=1, lr_scheduler="cosine", lr_warmup_steps=1)  # 5 pictures in batches of 2: epochs end in update 3 and 6
+    straight = train("straight", **options).output_dir
+    want = lasting(straight)
+    for k in range(1, N): assert lasting(resumed(train, straight, k, options)) == want, k
+    done = files_of(resumed(train, straight, N, options))  # nothing is left to do
+    for name in ("pytorch_lora_weights.safetensors", "training_log.jsonl"): assert done[name] == want[name]
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_resume_is_exact_with_everything_that_is_random(train, k):
+    options = dict(max_train_steps=N, checkpointing_steps=1, **MESSY)
+    straight = train("straight", **options).output_dir
+    assert lasting(resumed(train, straight, k, options)) == lasting(straight)
+
+
+def test_resume_is_exact_with_random_crops_and_a_seed_of_its_own(train, make_pictures):
+    options = dict(train_data_dir=str(make_pictures(3, "wide", size=(64, 96))), max_train_steps=N, checkpointing_steps=2, seed=None)
+    straight = train("straight", **options)
+    again = train("again", **options, resume_from_checkpoint=str(straight.output_dir / "checkpoint-2"))
+    assert again.seed == straight.seed and lasting(again.output_dir) == lasting(straight.output_dir)
+    assert train("other", **options).log != straight.log  # another run without a seed is another run
+
+
+def test_resuming_twice_and_stopping_early_change_nothing(train):
+    options = dict(checkpointing_steps=1)
+    straight = lasting(train("straight", max_train_steps=N, **options).output_dir)
+    train("steps", max_train_steps=2, **options)
+    train("steps", max_train_steps=4, resume_from_checkpoint="latest", **options)
+    said = []
+    folder = train("steps", max_train_steps=N, resume_from_checkpoint="latest", say=said.append, **options).output_dir
+    assert lasting(folder) == straight
+    assert any("resuming" in text and "4 of 6" in text for text in said)
+
+
+def test_a_run_killed_between_checkpoints_forgets_the_rows_after_the_last_one(train):
+    options = dict(max_train_steps=N, checkpointing_steps=2)
+    straight = train("straight", **options).output_dir
+    folder = straight.with_name("killed")
+    shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("checkpoint-4", "checkpoint-6", "pytorch_lora_weights.safetensors"))
+    shutil.copytree(straight / "checkpoint-2", folder / "checkpoint-2", dirs_exist_ok=True)
+    train("killed", **options, resume_from_checkpoint="latest")
+    assert lasting(folder) == lasting(straight)
+
+
+def test_only_safetensors_and_json_are_written(train):
+    folder = train(max_train_steps=2, checkpointing_steps=1, train_text_encoder=True).output_dir
+    assert {name.rsplit(".", 1)[1] for name in files_of(folder)} <= {"safetensors", "json", "jsonl", "yaml", "md", "png"}
+    moments = load_file(folder / "checkpoint-2" / "optimizer.safetensors")
+    assert {name.split("/")[0] for name in moments} == {"exp_avg", "exp_avg_sq", "step"}
+    assert {name.split("/")[1].split(".")[0] for name in moments} == {"unet", "text_encoder", "text_encoder_2"}
+    assert all(value.dtype.itemsize == 4 for value in moments.values())
+
+
+def test_pruning_keeps_the_newest_and_follows_a_resume(train):
+    options = dict(checkpointing_steps=2, checkpoints_total_limit=2)
+    names = lambda folder: {p.name for p in folder.iterdir() if "checkpoint" in p.name}
+    assert names(train(max_train_steps=6, **options).output_dir) == {"checkpoint-4", "checkpoint-6"}
+    assert names(train(max_train_steps=10, resume_from_checkpoint="checkpoint-4", **options).output_dir) == {"checkpoint-8", "checkpoint-10"}
+
+
+def test_a_fresh_run_does_not_take_an_earlier_runs_checkpoints_for_its_own(train):
+    train(max_train_steps=4, checkpointing_steps=2)
+    said = []
+    folder = train(max_train_steps=2, checkpointing_steps=2, rank=8, say=said.append).output_dir
+    assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-2"] and (folder / "earlier-1" / "checkpoint-4").is_dir()
+    assert any("earlier-1" in text for text in said)
+
+
+@pytest.mark.parametrize("change", [dict(rank=8), dict(lora_layers="to_q,to_v"), dict(seed=1), dict(learning_rate=1e-3), dict(train_text_encoder=True),
+    dict(gradient_accumulation_steps=2), dict(train_batch_size=1), "data"], ids=str)
+def test_a_configuration_that_makes_the_state_a_lie_is_refused_by_name(train, make_pictures, change):
+    train(max_train_steps=2, checkpointing_steps=2)
+    key = "data" if change == "data" else next(iter(change))
+    if change == "data": change = dict(train_data_dir=str(make_pictures(4, "fewer")))
+    key = {"train_batch_size": "pictures_per_micro_step"}.get(key, key)
+    with pytest.raises(CourseError, match=key): train(max_train_steps=4, resume_from_checkpoint="latest", **change)
+
+
+def test_damage_of_any_file_is_named_and_the_one_before_is_taken(train, tmp_path):
+    straight = train("straight", max_train_steps=2, checkpointing_steps=1).output_dir
+    for name in os.listdir(straight / "checkpoint-2"):
+        for harm in ("cut", "bit", "gone"):
+            folder = tmp_path / f"{name}-{harm}"
+            for step in (1, 2): shutil.copytree(straight / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+            victim = folder / "checkpoint-2" / name
+            data = bytearray(victim.read_bytes())
+            if harm == "bit": data[len(data) // 2] ^= 4
+            if harm == "cut": del data[-1:]
+            victim.write_bytes(data) if harm != "gone" else victim.unlink()
+            said = []
+            found = latest_checkpoint(folder, said.append)
+            if name == "manifest.json" and harm == "bit" and not said: continue  # the flipped bit may lie in white space
+            assert found.name == "checkpoint-1" and name.split(".")[0] in said[0], (name, harm, said)
+
+
+def test_a_crash_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    good = lambda text: lambda draft: [write_atomic(draft / name, text) for name in ("a", "b", "c")]
+    write_folder(tmp_path / "checkpoint-1", good(b"one"))
+    real, calls = os.replace, []
+
+    class PowerCut(BaseException): pass
+
+    for target in ("checkpoint-2", "checkpoint-1"):  # a new one, and one that exists
+        for moment in range(1, 8):
+            def cut(*args):
+                calls.append(args)
+                if len(calls) == moment: raise PowerCut
+                return real(*args)
+            calls.clear()
+            monkeypatch.setattr(os, "replace", cut)
+            try: write_folder(tmp_path / target, good(b"two"))
+            except PowerCut: pass
+            monkeypatch.setattr(os, "replace", real)
+            found = latest_checkpoint(tmp_path)
+            assert found and not damage(found)
+            assert {p.read_bytes() for p in found.iterdir() if p.name != "manifest.json"} in ({b"one"}, {b"two"})
+            if target == "checkpoint-2": shutil.rmtree(tmp_path / target, ignore_errors=True)
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
+    write_folder(tmp_path / "checkpoint-1", lambda draft: write_atomic(draft / "a", b"one"))
+
+    def full(draft): raise OSError(28, "No space left on device")
+    with pytest.raises(CourseError, match="No space left"): write_folder(tmp_path / "checkpoint-2", full)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"] and not damage(tmp_path / "checkpoint-1")
+
+
+def test_neighbours_with_similar_names_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-foo", "checkpoint-", "checkpoint-5x", "checkpoints", "checkpoint-9999"): (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    said = []
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9999"]
+    assert find_checkpoint("latest", tmp_path, said.append) is None and len(said) == 2  # the empty one is named, then the fresh start

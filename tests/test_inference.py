@@ -1,0 +1,170 @@
+"What the page 50_inference does not show: odd inputs, several LoRAs, live trainers' modules and the command's exit codes."
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sdxl_course.components import load_components
+from sdxl_course.core import CourseError, seeded
+from sdxl_course.inference import (GenerateConfig, adapter_names, draw_and_save, generate, load_pipeline, main, set_lora_scale,
+    sweep_lora_scale)
+from sdxl_course.lora import add_lora, lora_parameters, save_lora
+from sdxl_course.trainer import parse_config
+
+PROMPTS = ["a red house", "a blue mug", "a cat"]
+QUICK = dict(num_inference_steps=2)
+
+
+def gap(ones, others): return max(int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in zip(ones, others))
+
+
+def make_lora(model, folder, key, encoders=(), **options):
+    "A LoRA file with numbers in every B."
+    parts = load_components(model)
+    models = {part: getattr(parts, part) for part in ("unet", *encoders)}
+    for one in models.values():
+        for name, p in lora_parameters(add_lora(one, generator=seeded(key), **options)):
+            if "lora_B" in name: p.data = 2 * torch.randn(p.shape, generator=seeded(key, name))
+            if "magnitude" in name: p.data *= 2
+    return save_lora(folder, **models)
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy_model): return load_pipeline(toy_model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def loras(toy_model, tmp_path_factory):
+    "One LoRA for the UNet alone, one that also steers both text encoders."
+    home = tmp_path_factory.mktemp("loras")
+    return {"style": make_lora(toy_model, home / "style", 1, rank=2, alpha=4), "subject": make_lora(toy_model, home / "subject", 2, ("text_encoder", "text_encoder_2"))}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_picture_does_not_depend_on_its_batch(pipeline, batch_size):
+    wanted = [generate(pipeline, p, s, **QUICK)[0] for p, s in zip(PROMPTS, (5, 6, 7))]
+    assert gap(generate(pipeline, PROMPTS, (5, 6, 7), batch_size=batch_size, **QUICK), wanted) <= 1
+    shuffled = generate(pipeline, PROMPTS[::-1], (7, 6, 5), batch_size=batch_size, **QUICK)
+    assert gap(shuffled[::-1], wanted) <= 1
+
+
+def test_the_seed_is_the_one_stock_diffusers_takes(pipeline):
+    ours = generate(pipeline, PROMPTS[0], 3, **QUICK)
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(3), num_inference_steps=2, guidance_scale=5.0).images
+    assert gap(ours, stock) == 0 and ours[0].size == (64, 64)
+
+
+def test_one_seed_or_one_prompt_serve_all(pipeline):
+    assert len(generate(pipeline, PROMPTS, 0, **QUICK)) == 3
+    many = generate(pipeline, PROMPTS[0], range(3), **QUICK)
+    assert len(many) == 3 and gap(many[:1], many[1:]) > 1
+    for prompts, seeds in ((PROMPTS, [1, 2]), ([], 1), (PROMPTS, []), ([1], 0), (PROMPTS, "1")):
+        with pytest.raises(CourseError): generate(pipeline, prompts, seeds, **QUICK)
+
+
+def test_nothing_outside_is_touched(pipeline):
+    pipeline.unet.train()
+    state = torch.random.get_rng_state()
+    generate(pipeline, PROMPTS, 0, negative_prompt="a dog", **QUICK)
+    assert torch.equal(state, torch.random.get_rng_state()) and pipeline.unet.training
+    pipeline.unet.eval()
+
+
+def test_lora_dropout_is_off_while_drawing(toy_model):
+    "A trainer's live modules are in train mode; its pictures must not be drawn with dropout."
+    parts = load_components(toy_model)
+    add_lora(parts.unet, dropout=0.9, generator=seeded(0))
+    for name, p in lora_parameters(parts.unet):
+        if "lora_B" in name: p.data += 1
+    parts.unet.train()
+    live = parts.pipeline()
+    assert gap(generate(live, PROMPTS[0], 0, **QUICK), generate(live, PROMPTS[0], 0, **QUICK)) == 0
+
+
+def test_scale_zero_is_the_base_also_for_dora(toy_model, tmp_path, pipeline):
+    base = generate(pipeline, PROMPTS[0], 0, **QUICK)
+    dora = load_pipeline(toy_model, lora=make_lora(toy_model, tmp_path, 3, use_dora=True), device="cpu")
+    assert gap(generate(dora, PROMPTS[0], 0, **QUICK), base) > 1
+    assert gap(sweep_lora_scale(dora, PROMPTS[0], 0, (0,), **QUICK), base) == 0
+    assert gap(generate(dora, PROMPTS[0], 0, **QUICK), base) > 1  # back on after the sweep
+    assert gap(generate(load_pipeline(toy_model, lora=tmp_path, lora_scale=0, device="cpu"), PROMPTS[0], 0, **QUICK), base) == 0
+
+
+def test_several_loras_and_their_strengths(toy_model, loras, pipeline):
+    base = generate(pipeline, PROMPTS[0], 0, **QUICK)
+    alone = {name: generate(load_pipeline(toy_model, lora=file, device="cpu"), PROMPTS[0], 0, **QUICK) for name, file in loras.items()}
+    both = load_pipeline(toy_model, lora=list(loras.values()), device="cpu")
+    assert adapter_names(both) == ["style", "subject"]  # named after their folders
+    assert min(gap(generate(both, PROMPTS[0], 0, **QUICK), other) for other in (base, *alone.values())) > 1
+    for name in loras:
+        set_lora_scale(both, {name: 1.0})
+        assert gap(generate(both, PROMPTS[0], 0, **QUICK), alone[name]) <= 1
+    set_lora_scale(both, 0)
+    assert gap(generate(both, PROMPTS[0], 0, **QUICK), base) == 0
+    set_lora_scale(both, [0, 0.5])
+    half = load_pipeline(toy_model, lora={"mine": loras["subject"]}, lora_scale={"mine": 0.5}, device="cpu")
+    assert gap(generate(both, PROMPTS[0], 0, **QUICK), generate(half, PROMPTS[0], 0, **QUICK)) <= 1
+
+
+def test_merging_by_diffusers_gives_the_same_picture(toy_model, loras):
+    pipeline = load_pipeline(toy_model, lora=loras["subject"], device="cpu")
+    wanted = generate(pipeline, PROMPTS[0], 0, **QUICK)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert gap(generate(pipeline, PROMPTS[0], 0, **QUICK), wanted) <= 1
+
+
+def test_bf16_pipeline_takes_a_lora(toy_model, loras):
+    pipeline = load_pipeline(toy_model, lora=loras["subject"], device="cpu", dtype=torch.bfloat16)
+    assert np.asarray(generate(pipeline, PROMPTS[0], 0, **QUICK)[0]).std() > 0
+
+
+def test_the_command_writes_pictures_that_say_how_they_were_made(toy_model, loras, tmp_path, capsys):
+    flags = ["--model", str(toy_model), "--prompt", "a red house", "--prompt", "été: 赤い家", "--num_images", "2", "--seed", "7", "--num_inference_steps", "2",
+        "--guidance_scale", "3", "--lora", str(loras["style"].parent), "--lora", str(loras["subject"]), "--lora_scale", "0.5", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(flags) == 0
+    assert "wrote 4 pictures" in capsys.readouterr().out
+    files = sorted((tmp_path / "out").glob("image_*.png"))
+    assert [f.name for f in files] == [f"image_{i:03d}.png" for i in range(4)] and (tmp_path / "out" / "grid.png").is_file()
+    notes = [Image.open(f).text for f in files]
+    assert [(n["prompt"], n["seed"]) for n in notes] == [("a red house", "7"), ("a red house", "8"), ("été: 赤い家", "7"), ("été: 赤い家", "8")]
+    assert notes[0]["lora"] == "style, subject" and str(tmp_path) not in str(notes)
+    before = [f.read_bytes() for f in files]
+    assert main(flags) == 0 and [f.read_bytes() for f in files] == before  # same command, same bytes
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "no prompt was given"),
+    (["--prompt", "a", "--promt", "b"], "did you mean prompt"),
+    (["--prompt", "a", "--num_images", "0"], "wanted 1 or more"),
+    (["--prompt", "a", "--height", "63"], "multiples of 8"),
+    (["--prompt", "a", "--lora", "nowhere.safetensors"], "no LoRA at 'nowhere.safetensors'"),
+    (["--prompt", "a", "--lora", "{lora}", "--lora_scale", "1", "2"], "2 LoRA scales for 1"),
+    (["--prompt", "a", "--device", "toaster"], "toaster"),
+    (["--prompt", "a", "--model", "no/such/model"], "no model at"),
+    (["--prompt", "a", "--mixed_precision", "fp8"], "fp8"),
+    (["--prompt", "a", "--output_dir", "{file}/deep"], "cannot be written"),
+])
+def test_mistakes_end_with_one_sentence(toy_model, loras, tmp_path, capsys, flags, words):
+    (tmp_path / "file").write_text("in the way")
+    places = dict(lora=loras["style"], file=tmp_path / "file")
+    flags = [f.format(**places) for f in flags]
+    code = main(["--model", str(toy_model), "--output_dir", str(tmp_path / "out"), *flags])
+    told = capsys.readouterr().err
+    assert code == 2 and words in told and "Traceback" not in told and len(told.strip().splitlines()) == 1
+
+
+def test_a_prompt_that_is_too_long_is_told(toy_model, tmp_path, capsys):
+    assert main(["--model", str(toy_model), "--prompt", "a red house " * 20 + "by the sea", "--num_inference_steps", "1", "--output_dir", str(tmp_path)]) == 0
+    assert "will not hear its end" in capsys.readouterr().out
+
+
+def test_the_config_is_plain(toy_model):
+    config = parse_config(GenerateConfig, ["--prompt", "a", "b", "--prompt", "c", "--lora_scale", "0.3"])
+    assert config.prompt == ["a", "b", "c"] and config.lora_scale == [0.3] and config.model == "tiny" and config.num_images == 1
+    with pytest.raises(CourseError, match="no prompt"): GenerateConfig()
+
+
+def test_draw_and_save_takes_a_config(toy_model, tmp_path, capsys):
+    paths = draw_and_save(GenerateConfig(prompt=["a mug"], model=str(toy_model), num_inference_steps=1, output_dir=str(tmp_path), height=64, width=96))
+    assert [p.name for p in paths] == ["image_000.png", "grid.png"] and Image.open(paths[0]).size == (96, 64)

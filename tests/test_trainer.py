@@ -1,0 +1,129 @@
+"Options, their parser, the plan of batches and the loop."
+import json
+from dataclasses import MISSING, fields
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from sdxl_course.core import CourseError
+from sdxl_course.text_to_image import TextToImageConfig, main
+from sdxl_course.trainer import Chance, Plan, TrainConfig, config_dict, make_optimizer, make_schedule, parse_config, usable_tracker
+
+REFERENCE = dict(  # the flags of the reference text-to-image LoRA script: (type, default)
+    pretrained_model_name_or_path=(str, MISSING), pretrained_vae_model_name_or_path=(str, None), revision=(str, None), variant=(str, None),
+    dataset_name=(str, None), dataset_config_name=(str, None), train_data_dir=(str, None), image_column=(str, "image"), caption_column=(str, "text"),
+    max_train_samples=(int, None), cache_dir=(str, None), resolution=(int, 1024), center_crop=(bool, False), random_flip=(bool, False),
+    image_interpolation_mode=(str, "lanczos"), validation_prompt=(str, None), num_validation_images=(int, 4), validation_epochs=(int, 1),
+    output_dir=(str, "sd-model-finetuned-lora"), seed=(int, None), train_batch_size=(int, 16), num_train_epochs=(int, 100), max_train_steps=(int, None),
+    checkpointing_steps=(int, 500), checkpoints_total_limit=(int, None), resume_from_checkpoint=(str, None), gradient_accumulation_steps=(int, 1),
+    gradient_checkpointing=(bool, False), dataloader_num_workers=(int, 0), local_rank=(int, -1), learning_rate=(float, 1e-4), scale_lr=(bool, False),
+    lr_scheduler=(str, "constant"), lr_warmup_steps=(int, 500), snr_gamma=(float, None), use_8bit_adam=(bool, False), adam_beta1=(float, 0.9),
+    adam_beta2=(float, 0.999), adam_weight_decay=(float, 1e-2), adam_epsilon=(float, 1e-8), max_grad_norm=(float, 1.0), prediction_type=(str, None),
+    noise_offset=(float, 0), rank=(int, 4), train_text_encoder=(bool, False), debug_loss=(bool, False), allow_tf32=(bool, False),
+    mixed_precision=(str, None), enable_xformers_memory_efficient_attention=(bool, False), enable_npu_flash_attention=(bool, False),
+    push_to_hub=(bool, False), hub_token=(str, None), hub_model_id=(str, None), logging_dir=(str, "logs"), report_to=(str, "tensorboard"))
+
+NEEDED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
+
+
+def test_every_reference_flag_has_its_name_type_and_default():
+    assert len(REFERENCE) == 55
+    have, kinds = {f.name: f for f in fields(TrainConfig)}, get_type_hints(TrainConfig)
+    for name, (kind, default) in REFERENCE.items():
+        assert have[name].default == default, name
+        assert kind is kinds[name] or kind in get_args(kinds[name]), name
+    assert all(f.metadata["help"] for f in have.values())
+
+
+def test_the_source_documents_command_is_accepted(capsys):
+    argv = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix
+        --dataset_name=AdamLucek/oldbookillustrations-small --num_validation_images=4 --validation_epochs=1 --output_dir=output/x --resolution=1024 --center_crop
+        --random_flip --train_text_encoder --train_batch_size=1 --num_train_epochs=10 --checkpointing_steps=500 --gradient_accumulation_steps=4
+        --learning_rate=1e-04 --lr_warmup_steps=0 --report_to=wandb --dataloader_num_workers=8 --allow_tf32 --mixed_precision=fp16 --push_to_hub
+        --hub_model_id=sdxl-base-1.0-oldbookillustrations-lora --hub_token=hf_secret --print_config""".split()
+    assert main(argv + ["--validation_prompt", "An inventor tinkers, oblivious to the setting sun"]) == 0
+    text = capsys.readouterr().out
+    shown = json.loads(text)
+    assert shown["learning_rate"] == 1e-4 and shown["center_crop"] is True and shown["max_train_steps"] is None and shown["push_to_hub"] is True
+    assert "hf_secret" not in text
+
+
+def test_a_config_file_goes_through_the_same_parser_and_the_command_line_wins(tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-4\nmixed_precision: no\nrank: 8\ncenter_crop: true\nrandom_flip: false\nsnr_gamma: ~\n"
+        "validation_prompt: 'yes, a house: red'\nvalidation_prompts:\n  - a\n  - b c\n")
+    config = parse_config(TextToImageConfig, NEEDED + [f"--config={tmp_path / 'a.yaml'}", "--rank", "3"])
+    assert (config.learning_rate, config.mixed_precision, config.rank, config.center_crop, config.random_flip) == (1e-4, "no", 3, True, False)
+    assert (config.snr_gamma, config.validation_prompt, config.validation_prompts) == (None, "yes, a house: red", ["a", "b c"])
+    (tmp_path / "b.json").write_text(json.dumps(config_dict(config)))
+    assert parse_config(TextToImageConfig, ["--config", str(tmp_path / "b.json")]) == config
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--rnak", "4"], "rank"), (["--resol", "64"], "resolution"), (["--rank", "many"], "invalid int value"), (["--rank", "0"], "at least 1"),
+    (["--lr_scheduler", "cosin"], "cosine"), (["--report_to", "tensorbord"], "tensorboard"), (["--learning_rate", "nan"], "at least 0"),
+    (["--lr_scheduler", "piecewise_constant"], "lr_step_rules"), (["stray"], "stray"), (["--config", "no.yaml"], "no.yaml")])
+def test_wrong_words_are_one_sentence_and_exit_code_2(words, message, capsys):
+    assert main(NEEDED + words) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and told.count("\n") == 1
+
+
+def test_help_lists_every_flag(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in (*REFERENCE, "lora_alpha", "lora_layers", "lora_dropout", "config", "print_config", "validation_prompts", "proportion_empty_prompts"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 30), batch=st.integers(1, 5), accumulation=st.integers(1, 4), processes=st.integers(1, 3), seed=st.integers(0, 5))
+def test_every_epoch_sees_every_sample_once_whatever_the_shape_of_the_run(n, batch, accumulation, processes, seed):
+    plan = Plan(n, batch, accumulation, seed, processes)
+    alone = Plan(n, batch * processes, accumulation, seed)
+    assert plan.updates_per_epoch == alone.updates_per_epoch
+    updates = 2 * plan.updates_per_epoch
+    shares = [list(plan.micro_steps(0, updates, rank)) for rank in range(processes)]
+    for epoch in (0, 1):
+        seen = [i for share in shares for m in share if m.epoch == epoch and m.live for i in m.indices]
+        assert sorted(seen) == list(range(n))
+    for together, *parts in zip(alone.micro_steps(0, updates), *shares):
+        assert tuple(i for part in parts if part.live for i in part.indices) == together.indices
+        assert all((part.step, part.part, part.total, part.last) == (together.step, together.part, together.total, together.last) for part in parts)
+    for first in range(updates): assert list(alone.micro_steps(first, updates)) == [m for m in alone.micro_steps(0, updates) if m.step >= first]
+
+
+def test_dice_differ_by_every_part_of_their_address():
+    draws = {Chance(seed, epoch, key).below(purpose, 2**40) for seed in (0, 1) for epoch in (0, 1) for key in ("a", "b") for purpose in ("noise", "flip")}
+    assert len(draws) == 16
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_end_where_they_should(name, warmup):
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], 1e-4)
+    schedule = make_schedule(optimizer, name, warmup, 10)
+    for _ in range(10): optimizer.step(), schedule.step()
+    assert schedule.get_last_lr()[0] == pytest.approx(1e-7 if name == "polynomial" else 0, abs=1e-12)
+
+
+def test_piecewise_constant_follows_its_rules():
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    schedule, rates = make_schedule(optimizer, "piecewise_constant", 0, 4, "1:2,0.1"), []
+    for _ in range(4): rates.append(schedule.get_last_lr()[0]), optimizer.step(), schedule.step()
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+    with pytest.raises(CourseError, match="lr_step_rules"): make_schedule(optimizer, "piecewise_constant", 0, 4, "nonsense")
+
+
+def test_a_missing_tracker_is_said_and_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
+    said = []
+    assert usable_tracker("wandb", said.append) is None and "not installed" in said[0]
+    assert usable_tracker("none", said.append) is None and len(said) == 1
+
+
+def test_importing_and_training_leave_no_trace_in_the_global_state(train):
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    train(lora_dropout=0.3, validation_prompt="x", num_validation_images=1, allow_tf32=True)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.get_default_dtype() == torch.float32 and torch.get_num_threads() == threads
+    assert torch.backends.cuda.matmul.allow_tf32 is False
