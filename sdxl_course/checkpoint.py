@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .core import CourseError, load_tensors, plain, save_tensors, sync_folder, write_atomic, write_json
 
-# %% ../nbs/42_checkpoint.ipynb #ec12d3af
+# %% ../nbs/42_checkpoint.ipynb #4226a860
 def manifest(
     folder, # a folder of files
 )->dict: # file name -> size in bytes and sha256
@@ -26,6 +26,7 @@ def manifest(
     files = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name != "manifest.json")
     return {p.name: dict(bytes=p.stat().st_size, sha256=hashlib.sha256(p.read_bytes()).hexdigest()) for p in files}
 
+# %% ../nbs/42_checkpoint.ipynb #14f68168
 def write_folder(
     target, # the folder's final name
     fill, # function of a draft folder, writes the files
@@ -43,8 +44,10 @@ def write_folder(
         os.replace(draft, target)
         sync_folder(target.parent)
     except OSError as error:
-        raise CourseError(f"{target} could not be written ({error.strerror}): wanted a folder with write permission and free space; earlier checkpoints are untouched") from error
+        raise CourseError(f"{target} could not be written ({error.strerror}): wanted a folder with write permission and free space; "
+            "earlier checkpoints are untouched") from error
     finally:
+        if former.exists() and not target.exists(): os.replace(former, target)
         for path in (draft, former): shutil.rmtree(path, ignore_errors=True)
     return target
 
@@ -117,7 +120,7 @@ def tidy(
         if not target.exists(): os.replace(path, target)
     for path in [*Path(output_dir).glob(".checkpoint-*.former"), *Path(output_dir).glob(".checkpoint-*.part")]: shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/42_checkpoint.ipynb #4c8b4003
+# %% ../nbs/42_checkpoint.ipynb #614aa2e8
 def set_aside(
     output_dir, # folder of a run that begins afresh
     say=print, # gets one sentence
@@ -129,9 +132,10 @@ def set_aside(
     home = Path(output_dir)/f"earlier-{number}"
     home.mkdir()
     for path in found: os.replace(path, home/path.name)
-    say(f"{output_dir} holds {len(found)} checkpoints of an earlier run: moved to {home.name}; to go on from them instead, use --resume_from_checkpoint {home/found[-1].name}")
+    say(f"{output_dir} holds {len(found)} checkpoints of an earlier run: moved to {home.name}; to go on from them instead, "
+        f"use --resume_from_checkpoint {home/found[-1].name}")
 
-# %% ../nbs/42_checkpoint.ipynb #2d99a98d
+# %% ../nbs/42_checkpoint.ipynb #4142d52b
 def optimizer_state(
     optimizer, # torch optimizer, or accelerate's wrapper of one
     parameters:dict, # name -> tensor it trains
@@ -143,6 +147,7 @@ def optimizer_state(
     groups = [{**{k: v for k, v in g.items() if k != "params"}, "names": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
     return ({k: v for k, v in entries if hasattr(v, "dtype")}, dict(groups=groups, numbers={k: v for k, v in entries if not hasattr(v, "dtype")}))
 
+# %% ../nbs/42_checkpoint.ipynb #bef5df12
 def restore_optimizer(
     optimizer, # as in `optimizer_state`, fresh
     tensors:dict, # as `optimizer_state` gave them
@@ -236,11 +241,13 @@ def checkpointing(
         prune_checkpoints(output_dir, limit)
     return hook
 
-# %% ../nbs/42_checkpoint.ipynb #15e7f53b
-FREE = frozenset("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint dataloader_num_workers local_rank train_batch_size updates
-    validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir report_to push_to_hub hub_model_id debug_loss
-    pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column max_train_samples""".split())
-MACHINE = frozenset("mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention revision variant".split())
+# %% ../nbs/42_checkpoint.ipynb #10363586
+FREE = frozenset("""output_dir max_train_steps num_train_epochs updates checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
+    report_to push_to_hub hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name
+    dataset_config_name image_column caption_column max_train_samples""".split())
+MACHINE = frozenset("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
+    revision variant""".split())
 
 def config_changes(
     saved:dict, # configuration in the checkpoint
@@ -259,5 +266,7 @@ def refuse_changes(
     changes = config_changes(saved, now)
     told = lambda keys: ", ".join(f"{key} (was {changes[key][0]!r}, now {changes[key][1]!r})" for key in keys)
     hard, soft = [k for k in changes if k not in MACHINE], [k for k in changes if k in MACHINE]
-    if hard: raise CourseError(f"the checkpoint belongs to another configuration: {told(hard)}; wanted the same values, or a fresh --output_dir without --resume_from_checkpoint")
+    if hard:
+        raise CourseError(f"the checkpoint belongs to another configuration: {told(hard)}; wanted the same values, "
+            "or a fresh start without --resume_from_checkpoint")
     if soft: say(f"resuming with another {told(soft)}: the run goes on, but not with the same bits")

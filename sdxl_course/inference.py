@@ -6,9 +6,10 @@
 __all__ = ['generate', 'adapter_names', 'set_lora_scale', 'load_pipeline', 'sweep_lora_scale', 'save_pictures', 'GenerateConfig',
            'draw_and_save', 'main']
 
-# %% ../nbs/50_inference.ipynb #ec8dd680
+# %% ../nbs/50_inference.ipynb #128a8616
 import io
 import re
+import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def _writable(
 
 def _one_or_all(scales): return 1.0 if not scales else scales[0] if len(scales) == 1 else scales
 
-# %% ../nbs/50_inference.ipynb #4907d32d
+# %% ../nbs/50_inference.ipynb #a815cb89
 def draw_and_save(
     config:GenerateConfig, # what to draw
 )->list: # paths of the pictures, grid.png last
@@ -230,7 +231,7 @@ def draw_and_save(
     size = (config.height or known, config.width or known)
     prompts, seeds = zip(*[(p, config.seed + i) for p in config.prompt for i in range(config.num_images)])
     pictures = generate(pipeline, prompts, seeds, config.num_inference_steps, config.guidance_scale, size,
-        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=True)
+        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=sys.stderr.isatty())
     shared = dict(negative_prompt=config.negative_prompt, steps=config.num_inference_steps, guidance_scale=config.guidance_scale, model=Path(config.model).name if Path(config.model).exists() else config.model,
         lora=", ".join(adapter_names(pipeline)) or None, lora_scale=config.lora and _one_or_all(config.lora_scale))
     paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])

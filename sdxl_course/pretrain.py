@@ -44,7 +44,7 @@ from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, MEDIUM, OBJECTS, PLAC
 from .noise import NoiseSchedule
 from .objective import denoising_loss
 
-# %% ../nbs/61_pretrain.ipynb #7857325e
+# %% ../nbs/61_pretrain.ipynb #e4a21eda
 STAGES = ("data", "tokenizer", "vae", "clip", "cache", "unet", "export")
 SIDE = 128 # pixels of a training picture
 
@@ -61,6 +61,7 @@ class RunConfig:
     num_workers:int = 2 # processes that render
     shard_size:int = 500 # scenes in a file
 
+# %% ../nbs/61_pretrain.ipynb #d03d1792
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     "The chain that makes sdxl-tiny; every field is a flag of `sdxl-course pretrain`."
@@ -174,7 +175,7 @@ def one_thread():
     "What a rendering process does first."
     torch.set_num_threads(1)
 
-# %% ../nbs/61_pretrain.ipynb #d664aa20
+# %% ../nbs/61_pretrain.ipynb #04b0b179
 def make_data(
     config:PretrainConfig,
     stop=None, # object whose `asked` says that we must end
@@ -185,7 +186,7 @@ def make_data(
     numbers = [k for k in range(math.ceil(config.num_scenes/config.shard_size)) if not shard_is_whole(folder, k, config.shard_size, config.num_scenes)]
     jobs = [(folder, k, config.shard_size, config.num_scenes, config.held_out_share, config.captions_per_scene, config.seed) for k in numbers]
     began = time.time()
-    def report(done, shard): say("data", shard=shard, left=len(jobs) - done, scenes_per_second=done*config.shard_size/(time.time() - began))
+    def report(done, shard): say("data", shard=shard, left=len(jobs) - done, seconds_per_shard=(time.time() - began)/done)
     if config.num_workers <= 1 or len(jobs) <= 1:
         for done, job in enumerate(jobs, 1):
             if stop is not None and stop.asked: return
@@ -362,7 +363,7 @@ def ema_decay(
     "How much of the average is kept: little at first."
     return min(most, (1 + step)/(10 + step))
 
-# %% ../nbs/61_pretrain.ipynb #bbf35407
+# %% ../nbs/61_pretrain.ipynb #c2602b97
 class Learner:
     "Parameters, their moving average and AdamW, saved and found again as one file."
     def __init__(self,
@@ -372,7 +373,7 @@ class Learner:
         betas:tuple = (0.9, 0.99), # of AdamW
     ):
         self.parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
-        self.optimizer = torch.optim.AdamW(list(self.parameters.values()), lr=0., betas=betas, weight_decay=weight_decay, foreach=True)
+        self.optimizer = torch.optim.AdamW(list(self.parameters.values()), lr=0., betas=betas, weight_decay=weight_decay, fused=True)
         self.average = {key: p.detach().clone() for key, p in self.parameters.items()}
         self.ema, self.step = ema, 0
 

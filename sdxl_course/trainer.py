@@ -362,7 +362,7 @@ class Plan:
                 mine = tuple(indices[rank*self.batch_size:(rank + 1)*self.batch_size])
                 yield Micro(step, part, epoch, mine or tuple(indices[:1]), len(seen), part == len(parts) - 1, bool(mine))
 
-# %% ../nbs/41_trainer.ipynb #3ecfcf88
+# %% ../nbs/41_trainer.ipynb #8f0a92f0
 def make_optimizer(
     parameters, # list of trainable tensors, fp32
     learning_rate:float, # step size
@@ -383,7 +383,8 @@ def make_schedule(
 ): # torch LambdaLR, to be stepped once per update
     "A learning-rate schedule that is `updates` long."
     try: return get_scheduler(name, optimizer, step_rules=rules, num_warmup_steps=warmup, num_training_steps=updates)
-    except ValueError as error: raise CourseError(f"--lr_step_rules {rules!r} with --lr_scheduler {name} does not work ({error}): wanted for instance 1:100,0.1") from error
+    except ValueError as error:
+        raise CourseError(f"--lr_scheduler {name} with --lr_step_rules {rules!r} does not work ({error}): wanted rules such as 1:100,0.1") from error
 
 # %% ../nbs/41_trainer.ipynb #cb7b8e82
 @dataclass

@@ -201,7 +201,7 @@ def test_several_runs_may_share_the_folder(tmp_path):
     context = multiprocessing.get_context("spawn")
     runs = [context.Process(target=fill, args=(tmp_path, start, 60)) for start in range(3)]
     for run in runs: run.start()
-    for run in runs: run.join(180)
+    for run in runs: run.join(600)
     assert [run.exitcode for run in runs] == [0, 0, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -210,7 +210,7 @@ def test_empty_captionless_and_unwritable_folders(tmp_path, toy_model, make_pict
 def test_components_that_carry_a_lora_are_refused(toy, train, toy_model, make_pictures, tmp_path):
     from sdxl_course.text_to_image import TextToImageConfig, train_text_to_image
     used = toy()
-    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(2)), output_dir=str(tmp_path / "o"), resolution=64, train_batch_size=2,
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(2, "two")), output_dir=str(tmp_path / "o"), resolution=64, train_batch_size=2,
         max_train_steps=1, seed=0, report_to="none")
     train_text_to_image(config, used, say=lambda text: None)
     with pytest.raises(CourseError, match="freshly loaded"): train_text_to_image(config, used, say=lambda text: None)
