@@ -135,10 +135,10 @@ def save_loss_plot(
     figure.savefig(data, format="png")
     return write_atomic(path, data.getvalue())
 
-# %% ../nbs/62_cli.ipynb #d89f332a
+# %% ../nbs/62_cli.ipynb #d52251f4
 def demo(
     output_dir="sdxl-course-demo", # folder for what it makes
-    steps:int=300,                 # of training
+    steps:int=200,                 # of training
     seed:int=0,                    # decides every draw
 )->dict: # the report
     "Teach the small model a style, and show it before and after."
@@ -178,7 +178,7 @@ def demo_report(
             "losses": result.losses, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(),
             "lora": str(result.lora_path), "provenance": provenance()}
 
-# %% ../nbs/62_cli.ipynb #fd35f729
+# %% ../nbs/62_cli.ipynb #613965be
 def run_demo(
     words, # of the command line
 )->int: # exit code
@@ -186,7 +186,7 @@ def run_demo(
     from sdxl_course.core import CourseError, nearest
     parser = argparse.ArgumentParser("sdxl-course demo", description="Teach the small model a style: before and after.", allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="sdxl-course-demo", help="folder for what it makes")
-    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
     def refuse(message): raise CourseError(f"{message}; see sdxl-course demo --help")
     parser.error = refuse

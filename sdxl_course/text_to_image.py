@@ -163,7 +163,7 @@ def prepare(self:Feeder,
 @patch
 def flipped(self:Feeder, dice)->bool: return self.random_flip and dice.uniform("flip") < 0.5
 
-# %% ../nbs/43_text_to_image.ipynb #449a1960
+# %% ../nbs/43_text_to_image.ipynb #8c92586a
 @patch
 def encode(self:Feeder,
     micro, # Micro
@@ -171,7 +171,7 @@ def encode(self:Feeder,
 )->list: # (latent_mean (4, h, w), latent_std, sizes) per sample
     "Clouds of latents, from the cache or from the VAE."
     if self.pictures:
-        kept = [self.cache.read(self.pictures[i, self.flipped(self.dice(micro.epoch, i))]) for i in micro.indices]
+        kept = [self.cache.fetch(self.pictures[i, self.flipped(self.dice(micro.epoch, i))]) for i in micro.indices]
         return [(tensors["latent_mean"], tensors["latent_std"], sizes) for tensors, sizes in kept]
     mean, std = (x.cpu() for x in posterior(self.components.vae, torch.stack([p.pixels for p in prepared])))
     for i, m, s in zip(micro.indices, mean, std):
@@ -180,7 +180,7 @@ def encode(self:Feeder,
     sizes = [{name: getattr(p, name) for name in SIZES} for p in prepared]
     return list(zip(mean, std, sizes))
 
-# %% ../nbs/43_text_to_image.ipynb #81d4779e
+# %% ../nbs/43_text_to_image.ipynb #b60abc04
 @patch
 def caption(self:Feeder, dice, i:int)->str: # "" means dropped
     "The words a sample is shown with this time."
@@ -191,7 +191,7 @@ def caption(self:Feeder, dice, i:int)->str: # "" means dropped
 def embeddings(self:Feeder, caption:str)->dict: # prompt_embeds (77, d), pooled_prompt_embeds (p,)
     "From the cache; the empty caption's where there is nothing to say, or where the text encoders speak later."
     if not caption or not self.texts: return dict(prompt_embeds=self.empty[0], pooled_prompt_embeds=self.empty[1])
-    return self.cache.read(self.texts[caption])[0]
+    return self.cache.fetch(self.texts[caption])[0]
 
 # %% ../nbs/43_text_to_image.ipynb #205bde33
 @patch
@@ -336,8 +336,8 @@ def validation_loss(
     unet.train(was)
     return float(torch.stack(losses).mean())
 
-# %% ../nbs/43_text_to_image.ipynb #25fa9ad5
-@dataclass
+# %% ../nbs/43_text_to_image.ipynb #5f18f7ec
+@dataclass(repr=False)
 class Result:
     "What a run made."
     output_dir: Path # where everything lies
@@ -351,6 +351,9 @@ class Result:
 
     @property
     def losses(self)->list: return [row["loss"] for row in self.log]
+
+    def __repr__(self):
+        return f"Result({len(self.log)} updates, validation loss {self.validation_loss_before:.4f} before, {self.validation_loss_after:.4f} after)"
 
     def _repr_markdown_(self):
         return (f"| updates | parameters file | validation loss before | after |\n|---|---|---|---|\n| {len(self.log)} | `{self.lora_path.name}`, "
