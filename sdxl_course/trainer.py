@@ -10,7 +10,7 @@ __all__ = ['INTERPOLATIONS', 'SCHEDULES', 'LIMITS', 'option', 'ModelOptions', 'D
            'TrainState', 'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'fit', 'machine_precision',
            'usable_tracker', 'accelerating', 'prefetch']
 
-# %% ../nbs/41_trainer.ipynb #378c76b1
+# %% ../nbs/41_trainer.ipynb #61665d57
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
-from .core import CourseError, nearest, seeded
+from .core import CourseError, guarded, nearest, seeded
 from transformers import HfArgumentParser
 
 # %% ../nbs/41_trainer.ipynb #9f733845
@@ -184,16 +184,12 @@ def check_limits(
             guess = nearest(str(value), choices)
             raise CourseError(f"--{f.name} is {value!r}: wanted one of {', '.join(choices)}" + (f"; did you mean {guess}?" if guess else ""))
 
-# %% ../nbs/41_trainer.ipynb #456caf05
-_secrets = {} # what must never be written: not part of any config
-
+# %% ../nbs/41_trainer.ipynb #2db6625d
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(SharingOptions, HardwareOptions, LoraOptions, OptimizerOptions, RunOptions, ValidationOptions, ImageOptions, DataOptions, ModelOptions):
     "Every option of a LoRA training run, checked."
     def __post_init__(self):
-        if self.hub_token is not None:
-            _secrets["hub_token"] = self.hub_token
-            object.__setattr__(self, "hub_token", None)
+        object.__setattr__(self, "hub_token", None)
         check_limits(self)
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise CourseError("--lr_scheduler piecewise_constant came without rules: wanted --lr_step_rules as well, for instance 1:100,0.1")
@@ -270,7 +266,7 @@ def parse_config(
         raise SystemExit(0)
     return config
 
-# %% ../nbs/41_trainer.ipynb #a252022c
+# %% ../nbs/41_trainer.ipynb #6a96a567
 def run_command(
     cls, # config dataclass
     recipe, # function of one config
@@ -278,15 +274,13 @@ def run_command(
     prog:str=None, # name of the command
 )->int: # exit code: 0 done, 2 wrong input, 130 interrupted
     "Run a recipe from the command line."
-    try: recipe(parse_config(cls, argv, prog))
-    except CourseError as error:
-        print(f"{prog or 'error'}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume_from_checkpoint latest goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    except SystemExit as stop: return int(stop.code or 0)
-    return 0
+    def run():
+        try: recipe(parse_config(cls, argv, prog))
+        except KeyboardInterrupt:
+            print("the same command with --resume_from_checkpoint latest goes on from the newest checkpoint", file=sys.stderr)
+            raise
+        except SystemExit as stop: return int(stop.code or 0)
+    return guarded(run)
 
 # %% ../nbs/41_trainer.ipynb #d473c05c
 @dataclass(frozen=True)
