@@ -14,7 +14,7 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'sample_pictures', 'load_parts', 'train_unet', 'save_towers', 'card_text', 'export_model', 'run_stages',
            'main']
 
-# %% ../nbs/61_pretrain.ipynb #a5114f1b
+# %% ../nbs/61_pretrain.ipynb #7d8277ce
 import json
 import math
 import multiprocessing
@@ -38,7 +38,7 @@ from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithPro
 from .components import count_parameters, save_components, tiny_architecture, tiny_path
 from .cache import Batch, draw_latents, fingerprint, posterior
 from .conditioning import encode_prompts, make_time_ids
-from .core import CourseError, image_grid, load_tensors, nearest, provenance, save_tensors, seeded, write_atomic, write_json
+from .core import CourseError, guarded, image_grid, load_tensors, nearest, provenance, save_tensors, seeded, write_atomic, write_json
 from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, MEDIUM, OBJECTS, PLACES, SEEN, STYLES, VIEWS, WHERE, WORN, caption,
     is_held_out, render_styles, sample_scene)
 from .noise import NoiseSchedule
@@ -984,7 +984,7 @@ def export_model(
     write_atomic(folder / "README.md", card_text(config, facts).encode())
     return folder
 
-# %% ../nbs/61_pretrain.ipynb #880391e3
+# %% ../nbs/61_pretrain.ipynb #f80d7b54
 def run_stages(
     config:PretrainConfig,
 )->Path: # run folder
@@ -1007,11 +1007,7 @@ def main(
     argv=None, # words of the command line; None: the process's own
 )->int: # exit code
     "`sdxl-course pretrain`: make sdxl-tiny, or continue making it."
-    try: run_stages(parse_pretrain(sys.argv[1:] if argv is None else argv))
-    except CourseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: run_stages(parse_pretrain(sys.argv[1:] if argv is None else argv)) and 0)
 
 # %% ../nbs/61_pretrain.ipynb #ee7cdaf9
 #| eval: false
