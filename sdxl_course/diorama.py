@@ -17,8 +17,8 @@ __all__ = ['OBJECTS', 'COLORS', 'PLACES', 'STYLES', 'HELD_OUT_STYLE', 'VIEWS', '
            'shadow', 'Buffers', 'camera_rays', 'paint_part', 'see_solids', 'trace', 'light_points', 'soften', 'halve',
            'spread', 'ink_lines', 'photo', 'tone', 'watercolour', 'blueprint', 'hatch', 'pencil', 'old_book',
            'render_styles', 'render_array', 'render', 'held_out_combinations', 'is_held_out', 'sample_scene',
-           'with_article', 'place_words', 'caption', 'write_troublesome', 'sample_scenes', 'write_samples',
-           'sample_dir']
+           'with_article', 'place_words', 'caption', 'caption_words', 'write_troublesome', 'sample_scenes',
+           'write_samples', 'sample_dir']
 
 # %% ../nbs/01_diorama.ipynb #23111521
 import io
@@ -860,18 +860,17 @@ def pencil(b, stage):
     line = soften(ink_lines(b, 1), 1)*.78
     return mix((.965, .96, .95), (.2, .2, .22), np.clip(np.maximum(lead*.85, line), 0, 1))
 
-# %% ../nbs/01_diorama.ipynb #aa8b4f19
+# %% ../nbs/01_diorama.ipynb #b29312dd
 def old_book(b, stage):
     "Engraving on aged paper: hatching that follows form and shade, ink at silhouettes and creases."
     side = b.part.shape[0]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)*128/side
     g, dark = stage.grain, np.clip(1.08 - 1.05*tone(b, stage)**.85, 0, 1)
     dark = np.where(b.figure == 1, np.clip(dark*.82 + .04, 0, .7), np.clip(dark*.62 - .06, 0, .46))
-    bend = 1.9*b.normal[..., 0]*(b.figure > 0) + 1.1*b.normal[..., 1]*(b.figure > 0)
-    slant = (.72*x + .69*y)/6.4
-    flat = y/6.2 + .35*noise2(g, x/22, y/30)
-    first = hatch(np.where(b.figure > 0, slant + bend, flat), dark)
-    cross = hatch((.72*x - .69*y)/6.8 - bend, (dark - .5)*1.5)*(b.figure > 0)
+    bend = .3*(b.normal[..., 0] + b.normal[..., 1])*(b.figure > 0)
+    flat = y/8 + .12*noise2(g, x/22, y/30)
+    first = hatch(np.where(b.figure > 0, (x + y)/8 + bend, flat), dark)
+    cross = hatch((x - y)/8 - bend, (dark - .5)*1.5)*(b.figure > 0)
     line = spread(ink_lines(b, 1, .8), 0)
     outline = spread((b.figure == 1).astype(np.float32), 2) - (b.figure == 1)
     ink = np.clip(np.maximum.reduce([first*.92, cross*.85, line, outline]), 0, 1)
@@ -879,7 +878,7 @@ def old_book(b, stage):
     age = noise2(g, x/26, y/26)*.7 + noise2(g, x/9 + 9, y/9)*.3
     paper = mix((.955, .905, .785), (.82, .72, .54), np.clip(.5*age + .5*np.exp(-edge/9) - .22, 0, 1))
     vignette = step(0, edge - 4 - 4*noise2(g, x/10 + 2, y/10), 3)
-    return mix(paper, (.17, .12, .09), ink*vignette)
+    return mix(paper, (.33, .235, .16), ink*vignette)
 
 # %% ../nbs/01_diorama.ipynb #7b22e219
 PAINTERS = {"photo": photo, "watercolour": watercolour, "blueprint": blueprint, "pencil": pencil, HELD_OUT_STYLE: old_book}
@@ -967,6 +966,15 @@ def caption(
     if scene.style == "photo": forms += [f"{noun}{place}{view}"]*2
     if place: forms.append(f"{with_article(medium)},{place}, {noun}{view}")
     return forms[int(r.integers(len(forms)))]
+
+# %% ../nbs/01_diorama.ipynb #64dd3152
+def caption_words(
+    styles=(*STYLES, HELD_OUT_STYLE), # whose captions
+)->list: # sorted single words
+    "Every word that a caption in these styles can hold."
+    phrases = [*OBJECTS, *COLORS, *PLACES.values(), *VIEWS, *ACCESSORIES, *sum((MEDIUM[style] for style in styles), ()), *sum(WHERE.values(), ()),
+        *sum(WORN.values(), ()), *(seen[0] for seen in SEEN.values()), "a an of seen ruby red"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
 
 # %% ../nbs/01_diorama.ipynb #8044357f
 def _encoded(

@@ -159,6 +159,14 @@ def test_a_prompt_that_is_too_long_is_told(toy_model, tmp_path, capsys):
     assert "will not hear its end" in capsys.readouterr().out
 
 
+def test_words_that_tiny_never_learned_are_named(tmp_path, capsys):
+    flags = ["--num_inference_steps", "1", "--output_dir", str(tmp_path), "--device", "cpu"]
+    assert main(["--prompt", "a red chair in the snow", *flags]) == 0
+    assert "never learned" not in capsys.readouterr().out
+    assert main(["--prompt", "an sks chair, old book illustration", *flags]) == 0
+    assert "never learned sks, old, book, illustration" in capsys.readouterr().out
+
+
 def test_the_config_is_plain(toy_model):
     config = parse_config(GenerateConfig, ["--prompt", "a", "b", "--prompt", "c", "--lora_scale", "0.3"])
     assert config.prompt == ["a", "b", "c"] and config.lora_scale == [0.3] and config.model == "tiny" and config.num_images == 1
