@@ -44,7 +44,7 @@ HELD_OUT_STYLE = "old book illustration"
 VIEWS = ("from the front", "from the side", "from behind", "from above")
 ACCESSORIES = ("hat", "scarf", "ribbon", "lantern")
 
-# %% ../nbs/01_diorama.ipynb #7b8caed8
+# %% ../nbs/01_diorama.ipynb #1e2fafb8
 @dataclass(frozen=True)
 class Scene:
     "Everything that decides a picture: the words, and a seed for whatever the words leave open."
@@ -55,6 +55,7 @@ class Scene:
     view: str = "" # one of `VIEWS`; empty: three-quarter view
     accessory: str = "" # one of `ACCESSORIES`; empty: none
     seed: int = 0 # proportions, parts, size, position, light
+    build: int|None = None # another seed for the object's own proportions, parts and tint: the same thing in other scenes
 
     def __post_init__(self):
         known = dict(object=OBJECTS + (SUBJECT,), color=tuple(COLORS), place=tuple(PLACES), style=STYLES + (HELD_OUT_STYLE,),
@@ -448,7 +449,7 @@ def make_group(parts, yaw=0., scale=1., at=(0., 0., 0.)):
     core = (low + high)/2
     return Group(tuple(parts), float(yaw), float(scale), tuple(map(float, at)), tuple(core.tolist()), max(float(np.linalg.norm(c - core)) + r for c, r in solid))
 
-# %% ../nbs/01_diorama.ipynb #bfef108c
+# %% ../nbs/01_diorama.ipynb #6ec4a5f8
 @dataclass(frozen=True)
 class Stage:
     "A scene worked out: groups of solids, the camera, the noise and the shades that its seed decides."
@@ -462,7 +463,7 @@ class Stage:
 
 def scene_random(scene):
     "Random numbers of a scene: the seed decides, and words that change the solids do not disturb the rest."
-    return np.random.default_rng([scene.seed, (OBJECTS + (SUBJECT,)).index(scene.object)])
+    return np.random.default_rng([scene.seed if scene.build is None else scene.build, (OBJECTS + (SUBJECT,)).index(scene.object)])
 
 def main_tint(scene, r):
     "The main colour with a little variation in brightness and hue; deep reds are called ruby."
@@ -485,7 +486,7 @@ def prop_groups(scene, r, raft_width):
     if scene.place == "sea" and scene.object != "sailboat": groups.append(make_group([box(0, 0, 0, raft_width, .07, raft_width, "raft", r=.02)]))
     return groups
 
-# %% ../nbs/01_diorama.ipynb #1bfad777
+# %% ../nbs/01_diorama.ipynb #67b4e17f
 def set_stage(scene):
     "Work a scene out: solids, camera, colours. The same scene gives the same stage."
     r = scene_random(scene)
@@ -501,7 +502,7 @@ def set_stage(scene):
     target = np.array([0., min(height, 1.7)*.46 + lift, 0.])
     away = (2.15 + .8*min(max(height, 1.2*object_group.radius*object_group.scale), 1.75))*look.uniform(.9, 1.06)
     camera = (tuple((target + away*np.array([0., math.sin(rise), math.cos(rise)])).tolist()), tuple(target.tolist()), .31)
-    tint, ruby = main_tint(scene, look)
+    tint, ruby = main_tint(scene, look if scene.build is None else np.random.default_rng([scene.build, 77]))
     props = prop_groups(scene, np.random.default_rng([scene.seed, 5]), .75)
     grain = np.random.default_rng([scene.seed, 9]).random((64, 64))
     return Stage(scene, (object_group, *props), camera, tint, grain, (look.uniform(-1, 1), look.uniform(0, 1)), ruby)

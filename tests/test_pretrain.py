@@ -8,9 +8,9 @@ import torch
 from sdxl_course import pretrain
 from sdxl_course.core import load_tensors
 
-SMALL = ("--num_scenes 9 --shard_size 5 --num_workers 1 --num_validation 1 --vae_batch_size 2 --clip_batch_size 4 --unet_batch_size 2 "
+SMALL = ("--num_scenes 9 --shard_size 5 --num_workers 1 --num_validation 1 --judge_batch_size 8 --num_things 4 --vae_batch_size 2 --clip_batch_size 4 --unet_batch_size 2 "
          "--vae_schedule_steps 6 --clip_schedule_steps 6 --unet_schedule_steps 6 --log_every 1 --sample_every 0").split()
-STATES = ("vae", "clip_1", "clip_2", "unet")
+STATES = ("judge_attributes", "judge_instances", "vae", "clip_1", "clip_2", "unet")
 
 
 def chain(run, stage, **steps):
@@ -25,7 +25,7 @@ def state(run, name): return (run / name / "state.safetensors").read_bytes()
 def straight(tmp_path_factory):
     "A run of six steps in each training stage, never stopped."
     run = tmp_path_factory.mktemp("straight")
-    chain(run, "all", vae_steps=6, clip_steps=6, unet_steps=6)
+    chain(run, "all", judge_steps=6, instance_steps=6, vae_steps=6, clip_steps=6, unet_steps=6)
     return run
 
 
@@ -34,6 +34,7 @@ def stopped(straight, tmp_path_factory):
     "The same run, stopped after three steps of each stage and continued."
     run = tmp_path_factory.mktemp("stopped")
     for name in ("data", "tokenizer", "tokenizer_2"): shutil.copytree(straight / name, run / name)
+    for _ in range(6): chain(run, "judges", judge_steps=6, instance_steps=6, max_minutes=1e-6) # one step of each judge at a time
     for stage in ("vae", "clip"):
         for number in (3, 6): chain(run, stage, **{f"{stage}_steps": number})
     chain(run, "cache")
@@ -45,7 +46,8 @@ def stopped(straight, tmp_path_factory):
 def test_stopping_changes_no_byte(straight, stopped, name):
     assert state(straight, name) == state(stopped, name)
     tensors, notes = load_tensors(straight / name / "state.safetensors")
-    assert notes["step"] == "6" and {key.split("/")[0] for key in tensors} == {"weight", "average", "exp_avg", "exp_avg_sq"}
+    assert notes["step"] == "6" and {key.split("/")[0] for key in tensors} == {"weight", "average", "momentum", "exp_avg", "exp_avg_sq"}
+    if name.startswith("judge"): assert (straight / "judges" / name[6:] / "model.safetensors").read_bytes() == (stopped / "judges" / name[6:] / "model.safetensors").read_bytes()
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     steps = [json.loads(line)["step"] for line in (stopped / name / "training_log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
