@@ -66,7 +66,7 @@ class RunConfig:
     num_workers:int = 2 # processes that render
     shard_size:int = 500 # scenes in a file
 
-# %% ../nbs/61_pretrain.ipynb #acf2d6ec
+# %% ../nbs/61_pretrain.ipynb #db5ca3cc
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     "The chain that makes sdxl-tiny; every field is a flag of `sdxl-course pretrain`."
@@ -84,8 +84,8 @@ class PretrainConfig(RunConfig):
     vae_batch_size:int = 16
     vae_crop:int = 64 # side of the random crops of the first part
     vae_full_share:float = 0.25 # of the plan that sees whole pictures, at its end, half a batch at a time
-    vae_lr:float = 1.5e-3 # of AdamW; Muon's is matrix_rate times that, in every stage
-    matrix_rate:float = 6. # learning rate of Muon, as a multiple of AdamW's
+    vae_lr:float = 1.5e-3 # of AdamW; Muon's is matrix_rate times that
+    matrix_rate:float = 6. # learning rate of Muon, as a multiple of AdamW's, in every stage but `unet`
     vae_kl_weight:float = 1e-4 # on the mean KL of one latent number
     vae_gradient_weight:float = 0.5 # on the error of differences between neighbours
     vae_square_weight:float = 5. # on the mean squared error
@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
     reframed_share:float = 0.15 # of the pictures that are really cropped or enlarged
     unet_steps:int = 12000 # where UNet training ends
     unet_schedule_steps:int = 0 # length of its learning-rate plan; 0: unet_steps
-    unet_batch_size:int = 32
+    unet_batch_size:int = 16
     unet_lr:float = 8e-4
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
     unet_ema:float = 0.9995 # of the weights that are kept
@@ -408,7 +408,7 @@ class Muon(torch.optim.Optimizer):
                 step = orthogonal(p.grad.lerp(kept, group["momentum"]).flatten(1)) # Nesterov: look one step ahead
                 p.mul_(1 - group["lr"]*group["weight_decay"]).add_(step.view(p.shape), alpha=-group["lr"]*0.2*math.sqrt(max(step.shape)))
 
-# %% ../nbs/61_pretrain.ipynb #9aebc1e2
+# %% ../nbs/61_pretrain.ipynb #374b3bd1
 class Learner:
     "Parameters, their moving average and two optimizers, saved and found again as one file."
     def __init__(self,
@@ -416,12 +416,12 @@ class Learner:
         ema:float, # final decay of the average
         weight_decay:float = 0.01, # of both optimizers
         betas:tuple = (0.9, 0.99), # of AdamW
-        matrix_rate:float = 1., # learning rate of matrices, as a multiple of AdamW's
+        matrix_rate:float = 1., # learning rate of matrices, as a multiple of AdamW's; 0: AdamW for them too
     ):
         self.parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
         tables = {id(m.weight) for module in modules.values() for m in module.modules() if isinstance(m, torch.nn.Embedding)}
-        wide = lambda p: p.ndim > 1 and id(p) not in tables and min(p.flatten(1).shape) >= 8
-        matrices, others = ([p for p in self.parameters.values() if wide(p) == kind] for kind in (True, False))
+        wide = lambda p: matrix_rate and p.ndim > 1 and id(p) not in tables and min(p.flatten(1).shape) >= 8
+        matrices, others = ([p for p in self.parameters.values() if bool(wide(p)) == kind] for kind in (True, False))
         self.optimizers = [(Muon(matrices, 0., weight_decay=weight_decay), matrix_rate)] if matrices else []
         if others: self.optimizers.append((torch.optim.AdamW(others, lr=0., betas=betas, weight_decay=weight_decay, fused=True), 1.))
         self.state = {p: optimizer.state for optimizer, _ in self.optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -1132,7 +1132,7 @@ def load_parts(
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
-# %% ../nbs/61_pretrain.ipynb #5a96f5de
+# %% ../nbs/61_pretrain.ipynb #614e113d
 def train_unet(
     config:PretrainConfig,
     stop=None, # see `train_stage`
@@ -1144,7 +1144,7 @@ def train_unet(
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(parts.vae))
     unet, schedule = parts.unet.to(memory_format=torch.channels_last).train().requires_grad_(True), NoiseSchedule.of(parts.scheduler)
-    learner = Learner(dict(unet=unet), config.unet_ema, matrix_rate=config.matrix_rate)
+    learner = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.)
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
     def loss_of(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, step, config.seed, config.unet_batch_size, config.caption_dropout)
