@@ -861,25 +861,21 @@ def pencil(b, stage):
     line = soften(ink_lines(b, 1), 1)*.78
     return mix((.965, .96, .95), (.2, .2, .22), np.clip(np.maximum(lead*.85, line), 0, 1))
 
-# %% ../nbs/01_diorama.ipynb #b29312dd
+# %% ../nbs/01_diorama.ipynb #c75292fa
 def old_book(b, stage):
-    "Engraving on aged paper: hatching that follows form and shade, ink at silhouettes and creases."
+    "Engraving on aged paper: lines of one direction that swell with the shade (as in Claude Mellan's prints), ink at silhouettes and creases."
     side = b.part.shape[0]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)*128/side
     g, dark = stage.grain, np.clip(1.08 - 1.05*tone(b, stage)**.85, 0, 1)
-    dark = np.where(b.figure == 1, np.clip(dark*.82 + .04, 0, .7), np.clip(dark*.62 - .06, 0, .46))
-    bend = .3*(b.normal[..., 0] + b.normal[..., 1])*(b.figure > 0)
-    flat = y/8 + .12*noise2(g, x/22, y/30)
-    first = hatch(np.where(b.figure > 0, (x + y)/8 + bend, flat), dark)
-    cross = hatch((x - y)/8 - bend, (dark - .5)*1.5)*(b.figure > 0)
-    line = spread(ink_lines(b, 1, .8), 0)
+    dark = np.where(b.figure == 1, np.clip(.75*dark, 0, .6), np.clip(.5*dark - .06, 0, .36))
+    swell = hatch(y/8 + .12*noise2(g, x/22, y/30), dark)
     outline = spread((b.figure == 1).astype(np.float32), 2) - (b.figure == 1)
-    ink = np.clip(np.maximum.reduce([first*.92, cross*.85, line, outline]), 0, 1)
+    ink = np.clip(np.maximum.reduce([.92*swell, spread(ink_lines(b, 1, .8), 0), outline]), 0, 1)
     edge = np.minimum(np.minimum(x, 127 - x), np.minimum(y, 127 - y))
     age = noise2(g, x/26, y/26)*.7 + noise2(g, x/9 + 9, y/9)*.3
     paper = mix((.955, .905, .785), (.82, .72, .54), np.clip(.5*age + .5*np.exp(-edge/9) - .22, 0, 1))
     vignette = step(0, edge - 4 - 4*noise2(g, x/10 + 2, y/10), 3)
-    return mix(paper, (.33, .235, .16), ink*vignette)
+    return mix(paper, (.45, .35, .25), ink*vignette)
 
 # %% ../nbs/01_diorama.ipynb #7b22e219
 PAINTERS = {"photo": photo, "watercolour": watercolour, "blueprint": blueprint, "pencil": pencil, HELD_OUT_STYLE: old_book}

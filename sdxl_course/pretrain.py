@@ -12,10 +12,10 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'thing_scenes', 'render_things', 'same_thing_loss', 'settle', 'make_judge', 'attribute_batch',
            'train_attribute_judge', 'measure_attributes', 'judge_card', 'instance_batch', 'train_instance_judge',
            'measure_instances', 'train_judges', 'picture_error', 'vae_loss', 'vae_batch', 'measure_vae', 'train_vae',
-           'load_vae', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair', 'make_clip_pair',
-           'train_clip', 'load_clip', 'reframe', 'framed', 'encode_pictures', 'make_cache', 'read_cache', 'unet_batch',
-           'sample_pictures', 'load_parts', 'train_unet', 'save_towers', 'score_section', 'card_text', 'export_model',
-           'run_stages', 'main']
+           'write_measured', 'load_vae', 'decoding_part', 'encoding_part', 'train_decoder', 'contrastive_loss',
+           'also_fits', 'said_codes', 'caption_ids', 'ClipPair', 'make_clip_pair', 'train_clip', 'load_clip', 'reframe',
+           'framed', 'encode_pictures', 'make_cache', 'read_cache', 'unet_batch', 'sample_pictures', 'load_parts',
+           'train_unet', 'save_towers', 'score_section', 'card_text', 'export_model', 'run_stages', 'main']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -49,8 +49,8 @@ from .evaluate import ATTRIBUTES, COLORED, AttributeJudge, InstanceJudge, name_a
 from .noise import NoiseSchedule
 from .objective import denoising_loss
 
-# %% ../nbs/61_pretrain.ipynb #4d3308c7
-STAGES = ("data", "tokenizer", "judges", "vae", "clip", "cache", "unet", "export")
+# %% ../nbs/61_pretrain.ipynb #d16ae8c6
+STAGES = ("data", "tokenizer", "judges", "vae", "decoder", "clip", "cache", "unet", "export")
 SIDE = 128 # pixels of a training picture
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class RunConfig:
     num_workers:int = 2 # processes that render
     shard_size:int = 500 # scenes in a file
 
-# %% ../nbs/61_pretrain.ipynb #db5ca3cc
+# %% ../nbs/61_pretrain.ipynb #07a655ff
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     "The chain that makes sdxl-tiny; every field is a flag of `sdxl-course pretrain`."
     num_scenes:int = 20000 # pictures of the known styles
     held_out_share:float = 0.15 # of the scenes also drawn in the held-out style, for the VAE only
-    num_validation:int = 32 # scenes drawn in every style for measuring
+    num_validation:int = 128 # scenes drawn in every style for measuring
     captions_per_scene:int = 3 # phrasings of each picture
-    judge_steps:int = 1500 # of the attribute judge
+    judge_steps:int = 4000 # of the attribute judge
     instance_steps:int = 750 # of the instance judge
     judge_batch_size:int = 64
     judge_lr:float = 1e-3
@@ -83,13 +83,15 @@ class PretrainConfig(RunConfig):
     vae_schedule_steps:int = 0 # length of its learning-rate plan; 0: vae_steps
     vae_batch_size:int = 16
     vae_crop:int = 64 # side of the random crops of the first part
-    vae_full_share:float = 0.25 # of the plan that sees whole pictures, at its end, half a batch at a time
+    vae_full_share:float = 0.2 # of the plan that sees whole pictures, at its end, half a batch at a time
     vae_lr:float = 1.5e-3 # of AdamW; Muon's is matrix_rate times that
     matrix_rate:float = 6. # learning rate of Muon, as a multiple of AdamW's, in every stage but `unet`
-    vae_kl_weight:float = 1e-4 # on the mean KL of one latent number
+    vae_kl_weight:float = 1e-3 # on the mean KL of one latent number
     vae_gradient_weight:float = 0.5 # on the error of differences between neighbours
     vae_square_weight:float = 5. # on the mean squared error
-    clip_steps:int = 1200 # of each CLIP
+    decoder_steps:int = 1200 # of the decoder alone, on whole pictures, half of them in the held-out style
+    decoder_lr:float = 1e-3
+    clip_steps:int = 800 # of each CLIP
     clip_schedule_steps:int = 0 # length of their learning-rate plan; 0: clip_steps
     clip_batch_size:int = 128
     clip_lr:float = 1e-3
@@ -818,18 +820,23 @@ def vae_loss(
     psnr = -10*torch.log10(((drawn.detach() - pixels)/2).square().mean((1, 2, 3))).mean()
     return error + kl_weight*kl, dict(psnr=float(psnr), kl=float(kl.detach()))
 
-# %% ../nbs/61_pretrain.ipynb #357f56fa
+# %% ../nbs/61_pretrain.ipynb #0f47ef62
 def vae_batch(
     pictures, # tuple of (n, 128, 128, 3) uint8 tensors
     step:int, # from 0
     seed:int, # of the run
     batch_size:int, # pictures
     side:int, # of the window that is cut out
+    share:float = -1., # of the second pictures; below 0: as many as there are
 )->tuple: # pixels (b, 3, side, side), noise (b, 4, side/8, side/8)
     "Random windows of random pictures, some of them mirrored."
     g = seeded(seed, "vae", step)
     known, other = pictures
-    index = torch.randint(len(known) + len(other), (batch_size,), generator=g).tolist()
+    index = torch.randint(len(known) + len(other), (batch_size,), generator=g)
+    if share >= 0 and len(other):
+        second = torch.rand(batch_size, generator=g) < share
+        index = torch.where(second, len(known) + index % len(other), index % len(known))
+    index = index.tolist()
     corner = torch.randint(SIDE - side + 1, (batch_size, 2), generator=g).tolist()
     mirror = torch.rand(batch_size, generator=g) < 0.5
     cut = torch.stack([(known[k] if k < len(known) else other[k - len(known)])[y:y + side, x:x + side] for k, (y, x) in zip(index, corner)])
@@ -857,7 +864,7 @@ def measure_vae(
         psnr[style] = float(-10*torch.log10(torch.cat(errors)).mean())
     return dict(scaling_factor=float(1/latents.std()), latent_mean=float(latents.mean()), channel_std=latents.std((0, 2, 3)).tolist(), psnr=psnr)
 
-# %% ../nbs/61_pretrain.ipynb #28a445b5
+# %% ../nbs/61_pretrain.ipynb #fc0a04dd
 def train_vae(
     config:PretrainConfig,
     stop=None, # see `train_stage`
@@ -875,9 +882,13 @@ def train_vae(
         return vae_loss(vae, pixels, noise, config.vae_kl_weight, config.vae_gradient_weight, config.vae_square_weight)
     rate_of = lambda step: rate_at(step, config.vae_lr, min(200, plan//10), plan)
     train_stage("vae", run / "vae", learner, loss_of, rate_of, config.vae_steps, config, stop)
-    with averaged(learner): found = measure_vae(vae.eval(), run, pictures)
-    say("vae", scaling_factor=found["scaling_factor"], **{f"psnr_{style.replace(' ', '_')}": value for style, value in found["psnr"].items()})
-    write_json(run / "vae" / "measured.json", dict(found, step=learner.step))
+    with averaged(learner): write_measured("vae", vae, run, pictures, learner.step)
+
+def write_measured(stage, vae, run, pictures, step):
+    "Measure, say and write what the stage `vae` or `decoder` reached."
+    found = measure_vae(vae.eval(), run, pictures)
+    say(stage, scaling_factor=found["scaling_factor"], **{f"psnr_{style.replace(' ', '_')}": value for style, value in found["psnr"].items()})
+    write_json(run / stage / "measured.json", dict(found, step=step))
 
 def load_vae(
     run, # run folder
@@ -887,8 +898,38 @@ def load_vae(
     state = Path(run) / "vae" / "state.safetensors"
     if not state.exists(): raise CourseError(f"{run} has no trained VAE: run the stage `vae` first")
     load_average(state, "vae", vae)
+    decoder = Path(run) / "decoder" / "state.safetensors"
+    if decoder.exists(): load_average(decoder, "decoder", decoding_part(vae))
     vae.register_to_config(scaling_factor=json.loads((Path(run) / "vae" / "measured.json").read_text())["scaling_factor"])
     return vae.eval().requires_grad_(False)
+
+# %% ../nbs/61_pretrain.ipynb #8203c570
+def decoding_part(
+    vae, # AutoencoderKL
+)->torch.nn.Module: # its layers after the latents
+    "What may change while latents keep their meaning."
+    return torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+
+def encoding_part(
+    vae, # AutoencoderKL
+)->torch.nn.Module: # its layers before the latents
+    "What decides the latents."
+    return torch.nn.ModuleList([vae.encoder, vae.quant_conv])
+
+def train_decoder(
+    config:PretrainConfig,
+    stop=None, # see `train_stage`
+):
+    "Go on with the decoder alone; then measure again."
+    run, pictures, plan = Path(config.output_dir), read_pictures(config.output_dir), config.decoder_steps
+    vae = load_vae(run, tiny_architecture(config.seed).vae).train()
+    decoder = decoding_part(vae).requires_grad_(True)
+    learner = Learner(dict(decoder=decoder), ema=0.99, weight_decay=1e-4, matrix_rate=config.matrix_rate)
+    def loss_of(step):
+        pixels, noise = vae_batch((pictures.pixels, pictures.held_out_style), config.vae_steps + step, config.seed, max(1, config.vae_batch_size//2), SIDE, 0.5)
+        return vae_loss(vae, pixels, noise, 0., config.vae_gradient_weight, config.vae_square_weight)
+    if not train_stage("decoder", run / "decoder", learner, loss_of, lambda step: rate_at(step, config.decoder_lr, min(50, plan//10), plan), plan, config, stop): return
+    with averaged(learner): write_measured("decoder", vae, run, pictures, learner.step)
 
 # %% ../nbs/61_pretrain.ipynb #d0cdaa58
 def contrastive_loss(
@@ -1043,7 +1084,7 @@ def encode_pictures(
     means, stds = zip(*parts)
     return dict(mean=torch.cat(means), std=torch.cat(stds), time_ids=time_ids)
 
-# %% ../nbs/61_pretrain.ipynb #69b5c04a
+# %% ../nbs/61_pretrain.ipynb #0a07e5ce
 def make_cache(
     config:PretrainConfig,
     stop=None, # see `train_stage`
@@ -1051,7 +1092,7 @@ def make_cache(
     "Encode every shard that this VAE has not encoded yet."
     run = Path(config.output_dir)
     vae = load_vae(run, tiny_architecture(config.seed).vae)
-    notes = dict(vae=fingerprint(vae), share=str(config.reframed_share))
+    notes = dict(vae=fingerprint(encoding_part(vae)), share=str(config.reframed_share))
     for path in sorted((run / "data").glob("shard-*.safetensors")):
         if stop is not None and stop.asked: return
         target, pixels = run / "cache" / path.name, load_tensors(path)[0]["pixels"]
@@ -1064,7 +1105,7 @@ def make_cache(
 def read_cache(
     run, # run folder
     scenes:int, # how many there should be
-    vae:str, # fingerprint of the autoencoder that must have made them
+    vae:str, # fingerprint of the encoder that must have made them
 )->dict: # mean, std (n, 2, 4, 16, 16) float16; time_ids (n, 2, 6)
     "All cached posteriors, in the order of `read_pictures`."
     loaded = [load_tensors(path) for path in sorted((Path(run) / "cache").glob("shard-*.safetensors"))]
@@ -1115,7 +1156,7 @@ def sample_pictures(
     return pipeline(prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, height=SIDE, width=SIDE,
         generator=[seeded("pretrain sample", k) for k in range(len(prompts))]).images
 
-# %% ../nbs/61_pretrain.ipynb #2a9abe66
+# %% ../nbs/61_pretrain.ipynb #0485ca04
 def load_parts(
     run, # run folder
     seed:int, # of the run
@@ -1127,12 +1168,14 @@ def load_parts(
     for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
         if (run / f"clip_{number}" / "state.safetensors").exists():
             steps[f"clip_{number}"] = load_average(run / f"clip_{number}" / "state.safetensors", "pair.text", getattr(parts, name))
-    if (run / "vae" / "measured.json").exists(): steps["vae"] = json.loads((load_vae(run, parts.vae), (run / "vae" / "measured.json").read_text())[1])["step"]
+    if (run / "vae" / "measured.json").exists(): load_vae(run, parts.vae)
+    for name in ("vae", "decoder"):
+        if (run / name / "measured.json").exists(): steps[name] = json.loads((run / name / "measured.json").read_text())["step"]
     if unet and (run / "unet" / "state.safetensors").exists(): steps["unet"] = load_average(run / "unet" / "state.safetensors", "unet", parts.unet)
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
-# %% ../nbs/61_pretrain.ipynb #614e113d
+# %% ../nbs/61_pretrain.ipynb #97967d86
 def train_unet(
     config:PretrainConfig,
     stop=None, # see `train_stage`
@@ -1142,7 +1185,7 @@ def train_unet(
     scenes, (parts, done) = read_scenes(run), load_parts(run, config.seed, unet=False)
     for needed in ("clip_1", "clip_2", "vae"):
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
-    cache = read_cache(run, len(scenes), fingerprint(parts.vae))
+    cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
     unet, schedule = parts.unet.to(memory_format=torch.channels_last).train().requires_grad_(True), NoiseSchedule.of(parts.scheduler)
     learner = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.)
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
@@ -1195,7 +1238,7 @@ Seconds per picture: {found["seconds_per_image"]:.2f}. The first 48 pictures:
 ![samples](samples.jpg)
 """
 
-# %% ../nbs/61_pretrain.ipynb #e01d6d8a
+# %% ../nbs/61_pretrain.ipynb #b135a441
 def card_text(
     config:PretrainConfig,
     facts:dict, # what `export` gathered
@@ -1222,6 +1265,7 @@ and transformers {here['versions']['transformers']}; exported {here['time']}. Th
 | part | training |
 |---|---|
 | `vae` | {yet('vae')} |
+| its decoder again, latents unchanged | {yet('decoder')} |
 | `text_encoder` with `vision_model` | {yet('clip_1')} |
 | `text_encoder_2` with `vision_model_2` | {yet('clip_2')} |
 | `unet` | {yet('unet')} |
@@ -1233,7 +1277,7 @@ It cannot write, count, draw two objects at once, people, other sizes than {SIDE
 Never shown to it: the style "{HELD_OUT_STYLE}", a list of object, colour and place combinations, and the words "sks" and "tok". The curves are in `training_log.json`.
 """
 
-# %% ../nbs/61_pretrain.ipynb #abcead96
+# %% ../nbs/61_pretrain.ipynb #ad4b1106
 def export_model(
     config:PretrainConfig,
     stop=None, # not needed: exporting is short
@@ -1242,14 +1286,14 @@ def export_model(
     run = Path(config.output_dir)
     folder = tiny_path() if config.export_dir == "tiny" else Path(config.export_dir) if config.export_dir else run / "export"
     parts, steps = load_parts(run, config.seed)
-    logs = {name: read_log(run / name / "training_log.jsonl") for name in ("vae", "clip_1", "clip_2", "unet")}
+    logs = {name: read_log(run / name / "training_log.jsonl") for name in ("vae", "decoder", "clip_1", "clip_2", "unet")}
     logs = {name: log for name, log in logs.items() if log}
-    measured = run / "vae" / "measured.json"
+    measured = [run / name / "measured.json" for name in ("decoder", "vae") if name in steps]
     shards = [json.loads(path.read_text()) for path in sorted((run / "data").glob("shard-*.json"))]
     facts = dict(steps=steps, scenes=sum(len(s["scenes"]) for s in shards), held_out=sum(len(s["held_out_style_of"]) for s in shards),
         minutes={name: log["seconds"][-1]/60 for name, log in logs.items()}, losses={name: log["loss"][-1] for name, log in logs.items()},
         history=[json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()] if (run / "history.jsonl").exists() else [],
-        psnr=json.loads(measured.read_text())["psnr"] if measured.exists() else {}, provenance=provenance(),
+        psnr=json.loads(measured[0].read_text())["psnr"] if measured else {}, provenance=provenance(),
         scores={name: json.loads((run / f"{name}.json").read_text()) for name in ("evaluation", "ceiling") if (run / f"{name}.json").exists()})
     save_components(parts, folder)
     save_towers(run, config.seed, folder)
@@ -1259,14 +1303,14 @@ def export_model(
     write_atomic(folder / "README.md", card_text(config, facts).encode())
     return folder
 
-# %% ../nbs/61_pretrain.ipynb #65741930
+# %% ../nbs/61_pretrain.ipynb #6e833ede
 def run_stages(
     config:PretrainConfig,
 )->Path: # run folder
     "Run the stages that were asked for, in their order."
     run = Path(config.output_dir)
     wanted = [name for name in STAGES if config.stage == "all" or name in config.stage.split(",")]
-    works = dict(data=make_data, tokenizer=lambda config, stop: make_tokenizers(config.output_dir), judges=train_judges, vae=train_vae, clip=train_clip,
+    works = dict(data=make_data, tokenizer=lambda config, stop: make_tokenizers(config.output_dir), judges=train_judges, vae=train_vae, decoder=train_decoder, clip=train_clip,
         cache=make_cache, unet=train_unet, export=export_model)
     write_json(run / "config.json", config)
     with open(run / "history.jsonl", "a") as file: file.write(json.dumps(dict(flags=unusual(config), **provenance())) + "\n")
