@@ -1,0 +1,223 @@
+"Judges and metrics where the answer is known, and everything `sdxl-course evaluate` may be given."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from sdxl_course.core import CourseError, seeded
+from sdxl_course.diorama import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT, Scene, render, render_styles, sample_scene
+from sdxl_course.evaluate import (BODY, AttributeJudge, ClipJudge, EvaluateConfig, InstanceJudge, bootstrap_interval, drift, evaluate,
+    evaluation_scenes, load_judge, main, mean_similarity, memorised, name_attributes, nearest_neighbours, normalised, prior_metrics, prompt_of,
+    read_judged, right_answers, save_judge, save_judged, scene_of, score_columns, score_table, shrunk, subject_score, summarise, to_pixels)
+
+SMALL = dict(BODY, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+
+
+def directions(n, d=8, key=0): return torch.nn.functional.normalize(torch.randn(n, d, generator=seeded("directions", key)), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    "Ten scenes in every style, with seeds that no training and no page uses."
+    styles, scenes = (*STYLES, HELD_OUT_STYLE), [sample_scene(31_500_000 + k, "photo") for k in range(10)]
+    pictures = [render_styles(scene, styles, 128) for scene in scenes]
+    return {style: (torch.from_numpy(np.stack([p[style] for p in pictures])), [replace(s, style=style) for s in scenes]) for style in styles}
+
+
+# ------------------------------------------------ judges
+
+@pytest.mark.parametrize("kind", [AttributeJudge, InstanceJudge])
+def test_a_saved_judge_judges_the_same(kind, tmp_path):
+    judge = kind(SMALL).half().float().eval()
+    pixels = torch.rand(2, 3, 32, 32, generator=seeded("pixels")) * 2 - 1
+    again = load_judge(save_judge(judge, tmp_path, "# A judge"))
+    before, after = judge(pixels), again(pixels)
+    for a, b in zip(before.values(), after.values()) if isinstance(before, dict) else [(before, after)]: assert torch.equal(a, b)
+    assert not any(p.requires_grad for p in again.parameters()) and (tmp_path / "README.md").read_text() == "# A judge"
+
+
+def test_what_is_no_judge_is_refused(tmp_path):
+    with pytest.raises(CourseError, match="wanted attributes or instances"): load_judge("taste")
+    save_judge(AttributeJudge(SMALL), tmp_path, "")
+    for config in ("{", "{}", '{"judge": "taste"}', '{"judge": "attributes", "body": {"depths": [3]}}', '{"judge": "instances"}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(CourseError, match="does not hold a judge"): load_judge(tmp_path)
+
+
+def test_the_shipped_judge_knows_every_style(drawn):
+    judge = load_judge("attributes")
+    for style, (pictures, scenes) in drawn.items():
+        right = right_answers(name_attributes(judge, pictures), scenes)
+        assert right["style"].mean() == 1 and right["object"].mean() >= .9 and right["place"].mean() >= .8, style
+        assert np.isnan(right["color"]).all() == (style not in ("photo", "watercolour"))
+
+
+def test_one_changed_attribute_changes_one_answer(drawn):
+    judge, (pictures, scenes) = load_judge("attributes"), drawn["photo"]
+    seen, before = name_attributes(judge, pictures), None
+    before = right_answers(seen, scenes)
+    for name, words in dict(object=OBJECTS, color=tuple(COLORS), place=tuple(PLACES), style=STYLES).items():
+        other = [replace(s, **{name: next(w for w in words if w not in (getattr(s, name), x[name]))}) for s, x in zip(scenes, seen)]
+        after = right_answers(seen, other)
+        assert not after[name].any()
+        for same in {"object", "color", "place", "style"} - {name}: assert np.array_equal(after[same], before[same])
+
+
+def test_batches_do_not_change_answers(drawn):
+    judge, (pictures, _) = load_judge("attributes"), drawn["watercolour"]
+    assert name_attributes(judge, pictures, batch_size=3) == name_attributes(judge, pictures)
+
+
+def test_the_subject_counts_as_a_chair():
+    seen = [dict(object="chair", color="red", place="snow", style="photo")]
+    right = right_answers(seen, [Scene(SUBJECT, "red", "snow")])
+    assert all(right[name] == 1 for name in right)
+
+
+def test_the_instance_judge_tells_chairs_apart():
+    judge = load_judge("instances")
+    places = list(PLACES)[:6]
+    embed = lambda scenes: judge(to_pixels([render(s) for s in scenes]))
+    mine, again = (embed([Scene(SUBJECT, "red", p, seed=910 + 10*k + i) for i, p in enumerate(places)]) for k in range(2))
+    others = embed([Scene("chair", "red", p, seed=960 + i) for i, p in enumerate(places)])
+    found = subject_score(again, mine, again, others)
+    assert found["ceiling"] > found["floor"] + .2 and found["subject_score"] == pytest.approx(1)
+
+
+def test_clip_prefers_the_own_caption(drawn):
+    clip, (pictures, scenes) = ClipJudge(), drawn["photo"]
+    fit = clip.images(pictures) @ clip.texts([prompt_of(s) for s in scenes]).T
+    assert (fit.argmax(1) == torch.arange(len(scenes))).float().mean() >= .7
+
+
+# ------------------------------------------------ metrics
+
+def test_similarity_is_the_mean_over_pairs():
+    a, b = directions(3, key=1), directions(4, key=2)
+    assert mean_similarity(a, b) == pytest.approx(np.mean([float(x @ y) for x in a for y in b]), abs=1e-6)
+    assert mean_similarity(a, a, same=True) == pytest.approx(np.mean([float(a[i] @ a[j]) for i in range(3) for j in range(3) if i != j]), abs=1e-6)
+
+
+def test_metrics_of_identical_and_of_unrelated_sets():
+    one = directions(1).repeat(5, 1)
+    axes = torch.eye(6)
+    assert prior_metrics(one, one) == pytest.approx(dict(pres=1, div=0), abs=1e-6)
+    assert prior_metrics(axes[:3], axes[3:]) == pytest.approx(dict(pres=0, div=1), abs=1e-6)
+    assert drift(one, one) == pytest.approx(0, abs=1e-6) and drift(axes[:3], axes[3:]) == pytest.approx(1) and drift(axes, -axes) == pytest.approx(2)
+
+
+def test_a_score_needs_a_ceiling_above_its_floor():
+    assert normalised(.5, 0, 1) == .5 and normalised(-1, 0, 1) == -1
+    with pytest.raises(CourseError, match="cannot tell them apart"): normalised(.5, .7, .7)
+
+
+def test_copies_are_found_and_fresh_pictures_are_not(drawn):
+    pictures = drawn["photo"][0]
+    learned, fresh = shrunk(pictures[:5]), shrunk(pictures[5:])
+    pale = shrunk((pictures[:5].float() * .7 + 30).byte())
+    assert memorised(pale, learned, fresh).all() and not memorised(fresh, learned, fresh).any()
+    assert nearest_neighbours(pale, learned)[1].tolist() == list(range(5))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=40), st.integers(0, 3))
+def test_an_interval_holds_its_mean_and_nothing_outside_the_data(values, holes):
+    low, high = bootstrap_interval(values + [float("nan")]*holes, seeded("interval"), times=200)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert bootstrap_interval(values, seeded("interval"), times=200) == (low, high)
+    if len(set(values)) == 1: assert low == high
+
+
+def test_an_interval_narrows_with_more_pictures():
+    width = lambda n: np.subtract(*bootstrap_interval([0, 1]*(n//2), seeded("width"))[::-1])
+    assert width(400) == pytest.approx(width(100)/2, rel=.15)
+
+
+def test_nothing_asked_leaves_no_score():
+    found = summarise(dict(a=[1, float("nan"), 0], b=[float("nan")]*3))
+    assert found["a"] == .5 and set(found) == {"a", "a_interval"} and "a " in score_table(found)
+
+
+# ------------------------------------------------ prompts
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((None, *STYLES, HELD_OUT_STYLE)))
+def test_a_prompt_says_what_its_scene_is(seed, style):
+    scene = sample_scene(seed, style, view="", accessory="")
+    said = scene_of(prompt_of(scene))
+    names = ("object", "place", "style") + (("color",) if scene.style in ("photo", "watercolour") else ())
+    assert [getattr(said, n) for n in names] == [getattr(scene, n) for n in names]
+
+
+def test_held_out_scenes_are_asked_for_apart():
+    known, other = evaluation_scenes(6, seed=1), evaluation_scenes(6, 1, True, "photo")
+    columns = score_columns([render(s) for s in known + other], known + other)
+    assert np.isnan(columns["joint_accuracy"][6:]).all() and np.isnan(columns["joint_accuracy_held_out"][:6]).all()
+    assert not np.isnan(columns["joint_accuracy_held_out"][6:]).any() and not np.isnan(columns["style_score"]).any()
+    assert evaluation_scenes(6, seed=2) != known
+
+
+# ------------------------------------------------ the command
+
+KEYS = {"object_accuracy", "color_accuracy", "place_accuracy", "joint_accuracy", "joint_accuracy_held_out", "content_accuracy", "style_accuracy",
+    "style_score", "clip_t", "seconds_per_image"}
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    out, grid = tmp_path / "new" / "scores.json", tmp_path / "grid.png"
+    words = f"--num_prompts 3 --num_held_out 2 --num_inference_steps 1 --batch_size 2 --output {out} --grid {grid} --save_images {tmp_path / 'drawn'}"
+    assert main(words.split()) == 0
+    told, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert KEYS | {f"{key}_interval" for key in KEYS} <= set(report) and all(key in told for key in KEYS)
+    assert report["num_pictures"] == 5 and report["settings"]["num_prompts"] == 3 and report["provenance"]["versions"]["torch"]
+    assert grid.stat().st_size > 1000
+    assert main(["--images", str(tmp_path / "drawn"), "--output", str(out)]) == 0
+    again = json.loads(out.read_text())
+    assert {k: again[k] for k in KEYS - {"seconds_per_image"}} == {k: report[k] for k in KEYS - {"seconds_per_image"}}
+    assert "seconds_per_image" not in again
+
+
+def test_copies_of_training_pictures_show(tmp_path):
+    scenes = evaluation_scenes(3, seed=5)
+    save_judged([render(s) for s in scenes], scenes, tmp_path)
+    report = evaluate(EvaluateConfig(images=str(tmp_path), train_data_dir=str(tmp_path)))
+    assert report["nearest_training"] == pytest.approx(1, abs=1e-4)
+
+
+def test_captions_will_do_in_place_of_scenes(tmp_path):
+    render(Scene("car", "blue", "snow", seed=3)).resize((200, 160)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a photo of a blue car in the snow"}\n\n')
+    pictures, scenes = read_judged(tmp_path)
+    assert scenes == [Scene("car", "blue", "snow")] and pictures[0].size == (200, 160)
+    assert score_columns(pictures, scenes)["place_accuracy"][0] == 1
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 1 does not say"), ('{"file_name": "a.png"}', "line 1 does not say"), ("", "is empty"),
+    ('{"file_name": "b.png", "text": "a photo of a red chair in the snow"}', "b.png"),
+    ('{"file_name": "a.png", "text": "a photo of Paris"}', "names no object and no color and no place"),
+    ('{"file_name": "a.png", "scene": {"object": "chiar", "color": "red", "place": "snow"}}', "no object 'chiar'"),
+])
+def test_folders_that_say_too_little_are_refused(tmp_path, line, message):
+    render(Scene("car", "blue", "snow")).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(CourseError, match=message): read_judged(tmp_path)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--num_prompts 0", "wanted at least 1"), ("--model renderer --lora x", "takes no LoRA"), ("--images x --lora y", "take no LoRA"),
+    ("--images nowhere", "has no metadata.jsonl"), ("--model nowhere/at/all --num_prompts 1 --num_held_out 0", "nowhere/at/all"),
+    ("--num_promts 3", "num_prompts"), ("--style cubism", "cubism"),
+])
+def test_mistakes_end_in_a_sentence_and_two(words, message, capsys):
+    assert main(words.split()) == 2
+    told = capsys.readouterr()
+    assert message in told.err and "Traceback" not in told.err
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--output", str(tmp_path / "file" / "scores.json"), "--num_prompts", "100000"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
