@@ -8,7 +8,7 @@ __all__ = ['FREE', 'MACHINE', 'manifest', 'write_folder', 'damage', 'list_checkp
            'log_lines', 'read_state', 'load_checkpoint', 'logging_to', 'checkpointing', 'config_changes',
            'refuse_changes']
 
-# %% ../nbs/42_checkpoint.ipynb #412cd14e
+# %% ../nbs/42_checkpoint.ipynb #25e7274d
 import hashlib
 import json
 import os
@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from .core import CourseError, load_tensors, plain, save_tensors, sync_folder, write_atomic, write_json
+from .trainer import set_values, shown
 
 # %% ../nbs/42_checkpoint.ipynb #4226a860
 def manifest(
@@ -147,7 +148,7 @@ def optimizer_state(
     groups = [{**{k: v for k, v in g.items() if k != "params"}, "names": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
     return ({k: v for k, v in entries if hasattr(v, "dtype")}, dict(groups=groups, numbers={k: v for k, v in entries if not hasattr(v, "dtype")}))
 
-# %% ../nbs/42_checkpoint.ipynb #bef5df12
+# %% ../nbs/42_checkpoint.ipynb #96f43b4b
 def restore_optimizer(
     optimizer, # as in `optimizer_state`, fresh
     tensors:dict, # as `optimizer_state` gave them
@@ -161,11 +162,11 @@ def restore_optimizer(
         key, _, name = place.partition("/")
         memory[order.index(name)][key] = value
     local = ("params", "names", "fused", "foreach", "capturable", "differentiable")
-    groups = [{**here, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in local}}
+    groups = [{**here, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k not in local and v is not None}}
         for here, saved in zip(optimizer.state_dict()["param_groups"], rest["groups"])]
     optimizer.load_state_dict(dict(state={i: m for i, m in memory.items() if m}, param_groups=groups))
 
-# %% ../nbs/42_checkpoint.ipynb #c27c4f43
+# %% ../nbs/42_checkpoint.ipynb #32692716
 def save_checkpoint(
     folder, # checkpoint-N
     state, # TrainState
@@ -175,7 +176,9 @@ def save_checkpoint(
 )->Path: # the folder
     "Write everything that a later process needs to go on."
     def fill(draft):
-        write_weights(draft)
+        with shown(state): write_weights(draft)
+        if state.averages: save_tensors(draft/"trained.safetensors", {name: p.detach().cpu() for name, p in state.parameters.items()})
+        if state.ema is not None: save_tensors(draft/"ema.safetensors", {name: p.cpu() for name, p in state.ema.average.items()})
         tensors, rest = optimizer_state(state.optimizer, state.parameters)
         save_tensors(draft/"optimizer.safetensors", tensors)
         write_json(draft/"optimizer.json", rest)
@@ -191,7 +194,7 @@ def log_lines(
     "The training log as a file."
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
-# %% ../nbs/42_checkpoint.ipynb #61e4a0a5
+# %% ../nbs/42_checkpoint.ipynb #8f7f03bc
 def read_state(
     folder, # a whole checkpoint
 )->dict: # step, seed, config, ...
@@ -208,6 +211,8 @@ def load_checkpoint(
     "Put the state back to where the checkpoint was written."
     folder, saved = Path(folder), read_state(folder)
     read_weights(folder)
+    if state.averages: set_values(state.parameters, load_tensors(folder/"trained.safetensors")[0])
+    if state.ema is not None: set_values(state.ema.average, load_tensors(folder/"ema.safetensors")[0])
     restore_optimizer(state.optimizer, load_tensors(folder/"optimizer.safetensors")[0], json.loads((folder/"optimizer.json").read_text()))
     schedule = json.loads((folder/"scheduler.json").read_text())
     state.lr_scheduler.load_state_dict({**state.lr_scheduler.state_dict(), **schedule})
@@ -241,13 +246,13 @@ def checkpointing(
         prune_checkpoints(output_dir, limit)
     return hook
 
-# %% ../nbs/42_checkpoint.ipynb #10363586
+# %% ../nbs/42_checkpoint.ipynb #430f49d7
 FREE = frozenset("""output_dir max_train_steps num_train_epochs updates checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
-    report_to push_to_hub hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name
+    validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name
     dataset_config_name image_column caption_column max_train_samples""".split())
 MACHINE = frozenset("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
-    revision variant""".split())
+    cache_latents cache_text_embeds revision variant""".split())
 
 def config_changes(
     saved:dict, # configuration in the checkpoint

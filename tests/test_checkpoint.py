@@ -4,9 +4,13 @@ import os
 import shutil
 
 import pytest
-from sdxl_course.checkpoint import damage, find_checkpoint, latest_checkpoint, list_checkpoints, tidy, write_folder
-from sdxl_course.core import CourseError, write_atomic
+import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from sdxl_course.checkpoint import (checkpointing, damage, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, tidy,
+    write_folder)
+from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded, write_atomic
+from sdxl_course.trainer import Chance, Ema, Plan, TrainState, fit, make_optimizer, make_schedule, set_values
 from toy import files_of
 
 N = 6
@@ -167,3 +171,51 @@ def test_neighbours_with_similar_names_are_no_checkpoints(tmp_path):
     said = []
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9999"]
     assert find_checkpoint("latest", tmp_path, said.append) is None and len(said) == 2  # the empty one is named, then the fresh start
+
+
+# ------------------------------------------------ every optimizer, EMA, accumulation: no model needed
+
+class Line(torch.nn.Module):
+    "Eight numbers per sample, told by a small network with dropout."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.randn(8, 3, generator=seeded("a")) / 3), torch.nn.Parameter(torch.zeros(3, 8))
+
+    def forward(self, x): return (x - torch.nn.functional.dropout(x @ self.a, .2) @ self.b).square().mean(1)
+
+
+def toy_train(folder, updates, start=None, name="adamw", ema=False, accumulation=1, schedule="cosine"):
+    folder.mkdir(parents=True, exist_ok=True)
+    model, plan = Line(), Plan(5, 2, accumulation, seed=3)
+    named = dict(model.named_parameters())
+    try: optimizer = make_optimizer(list(named.values()), dict(prodigy=1.).get(name, 1e-2), name=name)
+    except CourseError as error: pytest.skip(str(error))
+    state = TrainState(named, optimizer, make_schedule(optimizer, "constant" if name == "schedulefree" else schedule, 1, 6), seed=3, ema=Ema(named, .9) if ema else None)
+    write = lambda where: save_tensors(where / "weights.safetensors", {k: p.detach() for k, p in named.items()})
+    if start: load_checkpoint(start, state, lambda where: set_values(named, load_tensors(where / "weights.safetensors")[0]))
+    batches = ((m, (torch.stack([Chance(3, m.epoch, str(i)).normal("x", (8,)) for i in m.indices]),)) for m in plan.micro_steps(state.step, updates))
+    fit(model, batches, state, Accelerator(cpu=True), after_update=[checkpointing(folder, 1, write)])
+    return state
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "schedulefree", "adafactor"])
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "ema"])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_every_optimizer_resumes_to_the_byte(name, ema, accumulation, tmp_path):
+    if ema and name == "schedulefree": pytest.skip("averages by itself")
+    options = dict(name=name, ema=ema, accumulation=accumulation)
+    toy_train(tmp_path / "straight", 5, **options)
+    for k in (1, 2, 3, 4):
+        toy_train(tmp_path / f"from-{k}", 5, tmp_path / "straight" / f"checkpoint-{k}", **options)
+        assert files_of(tmp_path / f"from-{k}" / "checkpoint-5") == files_of(tmp_path / "straight" / "checkpoint-5")
+
+
+def test_what_is_saved_is_the_average_and_what_trains_is_not(tmp_path):
+    state = toy_train(tmp_path, 4, ema=True)
+    saved, trained = (load_tensors(tmp_path / "checkpoint-4" / f"{n}.safetensors")[0] for n in ("weights", "trained"))
+    assert torch.equal(saved["b"], state.ema.average["b"]) and torch.equal(trained["b"], state.parameters["b"]) and not torch.equal(saved["b"], trained["b"])
+
+
+def test_a_checkpoint_of_one_optimizer_does_not_fit_another(train):
+    train("one", optimizer="adamw", max_train_steps=2, checkpointing_steps=1)
+    with pytest.raises(CourseError, match="optimizer"): train("one", optimizer="adafactor", max_train_steps=2, resume_from_checkpoint="latest")
