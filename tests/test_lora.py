@@ -60,7 +60,7 @@ BOTH = ("text_encoder", "text_encoder_2")
     ("to_q,proj_in,proj_out,time_emb_proj,conv_in", (), dict(rank=2, alpha=3)),
     (EVERYTHING, BOTH, dict(rank=2, alpha=7, use_dora=True)),
     ("attention+feedforward", BOTH, dict(rank=4, alpha=3, use_rslora=True)),
-    ("attention", BOTH, dict(rank=4, alpha=3, use_rslora=True, use_dora=True, dropout=0.3, init="kaiming")),
+    ("attention", BOTH, dict(rank=4, alpha=3, use_rslora=True, use_dora=True, dropout=0.3, init="default")),
 ])
 def test_stock_diffusers_draws_the_same(tmp_path, layers, encoders, options):
     parts, text = adapted(layers, encoders, **options)

@@ -161,6 +161,7 @@ def test_equal_weights_draw_the_floor_at_every_border():
 @example(weights=[1, 0, 0], uniform=math.nextafter(1, 0))
 @example(weights=[0, 0, 1], uniform=0.0)
 @example(weights=[3, 3, 1, 0], uniform=math.nextafter(1, 0))
+@example(weights=[3, 1, 1, 1, 1, 1, 1], uniform=math.nextafter(1, 0))  # where the stick ends a rounding short of 7
 def test_a_draw_lands_on_its_piece_of_the_stick(weights, uniform):
     t, total = draw_timestep(uniform, torch.tensor(weights, dtype=torch.float32)), sum(weights)
     assert weights[t] > 0
