@@ -6,7 +6,7 @@
 __all__ = ['FINGERPRINTS', 'posterior', 'draw_latents', 'vae_dtype', 'tensors_digest', 'fingerprint', 'LatentCache', 'hashed',
            'crop_origin', 'CacheEntry', 'Batch', 'collate']
 
-# %% ../nbs/32_cache.ipynb #8c858a21
+# %% ../nbs/32_cache.ipynb #3c5abebd
 import hashlib
 import json
 import warnings
@@ -16,11 +16,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from .conditioning import encode_prompts, make_time_ids, tokenize
+from .conditioning import encode_prompts, make_time_ids, token_windows
 from .core import CourseError, load_tensors, save_tensors
-from .data import content_key, decode
-from .preprocess import center_crop_origin, prepare_image, resized_size
+from .data import content_key, decode, open_mask
+from .preprocess import center_crop_origin, covering_size, prepare_image
 
 # %% ../nbs/32_cache.ipynb #4be7e10a
 @torch.no_grad()
@@ -150,7 +151,7 @@ def fetch(
     if kept is None: raise CourseError(f"cache entry {key[:16]}... is gone or damaged and nothing is loaded to make it again: start the run again, it is then rebuilt")
     return kept
 
-# %% ../nbs/32_cache.ipynb #c0e5a43e
+# %% ../nbs/32_cache.ipynb #da2f2071
 def hashed(
     *parts, # strings, numbers, None, and lists of them
 )->str: # 64 hexadecimal digits
@@ -161,10 +162,12 @@ def crop_origin(
     record,         # ImageRecord
     resolution:int, # side of the square, pixels
     crop_top_left=None, # (top, left), or None for the middle
+    target_size=None, # (height, width) of a bucket; None: the square
 )->tuple: # (top, left) in resized pixels
     "The window of a picture in numbers."
     if crop_top_left is not None: return tuple(map(int, crop_top_left))
-    return center_crop_origin(resized_size((record.height, record.width), resolution), (resolution, resolution))
+    target = tuple(target_size or (resolution, resolution))
+    return center_crop_origin(covering_size((record.height, record.width), target), target)
 
 # %% ../nbs/32_cache.ipynb #f0712ad5
 def _unchanged(record):
@@ -175,7 +178,7 @@ def _unchanged(record):
     try: return decode(data)
     except CourseError as error: raise CourseError(f"{record.path}: {error}")
 
-# %% ../nbs/32_cache.ipynb #5d6f2c0d
+# %% ../nbs/32_cache.ipynb #8b49adea
 @patch
 def picture(
     self:LatentCache,
@@ -186,37 +189,41 @@ def picture(
     crop_top_left=None, # (top, left) in resized pixels after the flip; None is the middle
     interpolation:str="lanczos", # see `resize`
     dtype=torch.float32,         # number format of the kept tensors
-)->tuple: # key, {latent_mean, latent_std} each (4, h/8, w/8), sizes
+    target_size=None,            # (height, width) of a bucket; None: the square
+)->tuple: # key, {latent_mean, latent_std} each (4, h/8, w/8) and mask (1, h, w) if there is one, sizes
     "The cloud of latents of one picture, encoded at most once."
-    origin = crop_origin(record, resolution, crop_top_left)
-    key = hashed("picture 1", record.key, resolution, bool(flip), origin, interpolation, fingerprint(vae), str(dtype))
+    origin, target = crop_origin(record, resolution, crop_top_left, target_size), list(target_size or (resolution, resolution))
+    masked = record.mask and content_key(Path(record.mask).read_bytes())
+    key = hashed("picture 2", record.key, target, bool(flip), origin, interpolation, fingerprint(vae), str(dtype), masked)
     def make():
-        prepared = prepare_image(_unchanged(record), resolution, flip=flip, crop_top_left=origin, interpolation=interpolation)
+        prepared = prepare_image(_unchanged(record), resolution, flip=flip, crop_top_left=origin, interpolation=interpolation, target_size=target, mask=open_mask(record))
         mean, std = posterior(vae, prepared.pixels[None])
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise CourseError(f"{record.path}: its latents are not finite numbers (autoencoder in {vae.dtype}): encode in float32 or use an autoencoder mended for fp16")
         sizes = {name: getattr(prepared, name) for name in ("original_size", "crop_top_left", "target_size")}
-        return {"latent_mean": mean[0].to(dtype), "latent_std": std[0].to(dtype)}, sizes
+        mask = {} if prepared.mask is None else {"mask": F.adaptive_avg_pool2d(prepared.mask, mean.shape[-2:])}
+        return {"latent_mean": mean[0].to(dtype), "latent_std": std[0].to(dtype), **mask}, sizes
     return key, *self.get_or_make(key, make)
 
-# %% ../nbs/32_cache.ipynb #a88831c2
+# %% ../nbs/32_cache.ipynb #614e0490
 @patch
 def prompt(
     self:LatentCache,
     components, # with tokenizers and frozen text encoders
     caption:str,# "" is allowed
+    max_token_length:int=75, # see `encode_prompts`
 )->tuple: # key, {prompt_embeds (77, d), pooled_prompt_embeds (p)}
     "What the UNet is told for one caption, encoded at most once."
-    ids = [tokenize(tokenizer, [caption])[0].tolist() for tokenizer in (components.tokenizer, components.tokenizer_2)]
+    ids = [ids[0].tolist() for tokenizer in (components.tokenizer, components.tokenizer_2) for ids in token_windows(tokenizer, [caption], max_token_length)]
     key = hashed("prompt 1", *ids, fingerprint(components.text_encoder), fingerprint(components.text_encoder_2))
     def make():
-        with torch.no_grad(): embeds, pooled = encode_prompts(components, [caption])
+        with torch.no_grad(): embeds, pooled = encode_prompts(components, [caption], max_token_length)
         if not (embeds.isfinite().all() and pooled.isfinite().all()):
             raise CourseError(f"the caption {caption!r} gives embeddings that are not finite numbers: load the text encoders in another number format")
         return {"prompt_embeds": embeds[0], "pooled_prompt_embeds": pooled[0]}, {}
     return key, self.get_or_make(key, make)[0]
 
-# %% ../nbs/32_cache.ipynb #9bee5dd0
+# %% ../nbs/32_cache.ipynb #676d2130
 @dataclass(frozen=True)
 class CacheEntry:
     "All that training needs to know of one picture and one caption."
@@ -228,6 +235,7 @@ class CacheEntry:
     crop_top_left: tuple # (top, left) in resized pixels
     target_size: tuple   # (height, width) that is trained
     key: str             # for `LatentCache.load`
+    mask: torch.Tensor|None = None # (1, h, w) where the loss counts; None: everywhere
 
 def _entry(key, latents, sizes, texts):
     "Put the two halves together."
@@ -257,7 +265,7 @@ def load(
     (latents, sizes), (texts, _) = (self.fetch(part) for part in (key.split("-") + [key])[:2])
     return _entry(key, latents, sizes, texts)
 
-# %% ../nbs/32_cache.ipynb #f3e829e0
+# %% ../nbs/32_cache.ipynb #4f05515a
 @dataclass(frozen=True)
 class Batch:
     "What the UNet and the objective see in one step."
@@ -265,6 +273,7 @@ class Batch:
     prompt_embeds: torch.Tensor        # (b, 77, d)
     pooled_prompt_embeds: torch.Tensor # (b, p)
     time_ids: torch.Tensor             # (b, 6) float32
+    mask: torch.Tensor|None = None     # (b, 1, h, w) where the loss counts; None: everywhere
 
     def to(self,
         device=None, # where to
@@ -272,9 +281,9 @@ class Batch:
     )->"Batch": # a new one
         "Move a batch to where the UNet is."
         formats = {"prompt_embeds": dtype, "pooled_prompt_embeds": dtype}
-        return Batch(**{f.name: getattr(self, f.name).to(device=device, dtype=formats.get(f.name)) for f in fields(self)})
+        return Batch(**{f.name: x.to(device=device, dtype=formats.get(f.name)) for f in fields(self) if (x := getattr(self, f.name)) is not None})
 
-# %% ../nbs/32_cache.ipynb #5125bafb
+# %% ../nbs/32_cache.ipynb #65f1ab4d
 def collate(
     entries,    # list of CacheEntry, all of one target size
     noise=None, # (b, 4, h, w) or a list of (4, h, w), standard normal; None takes the means
@@ -288,4 +297,5 @@ def collate(
     if noise is not None and noise.shape != mean.shape: raise CourseError(f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(mean.shape)}: wanted one draw per entry")
     embeds, pooled = (torch.stack([getattr(entry, name) for entry in entries]) for name in ("prompt_embeds", "pooled_prompt_embeds"))
     time_ids = torch.stack([make_time_ids(entry.original_size, entry.crop_top_left, entry.target_size) for entry in entries])
-    return Batch(mean if noise is None else draw_latents(mean, std, noise), embeds, pooled, time_ids)
+    masks = None if all(entry.mask is None for entry in entries) else torch.stack([torch.ones(1, *mean.shape[2:]) if entry.mask is None else entry.mask for entry in entries])
+    return Batch(mean if noise is None else draw_latents(mean, std, noise), embeds, pooled, time_ids, masks)

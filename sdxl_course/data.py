@@ -6,9 +6,10 @@
 __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'UNREAD', 'METADATA', 'natural_key', 'to_rgb', 'open_header',
            'decode', 'open_image', 'read_rows', 'row_name', 'caption_list', 'read_metadata', 'read_sidecar',
            'ImageRecord', 'content_key', 'inspect_picture', 'list_files', 'is_picture', 'DataReport', 'escape',
-           'check_up', 'find_examples', 'scan', 'choose', 'read_dataset']
+           'check_up', 'find_examples', 'scan', 'choose', 'read_dataset', 'with_masks', 'open_mask', 'shuffle_tags',
+           'split_records']
 
-# %% ../nbs/30_data.ipynb #1817252e
+# %% ../nbs/30_data.ipynb #e5e32843
 import csv
 import hashlib
 import io
@@ -17,7 +18,7 @@ import os
 import re
 import unicodedata
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from statistics import median
 
@@ -176,7 +177,7 @@ def read_sidecar(
         return tuple(line.strip() for line in lines if line.strip())
     return ()
 
-# %% ../nbs/30_data.ipynb #0301e04e
+# %% ../nbs/30_data.ipynb #e4b8d09a
 @dataclass(frozen=True)
 class ImageRecord:
     "One picture of a dataset and its captions."
@@ -185,6 +186,7 @@ class ImageRecord:
     width: int      # pixels, upright
     height: int     # pixels, upright
     key: str        # from the sha256 of the file's bytes
+    mask: Path|None = None # where the loss counts: a mask file, or the picture itself for its alpha
 
 # %% ../nbs/30_data.ipynb #4391870a
 def content_key(
@@ -490,3 +492,52 @@ def read_dataset(
     if plain: candidates, problems = _folder_examples(folder, image_column, caption_column, max_train_samples, seed, require_captions)
     else: candidates, problems = _table_examples(dataset_name, dataset_config_name, train_data_dir, image_column, caption_column, cache_dir, max_train_samples, seed, require_captions)
     return check_up(folder, candidates, problems, (), require_captions).usable(on_problem)
+
+# %% ../nbs/30_data.ipynb #cd2885df
+def with_masks(
+    records:list,   # ImageRecord
+    mask_dir=None,  # folder of masks named like the pictures; None: the pictures' own transparency
+)->list: # the same records, each with its mask
+    "Find every picture's mask, or name one that lacks it."
+    if mask_dir is None: return [replace(record, mask=record.path) for record in records]
+    if not Path(mask_dir).is_dir(): raise CourseError(f"mask_data_dir {str(mask_dir)!r} is not there: wanted a folder of masks named like the pictures")
+    masks = {_same(path.stem): path for path in Path(mask_dir).iterdir() if is_picture(path)}
+    lacking = [record.path.name for record in records if _same(record.path.stem) not in masks]
+    if lacking: raise CourseError(f"{mask_dir} has no mask for {len(lacking)} of {len(records)} pictures, for instance {lacking[0]}: wanted {Path(lacking[0]).stem}.png")
+    return [replace(record, mask=masks[_same(record.path.stem)]) for record in records]
+
+def open_mask(
+    record, # ImageRecord
+)->Image.Image|None: # "L", upright, of the picture's size; None: no mask
+    "Where a picture counts: white learns."
+    if record.mask is None: return None
+    try: image = ImageOps.exif_transpose(open_header(record.mask.read_bytes()))
+    except (CourseError, OSError) as error: raise CourseError(f"{record.mask}: it cannot be opened as a mask ({error})") from error
+    if record.mask != record.path: image = image.convert("L")
+    elif image.has_transparency_data: image = image.convert("RGBA").getchannel("A")
+    else: image = Image.new("L", image.size, 255)
+    if image.size != (record.width, record.height):
+        raise CourseError(f"{record.mask} is {image.width} x {image.height}, its picture {record.width} x {record.height}: wanted the same size")
+    return image
+
+# %% ../nbs/30_data.ipynb #431a8a9f
+def shuffle_tags(
+    caption:str, # tags with commas between
+    keep:int=0,  # so many stay at the front
+    generator=None, # torch.Generator
+)->str:
+    "The same tags in another order."
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    order = torch.randperm(len(tags[keep:]), generator=generator).tolist()
+    return ", ".join(tags[:keep] + [tags[keep:][k] for k in order])
+
+def split_records(
+    records:list, # ImageRecord
+    share:float,  # for validation, 0 .. 1
+    seed:int=0,   # decides which
+)->tuple: # (for training, for validation), each in the old order
+    "Hold some pictures out; both parts get at least one."
+    if len(records) < 2: raise CourseError(f"validation_split={share} of {len(records)} picture leaves nothing to train on: wanted two pictures or more")
+    number = min(max(1, round(share*len(records))), len(records) - 1)
+    out = set(torch.randperm(len(records), generator=seeded("validation split", seed))[:number].tolist())
+    return [r for i, r in enumerate(records) if i not in out], [r for i, r in enumerate(records) if i in out]

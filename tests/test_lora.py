@@ -9,8 +9,8 @@ import pytest
 import torch
 from sdxl_course.components import sdxl_architecture, tiny_architecture
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
-from sdxl_course.lora import (add_lora, attach_lora, load_lora_into, lora_file_tensors, lora_parameters, lora_size,
-    lora_targets, read_lora, save_lora)
+from sdxl_course.lora import (add_lora, attach_lora, continue_lora, load_lora_into, lora_file_tensors, lora_parameters, lora_size,
+    lora_targets, parameter_groups, read_lora, save_kohya, save_lora)
 
 EVERYTHING = "attention+feedforward+convolution"
 BASE = tiny_architecture(0)
@@ -192,3 +192,53 @@ def test_equal_values_give_equal_bytes_in_any_process(tmp_path):
     assert there.read_bytes() == here.read_bytes()
     note = load_tensors(here)[1]
     assert set(note) == {"format", "lora_adapter_metadata"} and str(tmp_path) not in json.dumps(note)
+
+
+# ------------------------------------------------ kohya's layout, other starts, groups
+
+@pytest.mark.parametrize("options", [dict(), dict(use_dora=True), dict(use_rslora=True, layers="attention+feedforward")], ids=["plain", "dora", "rslora"])
+def test_kohya_files_come_back_exactly(options, tmp_path):
+    parts = tiny_architecture(0)
+    models = {name: getattr(parts, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    for name, model in models.items():
+        for key, p in lora_parameters(add_lora(model, rank=3, alpha=5, generator=seeded(name), **options)): p.data = torch.randn(p.shape, generator=seeded(name, key))
+    file = save_kohya(tmp_path / "a.safetensors", **models)
+    assert file.read_bytes() == save_kohya(tmp_path / "b" / "a.safetensors", **models).read_bytes()
+    heir = tiny_architecture(1)
+    for name in models: add_lora(getattr(heir, name), rank=3, alpha=5, generator=seeded("other"), **options)
+    continue_lora(heir.unet, heir.text_encoder, heir.text_encoder_2, file)
+    for name, model in models.items():
+        for (key, p), (_, q) in zip(lora_parameters(model), lora_parameters(getattr(heir, name))): assert torch.allclose(p, q, rtol=1e-6, atol=0), key
+
+
+def test_defect_alpha_other_than_rank_survives_in_kohya_files(tmp_path):
+    unet = add_lora(tiny_architecture(0).unet, rank=4, alpha=1)
+    tensors, metadata = load_tensors(save_kohya(tmp_path / "a.safetensors", unet))
+    assert {float(t) for name, t in tensors.items() if name.endswith(".alpha")} == {1.} and metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "1"
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_that_change_the_base_give_files_for_the_original_base(init, tmp_path):
+    changed, plain = tiny_architecture(0).unet, tiny_architecture(0).unet
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    original = plain.get_submodule(name).weight.clone()
+    add_lora(changed, rank=2, alpha=3, init=init, generator=seeded(init))
+    for key, p in lora_parameters(changed): p.data += .1 * torch.randn(p.shape, generator=seeded(key))
+    file = save_lora(tmp_path, changed, dtype=torch.float32)
+    layer, tensors = changed.get_submodule(name), load_tensors(file)[0]
+    whole = layer.base_layer.weight + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    delta = 1.5 * tensors[f"unet.{name}.lora_B.weight"] @ tensors[f"unet.{name}.lora_A.weight"]
+    assert (original + delta - whole).abs().max() < 1e-4 and (original - layer.base_layer.weight).abs().max() > 1e-3
+
+
+def test_a_half_precision_file_is_the_rounded_one(tmp_path):
+    unet = add_lora(tiny_architecture(0).unet, rank=2, generator=seeded("half"))
+    whole, half = (load_tensors(save_lora(tmp_path / str(d), unet, dtype=d))[0] for d in (torch.float32, torch.bfloat16))
+    assert all(half[n].dtype == torch.bfloat16 and torch.equal(half[n], whole[n].bfloat16()) for n in whole)
+
+
+def test_groups_cover_every_parameter_once():
+    named = {f"{part}.x.{kind}.default.weight": torch.nn.Parameter(torch.zeros(1)) for part in ("unet", "text_encoder", "text_encoder_2") for kind in ("lora_A", "lora_B")}
+    groups = parameter_groups(named, 1., .5, 8., .1, .2)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert [rates[id(p)] for p in named.values()] == [(1., .1), (8., .1), (.5, .2), (4., .2), (.5, .2), (4., .2)]
