@@ -24,7 +24,7 @@ extras = {
 def package_files(folder):
     "Files below the package that are not modules: weights, configurations, vocabularies."
     root = here / cfg["lib_path"]
-    wanted = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".yaml", ".yml"}
+    wanted = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".jpg"}
     found = (root / folder).rglob("*")
     return [str(path.relative_to(root)) for path in sorted(found) if path.is_file() and path.suffix in wanted]
 
