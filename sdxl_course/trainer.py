@@ -8,18 +8,20 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'LIMITS', 'CONTRADICTIONS', 'option', 'Mod
            'LoraOptions', 'HardwareOptions', 'SharingOptions', 'within', 'check_limits', 'TrainConfig', 'config_dict',
            'read_config_file', 'file_flags', 'parse_config', 'run_command', 'Chance', 'seeded_world', 'Micro',
            'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema', 'TrainState', 'shown', 'set_values',
-           'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'fit', 'machine_precision',
+           'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'unbroken', 'fit', 'machine_precision',
            'usable_tracker', 'accelerating', 'prefetch']
 
 # %% ../nbs/41_trainer.ipynb #cc5bed63
 import json
 import math
 import os
+import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -250,6 +252,7 @@ CONTRADICTIONS = ( # (function of a config, why)
     (lambda c: c.lr_scheduler == "piecewise_constant" and not c.lr_step_rules,
         "--lr_scheduler piecewise_constant came without rules: wanted --lr_step_rules as well, for instance 1:100,0.1"),
     (lambda c: c.cache_text_embeds and c.train_text_encoder, "--cache_text_embeds keeps what --train_text_encoder changes in every step: leave one of them out"),
+    (lambda c: c.cache_text_embeds and c.shuffle_tags, "--cache_text_embeds keeps what --shuffle_tags changes each time: leave one of them out"),
     (lambda c: c.cache_latents and not (c.center_crop or c.use_aspect_ratio_buckets or c.cached_crops),
         "--cache_latents would freeze the random crop: wanted --center_crop, --use_aspect_ratio_buckets, or --cached_crops 4 for four crops of each picture; "
         "square pictures need no crop and are kept without asking"),
@@ -285,6 +288,7 @@ class TrainConfig(SharingOptions, HardwareOptions, LoraOptions, LossOptions, Opt
         DataOptions, ModelOptions):
     "Every option of a LoRA training run, checked."
     def __post_init__(self):
+        object.__setattr__(self, "_token", (lambda: token) if (token := self.hub_token) else None) # in no field, in no printout
         object.__setattr__(self, "hub_token", None)
         object.__setattr__(self, "optimizer", str(self.optimizer).lower())
         check_limits(self)
@@ -295,6 +299,10 @@ class TrainConfig(SharingOptions, HardwareOptions, LoraOptions, LossOptions, Opt
             if strikes(self): raise CourseError(why)
         if self.lr_scheduler == "polynomial" and not self.learning_rate > 1e-7:
             raise CourseError(f"--learning_rate is {self.learning_rate:g}: the polynomial schedule ends at 1e-7, so wanted more than that")
+
+    def token(self)->str|None: # for the hub; None: whatever `hf auth login` or HF_TOKEN left
+        "The token that was given, which no field holds."
+        return self._token() if self._token else None
 
 def config_dict(
     config, # TrainConfig or a recipe's own
@@ -436,9 +444,24 @@ class Plan:
     accumulation: int # micro-steps per update
     seed: int # of the run
     processes: int = 1 # how many work together
+    shapes: tuple = () # one per sample; only samples of one shape share a micro-step; empty: all are alike
 
     @property
-    def updates_per_epoch(self)->int: return math.ceil(math.ceil(self.n / (self.batch_size*self.processes)) / self.accumulation)
+    def wide(self)->int: return self.batch_size*self.processes # samples in a micro-step of all processes
+
+    @cached_property
+    def updates_per_epoch(self)->int:
+        sizes = Counter(self.shapes).values() if self.shapes else (self.n,)
+        return math.ceil(sum(math.ceil(size / self.wide) for size in sizes) / self.accumulation)
+
+    def parts(self, epoch:int)->list: # of lists of samples, one for each micro-step
+        "One epoch in its order; whatever does not fill a micro-step comes at the end."
+        waiting, full = {}, []
+        for i in epoch_order(self.n, self.seed, epoch):
+            shape = self.shapes[i] if self.shapes else None
+            waiting.setdefault(shape, []).append(i)
+            if len(waiting[shape]) == self.wide: full.append(waiting.pop(shape))
+        return full + list(waiting.values())
 
     def micro_steps(self,
         first:int, # update to begin with
@@ -446,15 +469,14 @@ class Plan:
         rank:int=0, # which process
     ): # yields Micro
         "The micro-steps of updates first ... stop - 1."
-        wide = self.batch_size*self.processes
         for step in range(first, stop):
             epoch, place = divmod(step, self.updates_per_epoch)
-            if step == first or place == 0: order = epoch_order(self.n, self.seed, epoch)
-            seen = order[place*wide*self.accumulation:(place + 1)*wide*self.accumulation]
-            parts = [seen[i:i + wide] for i in range(0, len(seen), wide)]
-            for part, indices in enumerate(parts):
+            if step == first or place == 0: parts = self.parts(epoch)
+            now = parts[place*self.accumulation:(place + 1)*self.accumulation]
+            total = sum(map(len, now))
+            for part, indices in enumerate(now):
                 mine = tuple(indices[rank*self.batch_size:(rank + 1)*self.batch_size])
-                yield Micro(step, part, epoch, mine or tuple(indices[:1]), len(seen), part == len(parts) - 1, bool(mine))
+                yield Micro(step, part, epoch, mine or tuple(indices[:1]), total, part == len(now) - 1, bool(mine))
 
 # %% ../nbs/41_trainer.ipynb #6bdb4e8d
 def _package(name, needed_by): # the module, or a sentence
@@ -625,6 +647,22 @@ def finish_update(
     state.rows.append(dict(step=state.step, epoch=micro.epoch, loss=finite(loss), lr=rate, grad_norm=finite(norm)))
     return state.rows[-1]
 
+# %% ../nbs/41_trainer.ipynb #ae4db358
+@contextmanager
+def unbroken():
+    "Hold Ctrl-C back until the block is done; a second one breaks in."
+    asked = []
+    def hear(*_):
+        if asked: raise KeyboardInterrupt
+        asked.append(True)
+    try: before = signal.signal(signal.SIGINT, hear)
+    except ValueError: # not the main thread: no signals here
+        yield
+        return
+    try: yield
+    finally: signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if asked: raise KeyboardInterrupt
+
 # %% ../nbs/41_trainer.ipynb #ff45fb85
 def fit(
     trainee, # module: batch -> loss of each sample (b,), as accelerate prepared it
@@ -645,8 +683,9 @@ def fit(
         parts.append((micro, forward_backward(trainee, micro, batch, state.seed, accelerator)))
         if not micro.last: continue
         loss = mean_loss(state, parts, accelerator, name_of)
-        row = finish_update(state, micro, max_grad_norm, loss, accelerator, skip_nan)
-        for hook in after_update: hook(state, row)
+        with unbroken():
+            row = finish_update(state, micro, max_grad_norm, loss, accelerator, skip_nan)
+            for hook in after_update: hook(state, row)
         parts = []
     return state
 
