@@ -250,7 +250,8 @@ def checkpointing(
 FREE = frozenset("""output_dir max_train_steps num_train_epochs updates checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name
-    dataset_config_name image_column caption_column max_train_samples""".split())
+    dataset_config_name image_column caption_column max_train_samples instance_data_dir class_data_dir num_class_images sample_batch_size
+    prior_generation_precision""".split())
 MACHINE = frozenset("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 

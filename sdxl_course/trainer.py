@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'LIMITS', 'CONTRADICTIONS', 'option', 'ModelOptions', 'DataOptions', 'CaptionOptions',
            'ImageOptions', 'CacheOptions', 'ValidationOptions', 'RunOptions', 'OptimizerOptions', 'LossOptions',
-           'LoraOptions', 'HardwareOptions', 'SharingOptions', 'within', 'check_limits', 'TrainConfig', 'config_dict',
-           'read_config_file', 'file_flags', 'parse_config', 'run_command', 'Chance', 'seeded_world', 'Micro',
-           'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema', 'TrainState', 'shown', 'set_values',
-           'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'unbroken', 'fit', 'machine_precision',
-           'usable_tracker', 'accelerating', 'prefetch']
+           'LoraOptions', 'HardwareOptions', 'SharingOptions', 'within', 'check_limits', 'changed', 'TrainConfig',
+           'config_dict', 'read_config_file', 'file_flags', 'parse_config', 'run_command', 'Chance', 'seeded_world',
+           'Micro', 'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema', 'TrainState', 'shown',
+           'set_values', 'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'unbroken', 'fit',
+           'machine_precision', 'usable_tracker', 'accelerating', 'prefetch']
 
 # %% ../nbs/41_trainer.ipynb #cc5bed63
 import json
@@ -231,18 +231,19 @@ def within(
 
 # %% ../nbs/41_trainer.ipynb #ce632298
 def check_limits(
-    config, # dataclass with some of the fields in LIMITS
+    config, # dataclass with some of the fields in `limits`
+    limits=LIMITS, # field -> lowest .. highest
 ):
     "Refuse numbers out of range and words that are not among the choices."
     kinds = get_type_hints(type(config))
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
         if value is None: continue
-        if f.name in LIMITS:
+        if f.name in limits:
             whole = int in (kinds[f.name], *get_args(kinds[f.name]))
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise CourseError(f"--{f.name} is {value!r}: wanted a {'whole ' if whole else ''}number")
-            if wanted := within(value, LIMITS[f.name]): raise CourseError(f"--{f.name} is {value}: wanted {wanted}")
+            if wanted := within(value, limits[f.name]): raise CourseError(f"--{f.name} is {value}: wanted {wanted}")
         if choices and value not in choices:
             guess = nearest(str(value), [str(choice) for choice in choices])
             raise CourseError(f"--{f.name} is {value!r}: wanted one of {', '.join(map(str, choices))}" + (f"; did you mean {guess}?" if guess else ""))
@@ -268,14 +269,21 @@ CONTRADICTIONS = ( # (function of a config, why)
 )
 
 # %% ../nbs/41_trainer.ipynb #b6975b6b
+def changed(
+    config, # a config dataclass
+    *names, # of options
+)->bool: # whether one of them is not at its default, which recipes choose for themselves
+    "What the user asked for, as far as it shows."
+    return any(getattr(config, f.name) != f.default for f in fields(config) if f.name in names)
+
 CONTRADICTIONS += (
-    (lambda c: not c.train_text_encoder and (c.text_encoder_lr is not None or c.adam_weight_decay_text_encoder is not None),
+    (lambda c: not c.train_text_encoder and changed(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
         "--text_encoder_lr and --adam_weight_decay_text_encoder do nothing without --train_text_encoder: add it, or leave them out"),
     (lambda c: c.use_8bit_adam and c.optimizer not in ("adamw", "adamw8bit"), "--use_8bit_adam is for --optimizer adamw: leave one of them out"),
     (lambda c: c.optimizer == "schedulefree" and not c.lr_scheduler.startswith("constant"),
         "--optimizer schedulefree replaces the schedule: wanted --lr_scheduler constant or constant_with_warmup"),
     (lambda c: c.optimizer == "schedulefree" and c.use_ema, "--optimizer schedulefree averages by itself: leave --use_ema out"),
-    (lambda c: c.optimizer == "prodigy" and (c.text_encoder_lr is not None or c.loraplus_lr_ratio is not None),
+    (lambda c: c.optimizer == "prodigy" and (changed(c, "text_encoder_lr") and c.text_encoder_lr != c.learning_rate or c.loraplus_lr_ratio is not None),
         "--optimizer prodigy finds one step size for all: leave --text_encoder_lr and --loraplus_lr_ratio out"),
     (lambda c: c.prodigy_beta3 is not None and c.optimizer != "prodigy", "--prodigy_beta3 does nothing without --optimizer prodigy: add it, or leave it out"),
     (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")), "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
