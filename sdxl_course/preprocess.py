@@ -5,17 +5,23 @@
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'resized_size', 'bucket_sizes', 'nearest_bucket', 'covering_size', 'crop_loss', 'resize',
            'center_crop_origin', 'random_crop_origin', 'crop', 'flip_left_right', 'to_tensor', 'PreparedImage',
-           'prepare_image']
+           'prepare_image', 'Fit', 'fit_records', 'FitReport', 'check_data', 'load_tokenizer', 'check_data_flags',
+           'run_check_data', 'main']
 
 # %% ../nbs/31_preprocess.ipynb #060d7daa
+import argparse
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 from PIL import Image
-from .core import CourseError, nearest
-from .data import MAX_PIXELS, to_rgb
+from tqdm.auto import tqdm
+from .core import CourseError, guarded, nearest, write_json
+from .data import DataReport, MAX_PIXELS, scan, to_rgb
 
 # %% ../nbs/31_preprocess.ipynb #26ae1f92
 def resized_size(
@@ -37,8 +43,9 @@ def bucket_sizes(
     "The shapes that pictures may keep."
     if resolution < 32: raise CourseError(f"resolution {resolution} is too small for buckets: wanted 32 or more")
     step = max(8, min(step, resolution//4//8*8))
-    tall = [(side, resolution**2//side//step*step) for side in range(resolution//step*step, int(resolution*max_ratio**0.5) + 1, step)]
-    return sorted({shape for h, w in tall if w and h <= max_ratio*w for shape in ((h, w), (w, h))}, reverse=True)
+    square = resolution//step*step
+    tall = [(square, square)] + [(side, resolution**2//side//step*step) for side in range(square, int(resolution*max_ratio**0.5) + 1, step)]
+    return sorted({shape for h, w in tall if w and max(h, w) <= max_ratio*min(h, w) for shape in ((h, w), (w, h))}, reverse=True)
 
 def nearest_bucket(
     size:tuple,    # (height, width) of the picture
@@ -164,3 +171,151 @@ def prepare_image(
     pixels = to_tensor(crop(image, crop_top_left, target))
     counts = None if mask is None else torch.from_numpy(np.array(crop(mask, crop_top_left, target))).float()[None] / 255
     return PreparedImage(pixels, original_size, tuple(crop_top_left), target, bool(flip), counts)
+
+# %% ../nbs/31_preprocess.ipynb #b4d5bf67
+@dataclass(frozen=True)
+class Fit:
+    "What happens to one picture on its way to the size that is trained."
+    file: str     # what the report calls it
+    size: tuple   # (height, width) of the picture
+    target: tuple # (height, width) of its square or bucket
+    scale: float  # over 1: it is enlarged
+    cut: float    # 0 .. 1, the share that the crop throws away
+
+def fit_records(
+    report:DataReport, # of a folder or table
+    resolution:int,    # side of the square, pixels
+    use_aspect_ratio_buckets:bool=False, # may pictures keep their shape?
+)->list: # Fit, one for each usable picture
+    "Where each picture goes, and what that costs."
+    buckets, fits = bucket_sizes(resolution) if use_aspect_ratio_buckets else [(resolution, resolution)], []
+    for file, record in zip(report.files, report.records):
+        size = (record.height, record.width)
+        target = nearest_bucket(size, buckets)
+        fits.append(Fit(file, size, target, max(want / have for want, have in zip(target, size)), crop_loss(size, target)))
+    return fits
+
+# %% ../nbs/31_preprocess.ipynb #cf5b3214
+def _by(width_height): return f"{width_height[1]} x {width_height[0]}"
+
+def _bucket_rows(fits):
+    "One row a bucket, the fullest first."
+    groups = {}
+    for fit in fits: groups.setdefault(fit.target, []).append(fit)
+    worst = lambda group: max(group, key=lambda fit: fit.cut)
+    return [(_by(target), len(group), sum(fit.scale > 1 for fit in group), f"{fmean(fit.cut for fit in group):.0%}", f"{worst(group).cut:.0%}", worst(group).file if worst(group).cut else "-")
+            for target, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))]
+
+def _worst(fits, value, least, most=5): return sorted((fit for fit in fits if getattr(fit, value) > least), key=lambda fit: -getattr(fit, value))[:most]
+
+# %% ../nbs/31_preprocess.ipynb #464855bb
+@dataclass(frozen=True, repr=False)
+class FitReport(DataReport):
+    "What a dataset holds, what is wrong with it, and what a resolution makes of it."
+    resolution: int = 1024 # side of the square, pixels
+    use_aspect_ratio_buckets: bool = False # may pictures keep their shape?
+
+    def fits(self, other=False)->list: # Fit for each usable picture
+        "As it is asked for, or the other way."
+        return fit_records(self, self.resolution, self.use_aspect_ratio_buckets != other)
+
+    def summary(self):
+        rows, fits = DataReport.summary(self), self.fits()
+        if not fits: return rows
+        ways = ("as squares", "in buckets (--use_aspect_ratio_buckets)")[::-1 if self.use_aspect_ratio_buckets else 1]
+        large, lost = [fit.scale for fit in fits if fit.scale > 1], [f"{fmean(fit.cut for fit in fits):.0%} on average {ways[0]}"]
+        if self.resolution >= 32: lost.append(f"{fmean(fit.cut for fit in self.fits(other=True)):.0%} {ways[1]}")
+        return rows + [("resolution", f"{self.resolution}, {'buckets' if self.use_aspect_ratio_buckets else 'squares'}"),
+                       ("enlarged", f"{len(large)} of {len(fits)} pictures" + (f", up to {max(large):.1f} times" if large else "")), ("cut off", ", ".join(lost))]
+
+    def tables(self):
+        "The report in full."
+        fits, head = self.fits(), ("file", "width x height", "goes to", "enlarged", "cut off")
+        rows = lambda found: [(fit.file, _by(fit.size), _by(fit.target), f"{fit.scale:.1f} times" if fit.scale > 1 else "-", f"{fit.cut:.0%}") for fit in found]
+        buckets = ("buckets", ("width x height", "pictures", "enlarged", "cut off on average", "at most", "in"), _bucket_rows(fits))
+        more = [buckets, ("cut off most", head, rows(_worst(fits, "cut", 0.05))), ("enlarged most", head, rows(_worst(fits, "scale", 1)))]
+        return DataReport.tables(self) + [table for table in more if table[2]]
+
+    def values(self):
+        "The report for other programs; nothing is left out."
+        fits, names = self.fits(), ("width_x_height", "pictures", "enlarged", "cut_off_on_average", "cut_off_at_most", "worst")
+        return DataReport.values(self) | dict(resolution=self.resolution, use_aspect_ratio_buckets=self.use_aspect_ratio_buckets,
+            buckets=[dict(zip(names, row)) for row in _bucket_rows(fits)], fits=[asdict(fit) for fit in fits])
+
+# %% ../nbs/31_preprocess.ipynb #b6fdd90a
+def check_data(
+    folder,         # a dataset's folder
+    resolution:int=1024, # side of the square, pixels
+    use_aspect_ratio_buckets:bool=False, # may pictures keep their shape?
+    model="tiny",   # whose tokenizer measures the captions: "tiny", a folder or a hub id
+    **options,      # image_column, caption_column, max_token_length, bar: see `scan`
+)->FitReport: # shows itself as tables
+    "Say what would go wrong in a folder of pictures before a training does."
+    if resolution < 16: raise CourseError(f"resolution {resolution} is too small to train on: wanted 16 or more")
+    if use_aspect_ratio_buckets: bucket_sizes(resolution)
+    found = scan(folder, require_captions=None, tokenizer=load_tokenizer(model), **options)
+    return FitReport(**{name: getattr(found, name) for name in DataReport.__dataclass_fields__}, resolution=resolution, use_aspect_ratio_buckets=use_aspect_ratio_buckets)
+
+def load_tokenizer(
+    model="tiny", # "tiny", a folder or a hub id
+): # CLIPTokenizer
+    "A model's tokenizer and nothing else of it; SDXL's two cut alike."
+    from transformers import CLIPTokenizer
+    from sdxl_course.components import quiet, tiny_path
+    place = tiny_path() if str(model) == "tiny" else Path(model).expanduser()
+    try:
+        with quiet(): tokenizer = CLIPTokenizer.from_pretrained(str(place if place.is_dir() else model), subfolder="tokenizer")
+    except Exception: tokenizer = ()
+    if len(tokenizer) > 2: return tokenizer                   # where nothing is found, transformers makes one that knows no word
+    raise CourseError(f"no tokenizer of {str(model)!r} was found: wanted 'tiny', the folder of an SDXL pipeline or, with a network, a hub id like owner/name")
+
+# %% ../nbs/31_preprocess.ipynb #3d5551e1
+def check_data_flags(
+    words, # of the command line
+): # argparse.Namespace
+    "Read the flags of `sdxl-course check-data`."
+    parser = argparse.ArgumentParser("sdxl-course check-data", description="Find what would go wrong in a folder of pictures.", allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder with pictures and captions")
+    flags = dict(train_data_dir=dict(metavar="DIR", help="the same, as the trainers call it"),
+                 resolution=dict(type=int, default=1024, help="side of the square that is trained, pixels (default 1024)"),
+                 use_aspect_ratio_buckets=dict(action="store_true", help="let pictures keep their shape"),
+                 image_column=dict(default="image", help="column of the metadata that names the file (default file_name or image)"),
+                 caption_column=dict(default="text", help="column of the metadata with the caption (default text)"),
+                 model=dict(default="tiny", help="whose tokenizer measures captions: tiny, a folder or a hub id"),
+                 max_token_length=dict(type=int, default=75, choices=(75, 150, 225), help="tokens of a caption that are read (default 75)"),
+                 output=dict(metavar="FILE.json", help="write the whole report there too"))
+    for name, how in flags.items(): parser.add_argument(*dict.fromkeys([f"--{name}", "--" + name.replace("_", "-")]), **how)
+    def refuse(message): raise CourseError(f"{message}; see sdxl-course check-data --help")
+    parser.error = refuse
+    found, unknown = parser.parse_known_args(words)
+    if unknown:
+        close = nearest(unknown[0], [f"--{name}" for name in flags])
+        raise CourseError(f"sdxl-course check-data does not know {unknown[0]!r}" + (f"; did you mean {close}?" if close else "; see sdxl-course check-data --help"))
+    if found.folder and found.train_data_dir: raise CourseError(f"two folders were given, {found.folder!r} and {found.train_data_dir!r}: name one")
+    found.folder = found.folder or found.train_data_dir
+    if not found.folder: raise CourseError("no folder was given: wanted sdxl-course check-data DIR")
+    return found
+
+# %% ../nbs/31_preprocess.ipynb #fe561f18
+def run_check_data(
+    words, # of the command line
+)->int: # exit code
+    "Print the report, write it down if asked, and say whether anything can be used."
+    flags = check_data_flags(words)
+    bar = lambda items, what: tqdm(items, desc=what, disable=None, leave=False) # silent where no one watches
+    report = check_data(flags.folder, flags.resolution, flags.use_aspect_ratio_buckets, flags.model, image_column=flags.image_column,
+                        caption_column=flags.caption_column, max_token_length=flags.max_token_length, bar=bar)
+    if report.records or report.problems: print(report)
+    if flags.output: print(f"\nwritten to {write_json(flags.output, report.values())}")
+    report.usable("skip")
+    return 0
+
+def main(
+    argv=None, # the words after check-data; None takes them from the command line
+)->int: # exit code: 0 usable, 2 not
+    "`sdxl-course check-data`"
+    return guarded(run_check_data, sys.argv[1:] if argv is None else list(argv))
+
+# %% ../nbs/31_preprocess.ipynb #015a1b39
+#| eval: false
+if __name__ == "__main__": sys.exit(main())

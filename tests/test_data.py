@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import pickle
 import unicodedata
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 from sdxl_course.core import CourseError
-from sdxl_course.data import (ImageRecord, caption_list, choose, decode, escape, inspect_picture, natural_key, open_image,
-                              read_dataset, read_metadata, row_name, scan, DataReport)
+from sdxl_course.data import (caption_list, caption_remarks, check_dataset, choose, decode, escape, inspect_picture, natural_key, open_image,
+                              read_dataset, read_metadata, row_name, scan, to_rgb, DataReport)
+from toy import make_tokenizer
 
 calm = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -54,22 +56,37 @@ def test_no_name_leaves_the_folder(name):
 def test_reports_show_strangers_text_as_text(text):
     shown = escape(text)
     assert not set(shown) & set("<>[]|*_`\\!\n\r") and '"' not in shown
-    table = DataReport(text, [], [(text, text)], [(text, text)], [])._repr_markdown_()
-    assert table.count("<") == 0 and all(line.count("|") in (0, 3) for line in table.split("\n"))
+    report = DataReport(text, [], [(text, text)], [(text, text)], [text])
+    table = report._repr_markdown_()
+    assert table.count("<") == 0 and all(line.count("|") in (0, 3, 4) for line in table.split("\n"))
+    assert all(line.isprintable() for line in str(report).split("\n"))             # nothing that steers a terminal
 
 
 # ---- picture files ---------------------------------------------------------------------------------------------------------
 
+TURN = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_undone(orientation, tmp_path):
-    upright, exif = picture(), Image.Exif()
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(width=st.integers(16, 40), height=st.integers(16, 40), seed=st.integers(0, 99), format=st.sampled_from(["png", "webp"]))
+def test_every_exif_orientation_is_undone(orientation, width, height, seed, format, tmp_path):
+    upright, exif = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)), Image.Exif()
     exif[0x0112] = orientation
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
-    stored = upright.transpose(Image.Transpose[turn[orientation]]) if orientation > 1 else upright
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), np.asarray(upright))
-    record, remarks = inspect_picture(tmp_path / "a.png")
-    assert (record.width, record.height) == upright.size and bool(remarks) == (orientation > 1)
+    stored = upright.transpose(Image.Transpose[TURN[orientation]]) if orientation > 1 else upright
+    stored.save(tmp_path / f"a.{format}", exif=exif, lossless=True)
+    assert np.array_equal(np.asarray(open_image(tmp_path / f"a.{format}")), np.asarray(upright))
+    record, remarks = inspect_picture(tmp_path / f"a.{format}")
+    assert (record.width, record.height) == upright.size and [remark.startswith("turned upright") for remark in remarks] == [True] * (orientation > 1)
+
+
+@calm
+@given(st.integers(0, 999), st.integers(1, 12), st.integers(1, 12), st.sampled_from(["RGBA", "LA"]))
+def test_transparency_is_white_paper_showing_through(seed, height, width, mode):
+    rgba = np.random.default_rng(seed).integers(0, 256, (height, width, 2 if mode == "LA" else 4), dtype=np.uint8)
+    color, alpha = rgba[..., :-1].astype(float), rgba[..., -1:] / 255
+    got = np.asarray(to_rgb(Image.fromarray(rgba, mode)))
+    assert np.abs(got - (color * alpha + 255 * (1 - alpha))).max() <= 1.001
 
 
 @pytest.mark.parametrize("suffix, options", [(".webp", dict(lossless=True)), (".bmp", {}), (".tiff", {}), (".png", {}), (".gif", {})])
@@ -214,16 +231,54 @@ def test_the_report_counts_every_file_once(tmp_path):
     lines(tmp_path, [{"file_name": name, "text": "a"} for name in ("1.png", "2.png", "copy.png")])
     report = scan(tmp_path)
     assert (len(report.records), len(report.problems), report.others) == (2, 1, ["x.pdf"])
-    assert ("copy.png", "the same picture as 1.png") in report.remarks
-    assert "2.png" in str(report) and "usable pictures | 2" in report._repr_markdown_()
+    assert ("copy.png", "the same picture as another: 1.png") in report.remarks and report.copies() == [["1.png", "copy.png"]]
+    assert "2.png" in str(report) and "usable pictures | 2, 1 different" in report._repr_markdown_()
 
 
-def test_long_captions_are_remarked_on(tmp_path):
-    class Words:
-        model_max_length = 5
-        def __call__(self, text, **options): return type("Ids", (), {"input_ids": text.split()})
-    picture().save(tmp_path / "1.png"); (tmp_path / "1.txt").write_text("one two three four five six")
-    assert "over 5 tokens" in scan(tmp_path, tokenizer=Words()).remarks[0][1]
+def test_a_caption_that_is_too_long_says_which_text_is_lost(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")                              # one token a letter
+    picture().save(tmp_path / "1.png"); (tmp_path / "1.txt").write_text("ab " * 37 + "c " + "de" * 5)
+    def remarks(**options): return scan(tmp_path, tokenizer=tokenizer, **options).remarks
+    (file, remark), = remarks()
+    assert file == "1.png" and remark.startswith("a caption over 77 tokens: 87, not heard: ") and remark.split("heard: ")[1].replace(" ", "") == "de" * 5
+    assert remarks(max_token_length=150) == [] and scan(tmp_path).remarks == []
+    (tmp_path / "1.txt").write_text("ab " * 37 + "c")                               # 75 letters: the last that fits
+    assert remarks() == []
+
+
+@pytest.mark.parametrize("caption, few", [("chair", True), ("chair.", True), (".", True), ("a chair", False), ("椅子", False), ("sks chair", False)])
+def test_a_caption_that_says_next_to_nothing_is_remarked_on(caption, few):
+    assert [remark.split(": ")[0] for remark in caption_remarks((caption,))] == ["a caption of one word"] * few
+
+
+def test_a_long_report_stays_short_and_its_values_complete(tmp_path):
+    for i in range(30): picture(seed=i).convert("L").save(tmp_path / f"{i}.png"); (tmp_path / f"{i + 100}.png").write_bytes(b"")
+    report = scan(tmp_path, require_captions=False)
+    text, values = str(report), report.values()
+    assert len(text.splitlines()) < 40 and "and 10 more" in text and "and 25 more" in text
+    assert (len(values["problems"]), len(values["remarks"]), len(values["pictures"])) == (30, 30, 30)
+    assert json.loads(json.dumps(values))["pictures"][2]["file"] == "2.png"
+
+
+def test_columns_of_a_report_are_aligned_under_wide_signs(tmp_path):
+    (tmp_path / "茶.png").write_bytes(b""); (tmp_path / "abc.png").write_bytes(b"")
+    rows = [line for line in str(scan(tmp_path)).splitlines() if "0 bytes" in line]
+    assert len({line.index("it is empty") + line.count("茶") for line in rows}) == 1 and len(rows) == 2
+
+
+def test_what_is_checked_before_training_is_what_is_trained_on(tmp_path):
+    for i in range(3): picture(seed=i).save(tmp_path / f"{i}.png"); (tmp_path / f"{i}.txt").write_text("a chair")
+    (tmp_path / "2.png").write_bytes(b""); (tmp_path / "notes.md").write_text("")
+    seen = []
+    report = check_dataset(tmp_path, bar=lambda items, words: seen.append((len(items), words)) or items)
+    assert report.records == read_dataset(tmp_path, on_problem="skip") and report.others == ["notes.md"] and seen == [(3, "reading pictures")]
+    with pytest.raises(CourseError, match="1 problem: 2.png"): report.usable()
+
+
+def test_a_record_is_small_and_survives_another_process(tmp_path):
+    picture().save(tmp_path / "a.png")
+    record = inspect_picture(tmp_path / "a.png", ["a"])[0]
+    assert not hasattr(record, "__dict__") and pickle.loads(pickle.dumps(record)) == record
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------
