@@ -19,7 +19,7 @@ from statistics import fmean
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import CourseError, guarded, nearest, write_json
 from .data import DataReport, MAX_PIXELS, scan, to_rgb
 
