@@ -24,7 +24,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "make the small model again from nothing"),
     "dreambooth": (None, "train a LoRA on one particular thing"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
-    "check-data": (None, "find what would go wrong in a folder of pictures"),
+    "check-data": ("preprocess", "find what would go wrong in a folder of pictures"),
     "plan": (None, "say whether a run fits a card, and how long it takes"),
     "push": (None, "publish a LoRA with its model card"),
     "lora": (None, "look into, convert, merge, resize or extract LoRA files"),
