@@ -1,8 +1,12 @@
 "What a cache must survive: other writers, broken files, changed pictures, a stopped run (page 32)."
 import multiprocessing
 import os
+import subprocess
+import sys
+import time
 import warnings
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +14,13 @@ import torch
 from PIL import Image
 from sdxl_course import cache as cache_module
 from sdxl_course.cache import LatentCache, collate, crop_origin, draw_latents, fingerprint, hashed, posterior, vae_dtype
-from sdxl_course.components import tiny_architecture
+from sdxl_course.components import load_components, tiny_architecture
+from sdxl_course.conditioning import encode_prompts
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.data import ImageRecord, inspect_picture, open_image
+from sdxl_course.data import ImageRecord, inspect_picture, open_image, read_dataset
 from sdxl_course.preprocess import prepare_image
+
+from course import environment
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +88,48 @@ def test_each_fact_that_matters_changes_the_name(components, record, tmp_path):
     assert store.picture(moved, vae, 32)[0] == names[0]                                               # the name of a file does not matter
 
 
+def test_each_fact_that_matters_changes_a_caption_s_name(components):
+    store, changed = LatentCache(), []
+    for part in ("text_encoder", "text_encoder_2"):
+        other = copy(components); setattr(other, part, deepcopy(getattr(components, part)))
+        with torch.no_grad(): next(getattr(other, part).parameters()).view(-1)[0] += 1
+        half = copy(components); setattr(half, part, deepcopy(getattr(components, part)).to(torch.bfloat16))
+        changed += [store.prompt(other, "a")[0], store.prompt(half, "a")[0]]
+    names = [store.prompt(components, "a")[0], store.prompt(components, "b")[0], store.prompt(components, "")[0], store.prompt(components, "a", 150)[0], *changed]
+    assert len(set(names)) == len(names) and store.prompt(copy(components), "a")[0] == names[0]
+
+
+def test_buckets_masks_and_the_format_of_the_autoencoder_are_part_of_the_name(components, tmp_path):
+    store, record = LatentCache(), make_record(tmp_path / "a.png", 48, 40)
+    Image.new("L", (48, 40), 255).save(tmp_path / "white.png"); Image.new("L", (48, 40), 0).save(tmp_path / "black.png")
+    half = deepcopy(components.vae).to(torch.bfloat16)
+    names = [store.picture(record, components.vae, 32)[0], store.picture(record, components.vae, 32, target_size=(24, 40))[0], store.picture(record, half, 32)[0],
+             *[store.picture(replace(record, mask=tmp_path / name), components.vae, 32)[0] for name in ("white.png", "black.png")]]
+    assert len(set(names)) == len(names)
+
+
+def test_flips_and_crops_are_further_entries(components, tmp_path):
+    record, made = make_record(tmp_path / "a.png", 80, 40), []
+    hook = components.vae.encoder.register_forward_hook(lambda *_: made.append(1))
+    try:
+        for epoch in range(2):
+            entries = {(flip, crop): LatentCache(tmp_path / "store").entry(record, "a", components, 32, flip=flip, crop_top_left=(0, crop)) for flip in (False, True) for crop in (0, 8, 20)}
+            assert len(made) == 6
+    finally: hook.remove()
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 6 + 1 and len({entry.key for entry in entries.values()}) == 6
+    for (flip, left), entry in entries.items():
+        pixels = prepare_image(open_image(record.path), 32, flip=flip, crop_top_left=(0, left)).pixels
+        assert entry.crop_top_left == (0, left) and torch.equal(entry.latent_mean, posterior(components.vae, pixels[None])[0][0])
+
+
+def test_the_empty_caption_is_a_caption_like_any_other(components, record, tmp_path):
+    entry = LatentCache(tmp_path / "store").entry(record, "", components, 32)
+    embeds, pooled = encode_prompts(components, [""])
+    assert torch.equal(entry.prompt_embeds, embeds[0]) and torch.equal(entry.pooled_prompt_embeds, pooled[0])
+    assert not torch.equal(entry.prompt_embeds, LatentCache().entry(record, "a", components, 32).prompt_embeds)
+    assert same(LatentCache(tmp_path / "store").load(entry.key), entry)
+
+
 def test_only_what_changed_is_made_again(components, tmp_path):
     records, made = [make_record(tmp_path / f"{i}.png", seed=i) for i in range(4)], []
     hooks = [components.vae.encoder.register_forward_hook(lambda *_: made.append("picture")),
@@ -140,6 +189,16 @@ def test_cuts_and_flipped_bits_are_noticed(tmp_path):
             tensors, info = store.get_or_make(key, make)
         assert torch.equal(tensors["x"], torch.arange(5.))
         if told: assert "damaged" in str(told[0].message) and store.path(key).read_bytes() == whole and info == {"size": [1, 2]}
+
+
+def test_a_damaged_picture_is_encoded_again_with_a_message(components, record, tmp_path):
+    store = LatentCache(tmp_path / "store")
+    first = store.entry(record, "a", components, 32)
+    for part in first.key.split("-"):
+        whole = store.path(part).read_bytes()
+        store.path(part).write_bytes(whole[:-3] + b"\0\0\0" if whole[-3:] != b"\0\0\0" else whole[:-3])
+        with pytest.warns(UserWarning, match=f"{part}.safetensors is damaged and is made again"): again = store.entry(record, "a", components, 32)
+        assert same(again, first) and store.path(part).read_bytes() == whole
 
 
 def test_the_sizes_of_an_entry_are_protected_too(tmp_path):
@@ -223,6 +282,92 @@ def test_a_stopped_run_leaves_whole_entries_and_goes_on(components, tmp_path, mo
     assert len(files) == 3 and all(path.suffix == ".safetensors" for path in files)
     straight = [LatentCache().entry(one, "a", components, 32) for one in records]
     assert all(same(store.entry(one, "a", components, 32), want) for one, want in zip(records, straight))
+
+
+def build(model, pictures, folder, start, barrier=None, pause=0.):
+    "One of several runs that encode the same pictures into the same folder."
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", UserWarning)
+    components, records, store = load_components(str(model)), read_dataset(pictures), LatentCache(folder)
+    if barrier: barrier.wait(300)
+    for k in range(len(records)):
+        one = records[(start + k) % len(records)]
+        store.entry(one, one.captions[0], components, 64)
+        time.sleep(pause)
+
+
+def kept(folder): return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_two_runs_may_fill_one_folder_at_the_same_time(toy_model, toy, make_pictures, tmp_path):
+    pictures, context = make_pictures(6), multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    runs = [context.Process(target=build, args=(toy_model, pictures, tmp_path / "store", 0, barrier)) for start in range(2)]     # the same order: they meet at every entry
+    for run in runs: run.start()
+    for run in runs: run.join(300)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert len(kept(tmp_path / "store")) == 12 and all(path.suffix == ".safetensors" for path in kept(tmp_path / "store"))
+    components, records = toy(), read_dataset(pictures)
+    for one in records:
+        straight = LatentCache().entry(one, one.captions[0], components, 64)
+        assert same(LatentCache(tmp_path / "store").load(straight.key), straight)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_killed_run_is_continued_where_it_was(toy_model, toy, make_pictures, tmp_path):
+    pictures, context = make_pictures(6), multiprocessing.get_context("spawn")
+    run = context.Process(target=build, args=(toy_model, pictures, tmp_path / "store", 0, None, 0.2))
+    run.start()
+    while run.is_alive() and len(kept(tmp_path / "store")) < 5: time.sleep(0.01)
+    run.kill(); run.join(60)
+    before = [path for path in kept(tmp_path / "store") if path.suffix == ".safetensors"]
+    assert run.exitcode < 0 and 5 <= len(before) < 12
+    components, made = toy(), []
+    hooks = [part.register_forward_hook(lambda *_: made.append(1)) for part in (components.vae.encoder, components.text_encoder_2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entries = [LatentCache(tmp_path / "store").entry(one, one.captions[0], components, 64) for one in read_dataset(pictures)]
+    for hook in hooks: hook.remove()
+    assert len(made) == 12 - len(before)
+    assert all(same(entry, LatentCache().entry(one, one.captions[0], components, 64)) for entry, one in zip(entries, read_dataset(pictures)))
+
+
+EPOCH = """
+import io, json, os, random, sys
+from pathlib import Path
+import torch
+from PIL import Image
+from sdxl_course.cache import LatentCache, collate, hashed
+from sdxl_course.data import read_dataset
+n, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+os.fsync = lambda handle: None                                     # nothing here must survive a crash
+png = io.BytesIO(); Image.new("RGB", (16, 16), "red").save(png, "PNG")
+folder.mkdir()
+with open(folder / "metadata.jsonl", "w") as rows:
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(png.getvalue() + str(i).encode())
+        rows.write(json.dumps({"file_name": f"{i}.png", "text": f"a photo of chair number {i} in a room"}) + chr(10))
+records, store = read_dataset(folder), LatentCache(folder / "store")
+sizes = {name: [16, 16] for name in ("original_size", "crop_top_left", "target_size")}
+for i in range(16): store.write(hashed("words", i), {"prompt_embeds": torch.zeros(77, 24), "pooled_prompt_embeds": torch.zeros(16)}, {})
+keys = [f"{hashed('picture', record.key)}-{hashed('words', i % 16)}" for i, record in enumerate(records)]
+for i, key in enumerate(keys): store.write(key.split("-")[0], {"latent_mean": torch.full((4, 16, 16), float(i)), "latent_std": torch.zeros(4, 16, 16)}, sizes)
+random.Random(0).shuffle(keys)
+seen = 0
+for k in range(0, n, 4):
+    batch = collate([store.load(key) for key in keys[k:k + 4]], torch.randn(min(4, n - k), 4, 16, 16))
+    seen += len(batch.latents)
+assert seen == n == len(records) == len({record.key for record in records})
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")][0])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux how much memory is resident")
+def test_ten_thousand_pictures_need_no_more_memory_than_a_hundred(tmp_path):
+    def resident(n): return int(subprocess.run([sys.executable, "-c", EPOCH, str(n), str(tmp_path / str(n))], env=environment(), check=True, capture_output=True, text=True).stdout)
+    few, many = resident(100), resident(10_000)                                    # kB, after an epoch over records and entries on disk
+    assert many <= 1.1 * few, (few, many)
 
 
 def test_on_disk_nothing_stays_in_memory(components, record, tmp_path):
