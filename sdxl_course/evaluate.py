@@ -6,9 +6,9 @@
 __all__ = ['ATTRIBUTES', 'COLORED', 'BODY', 'JUDGES', 'PROMPT_SEED', 'WORDS_OF', 'to_pixels', 'AttributeJudge', 'InstanceJudge',
            'save_judge', 'load_judge', 'name_attributes', 'is_colored', 'right_answers', 'bootstrap_interval',
            'prompt_of', 'evaluation_scenes', 'ClipJudge', 'mean_similarity', 'normalised', 'subject_score',
-           'prior_metrics', 'drift', 'shrunk', 'nearest_neighbours', 'memorised', 'vae_report', 'EvaluateConfig',
-           'draw_scenes', 'scene_of', 'read_judged', 'save_judged', 'score_columns', 'summarise', 'score_pictures',
-           'score_table', 'save_grid', 'evaluate', 'main']
+           'prior_metrics', 'drift', 'shrunk', 'nearest_neighbours', 'memorised', 'vae_report', 'vae_scores',
+           'vae_table', 'EvaluateConfig', 'draw_scenes', 'scene_of', 'read_judged', 'save_judged', 'score_columns',
+           'summarise', 'score_pictures', 'score_table', 'save_grid', 'evaluate', 'main']
 
 # %% ../nbs/51_evaluate.ipynb #2ae74e8f
 import io
@@ -29,7 +29,7 @@ from .conditioning import tokenize
 from .core import CourseError, guarded, image_grid, load_tensors, provenance, save_tensors, seeded, write_atomic, write_json
 from .data import open_image, read_dataset
 from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, MEDIUM, OBJECTS, PLACES, SEEN, STYLES, SUBJECT, VIEWS, WHERE, Scene, is_held_out, render,
-    sample_scene, with_article)
+    render_styles, sample_scene, with_article)
 from .inference import generate, load_pipeline
 from .trainer import check_limits, option, parse_config
 from transformers import CLIPVisionModelWithProjection, ResNetConfig, ResNetModel
@@ -275,6 +275,28 @@ def vae_report(
         report |= {f"{name}_{kind}": float(np.nanmean(values)) for name, values in right.items() if not np.isnan(values).all()}
     return report
 
+# %% ../nbs/51_evaluate.ipynb #5ad1c628
+def vae_scores(
+    vae, # AutoencoderKL
+    number:int, # scenes, each in every style
+    seed:int = 0, # another seed, other scenes
+)->dict: # style -> `vae_report`; overall -> the mean over the styles
+    "What renders lose on the way through a VAE."
+    styles, judge = (*STYLES, HELD_OUT_STYLE), load_judge("attributes")
+    scenes = [sample_scene(PROMPT_SEED + 10_000*seed + k, STYLES[0]) for k in range(number)]
+    drawn = [render_styles(scene, styles) for scene in scenes]
+    found = {style: vae_report(vae, judge, to_pixels(torch.from_numpy(np.stack([one[style] for one in drawn]))), [replace(scene, style=style) for scene in scenes]) for style in styles}
+    return found | dict(overall={name: float(np.mean([one[name] for one in found.values() if name in one])) for name in found[STYLES[0]]})
+
+def vae_table(
+    scores:dict, # from `vae_scores`
+)->str: # lines for a terminal
+    "Accuracy before and after, style by style."
+    names = ("object", "color", "place", "style")
+    shown = lambda one, name: f"{one[f'{name}_original']:.3f} {one[f'{name}_reconstructed']:.3f}" if f"{name}_original" in one else ""
+    rows = [f"{style:<22} {one['psnr']:5.1f} dB " + " ".join(f"{shown(one, name):>12}" for name in names) for style, one in scores.items()]
+    return "\n".join([f"{'renders through the VAE':<31} " + " ".join(f"{name:>12}" for name in names), *rows])
+
 # %% ../nbs/51_evaluate.ipynb #3fa6c8f4
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -286,6 +308,7 @@ class EvaluateConfig:
     output: str | None = option(None, "JSON file to write")
     grid: str | None = option(None, "contact sheet to write, a PNG of the first 48 pictures")
     save_images: str | None = option(None, "folder for every picture and its metadata.jsonl")
+    vae: bool = option(False, "also send num_prompts renders of every style through the model's VAE and back")
     style: str | None = option(None, "ask for one style; not given: the styles of pre-training as they come", choices=(*STYLES, HELD_OUT_STYLE))
     num_prompts: int = option(200, "prompts with combinations like those of the training")
     num_held_out: int = option(100, "photo prompts with combinations that pre-training never saw")
@@ -299,6 +322,7 @@ class EvaluateConfig:
         for name, least in dict(num_prompts=1, num_held_out=0, num_inference_steps=1, batch_size=1).items():
             if getattr(self, name) < least: raise CourseError(f"--{name} is {getattr(self, name)}: wanted at least {least}")
         if self.model == "renderer" and self.lora: raise CourseError("--lora came with --model renderer: the renderer takes no LoRA, leave one of them out")
+        if self.vae and (self.images or self.model == "renderer"): raise CourseError(f"--vae came with {'--images' if self.images else '--model renderer'}: wanted a model, which has a VAE")
         if self.images and self.lora: raise CourseError("--lora came with --images: finished pictures take no LoRA, leave one of them out")
 
 # %% ../nbs/51_evaluate.ipynb #18008ff9
@@ -456,6 +480,9 @@ def evaluate(
     if seconds is not None: columns["seconds_per_image"] = seconds
     report = dict(summarise(columns, config.seed), num_pictures=len(pictures), settings=asdict(config), provenance=provenance())
     print(score_table(report))
+    if config.vae:
+        report["vae"] = vae_scores(load_components(config.model).vae, config.num_prompts, config.seed)
+        print(vae_table(report["vae"]))
     if config.output: write_json(config.output, report)
     return report
 
