@@ -22,7 +22,7 @@ COMMANDS = {
     "text-to-image": ("text_to_image", "train a style LoRA on captioned pictures"),
     "generate": ("inference", "draw pictures from prompts, with or without a LoRA"),
     "pretrain": ("pretrain", "make the small model again from nothing"),
-    "dreambooth": (None, "train a LoRA on one particular thing"),
+    "dreambooth": ("dreambooth", "train a LoRA on one particular thing"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "check-data": ("preprocess", "find what would go wrong in a folder of pictures"),
     "plan": (None, "say whether a run fits a card, and how long it takes"),
