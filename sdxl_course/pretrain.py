@@ -830,6 +830,7 @@ def train_instance_judge(
     settle(judge, (instance_batch(seen, -1 - k, config)[0] for k in range(20)))
     save_judge(judge, run / "judges" / "instances", judge_card("instances", config, learner.step, measure_instances(judge, unseen)))
 
+# %% ../nbs/61_pretrain.ipynb #aae6a60b
 @torch.no_grad()
 def measure_instances(
     judge, # InstanceJudge

@@ -127,6 +127,7 @@ def test_an_unfinished_run_can_be_exported(straight, tmp_path):
 WEIGHTS = [f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2", "vision_model", "vision_model_2", "judges/attributes", "judges/instances")]
 WEIGHTS += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet")] + [f"vision_model{ending}/contrastive.safetensors" for ending in ("", "_2")]
 WEIGHTS += [f"tokenizer{ending}/{name}" for ending in ("", "_2") for name in ("vocab.json", "merges.txt")]
+WEIGHTS += [f"{part}/config.json" for part in ("vae", "unet", "text_encoder", "text_encoder_2", "vision_model", "vision_model_2")] # the scaling factor too
 FORMER = dict(clip_1=6, clip_2=6, vae=6, decoder=6, judge_attributes=6, judge_instances=6)
 
 
@@ -170,10 +171,19 @@ def test_every_stage_begins_with_the_given_weights(straight, tmp_path):
     run = fresh_run(tmp_path, straight)
     rates = dict(vae_lr=1e-13, decoder_lr=1e-13, clip_lr=1e-13, unet_lr=1e-13) # too small to change a half
     chain(run, "tokenizer,vae,decoder,clip,cache,unet,export", start_from=straight / "export", vae_steps=1, decoder_steps=1, clip_steps=1, unet_steps=1, **rates)
+    assert not (run / "tokenizer").exists() # the encoders know the tokens of the model they come from
     for name in differing(straight / "export", run / "export"): # at most in the sign of a zero
         before, after = (load_tensors(folder / name)[0] for folder in (straight / "export", run / "export"))
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), name
     assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["steps"] == dict(clip_1=7, clip_2=7, vae=7, decoder=7, unet=7, judge_attributes=6, judge_instances=6)
+
+
+def test_stages_that_a_run_already_has_stay_its_own(straight, tmp_path):
+    run = fresh_run(tmp_path, straight)
+    chain(run, "vae", vae_steps=2)
+    chain(run, "export", start_from=straight / "export")
+    assert differing(straight / "export", run / "export") == {"vae/diffusion_pytorch_model.safetensors", "vae/config.json"}
+    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["steps"] == dict(FORMER, vae=2, unet=6)
 
 
 def test_a_chain_that_goes_on_draws_what_is_new(straight, tmp_path, monkeypatch):
