@@ -18,8 +18,8 @@ def make_tokenizer(folder):
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
-def make_toy_model(folder):
-    "The folder of an SDXL pipeline: two levels, 64-pixel pictures, 8 x 8 latents."
+def make_toy_model(folder, seed=0):
+    "The folder of an SDXL pipeline: two levels, 64-pixel pictures, 8 x 8 latents; another seed gives other weights."
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
     from sdxl_course.components import SDXLComponents, save_components
@@ -28,7 +28,7 @@ def make_toy_model(folder):
     text = CLIPTextConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, projection_dim=8,
         vocab_size=len(tokenizer), bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         parts = dict(text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
             vae=AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, layers_per_block=1, sample_size=64, scaling_factor=0.13025,
                 latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
@@ -63,6 +63,28 @@ def load_toy(folder):
     whole = load_components(str(folder))
     networks = ("text_encoder", "text_encoder_2", "vae", "unet", "scheduler")
     return lambda: copy.copy(whole).__class__(**{**vars(whole), **{name: copy.deepcopy(getattr(whole, name)) for name in networks}})
+
+
+def make_upstream_pipe(folder, playground=False):
+    "The tiny pipeline of diffusers' own example tests (64 pixels, 32 x 32 latents), saved by diffusers itself; playground: as Playground v2.5 has it."
+    import torch
+    from diffusers import AutoencoderKL, EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    tokenizer = make_tokenizer(Path(folder).with_name("upstream-tokenizer"))
+    text = CLIPTextConfig(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=5, vocab_size=1000, projection_dim=32, hidden_act="gelu",
+        bos_token_id=0, eos_token_id=2, pad_token_id=1, layer_norm_eps=1e-5)
+    moments = dict(latents_mean=[-1.6, 1.1, 0.4, -0.3], latents_std=[8.4, 5.9, 6.2, 5.7]) if playground else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = dict(text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), tokenizer=tokenizer, tokenizer_2=tokenizer,
+            vae=AutoencoderKL(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=128, **moments),
+            unet=UNet2DConditionModel(sample_size=32, block_out_channels=(32, 64), layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+                addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + 32, cross_attention_dim=64))
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
+    scheduler = EDMEulerScheduler(sigma_data=0.5) if playground else EulerDiscreteScheduler(**betas)
+    StableDiffusionXLPipeline(scheduler=scheduler, **parts).save_pretrained(folder)
+    return Path(folder)
 
 
 def files_of(folder):
