@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sdxl_course.components import sdxl_architecture, tiny_architecture
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
 from sdxl_course.lora import (add_lora, attach_lora, continue_lora, load_lora_into, lora_file_tensors, lora_parameters, lora_size,
-    lora_targets, parameter_groups, read_lora, save_kohya, save_lora)
+    lora_targets, parameter_groups, read_lora, save_kohya, save_lora, sgm_name)
 
 EVERYTHING = "attention+feedforward+convolution"
 BASE = tiny_architecture(0)
@@ -209,6 +210,20 @@ def test_kohya_files_come_back_exactly(options, tmp_path):
     continue_lora(heir.unet, heir.text_encoder, heir.text_encoder_2, file)
     for name, model in models.items():
         for (key, p), (_, q) in zip(lora_parameters(model), lora_parameters(getattr(heir, name))): assert torch.allclose(p, q, rtol=1e-6, atol=0), key
+
+
+@pytest.mark.parametrize("layers", ["attention", EVERYTHING + ",proj_in,conv_in,conv_out,linear_1,time_emb_proj"])
+def test_kohyas_own_block_names_mean_to_us_what_they_mean_to_diffusers(layers, tmp_path):
+    unet = shake(add_lora(tiny_architecture(0).unet, rank=2, alpha=3, layers=layers, generator=seeded("sgm")), "sgm")
+    older = {f"lora_unet_{name.replace('.', '_')}": f"lora_unet_{sgm_name(name, unet.config.layers_per_block).replace('.', '_')}" for name in dict(unet.named_modules()) if name}
+    tensors, notes = load_tensors(save_kohya(tmp_path / "ours.safetensors", unet))
+    save_tensors(tmp_path / "sgm.safetensors", {f"{older[place]}.{rest}": t for name, t in tensors.items() for place, rest in [name.split(".", 1)]}, notes)
+    assert not any("_blocks_0_attentions" in name or "down_blocks" in name for name in load_tensors(tmp_path / "sgm.safetensors")[0])
+    stock, heir, want = tiny_architecture(0), tiny_architecture(0), predict(SimpleNamespace(**{**vars(tiny_architecture(0)), "unet": unet}))
+    stock.pipeline().load_lora_weights(tmp_path, weight_name="sgm.safetensors")
+    add_lora(heir.unet, rank=2, alpha=1, layers=layers)
+    continue_lora(heir.unet, None, None, tmp_path / "sgm.safetensors")
+    for parts in (stock, heir): assert (predict(parts) - want).abs().max() < 1e-5
 
 
 def test_defect_alpha_other_than_rank_survives_in_kohya_files(tmp_path):
