@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'resized_size', 'bucket_sizes', 'nearest_bucket', 'covering_size', 'crop_loss', 'resize',
            'center_crop_origin', 'random_crop_origin', 'crop', 'flip_left_right', 'to_tensor', 'PreparedImage',
-           'prepare_image', 'Fit', 'fit_records', 'FitReport', 'check_data', 'load_tokenizer', 'check_data_flags',
-           'run_check_data', 'main']
+           'prepare_image', 'Fit', 'fit_records', 'FitReport', 'check_data', 'at_resolution', 'load_tokenizer',
+           'check_data_flags', 'run_check_data', 'main']
 
 # %% ../nbs/31_preprocess.ipynb #060d7daa
 import argparse
@@ -253,8 +253,15 @@ def check_data(
     "Say what would go wrong in a folder of pictures before a training does."
     if resolution < 16: raise CourseError(f"resolution {resolution} is too small to train on: wanted 16 or more")
     if use_aspect_ratio_buckets: bucket_sizes(resolution)
-    found = scan(folder, require_captions=None, tokenizer=load_tokenizer(model), **options)
-    return FitReport(**{name: getattr(found, name) for name in DataReport.__dataclass_fields__}, resolution=resolution, use_aspect_ratio_buckets=use_aspect_ratio_buckets)
+    return at_resolution(scan(folder, require_captions=None, tokenizer=load_tokenizer(model), **options), resolution, use_aspect_ratio_buckets)
+
+def at_resolution(
+    report:DataReport, # as `scan` or `check_dataset` gives it
+    resolution:int,    # side of the square, pixels
+    use_aspect_ratio_buckets:bool=False, # may pictures keep their shape?
+)->FitReport: # the same and more
+    "A report that also tells what a resolution makes of the pictures."
+    return FitReport(**{name: getattr(report, name) for name in DataReport.__dataclass_fields__}, resolution=resolution, use_aspect_ratio_buckets=use_aspect_ratio_buckets)
 
 def load_tokenizer(
     model="tiny", # "tiny", a folder or a hub id

@@ -103,7 +103,8 @@ def test_buckets_masks_and_the_format_of_the_autoencoder_are_part_of_the_name(co
     store, record = LatentCache(), make_record(tmp_path / "a.png", 48, 40)
     Image.new("L", (48, 40), 255).save(tmp_path / "white.png"); Image.new("L", (48, 40), 0).save(tmp_path / "black.png")
     half = deepcopy(components.vae).to(torch.bfloat16)
-    names = [store.picture(record, components.vae, 32)[0], store.picture(record, components.vae, 32, target_size=(24, 40))[0], store.picture(record, half, 32)[0],
+    names = [store.picture(record, components.vae, 32)[0], store.picture(record, half, 32)[0],
+             *[store.picture(record, components.vae, 32, crop_top_left=(0, 0), target_size=target)[0] for target in (None, (24, 40), (40, 24))],
              *[store.picture(replace(record, mask=tmp_path / name), components.vae, 32)[0] for name in ("white.png", "black.png")]]
     assert len(set(names)) == len(names)
 
