@@ -51,7 +51,7 @@ def toy(toy_model):
 
 
 @pytest.fixture
-def train(tmp_path, toy, toy_model, make_pictures):
+def train(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     "A function that trains the toy model on five toy pictures in tmp_path/NAME; options are those of the command."
     from sdxl_course.text_to_image import TextToImageConfig, train_text_to_image
     data = make_pictures(5)

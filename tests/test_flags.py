@@ -1,0 +1,460 @@
+"Every option of the text-to-image trainer, and what it changes. `test_every_option_has_a_place_in_this_file` fails for an option without an entry."
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.lora import read_lora
+from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
+from sdxl_course.trainer import CONTRADICTIONS
+from toy import files_of, load_toy, make_pictures, make_toy_model
+
+SHOWN = set()  # options whose effect some test below shows
+
+
+def shows(*names):
+    "Mark a test as the proof of these options."
+    SHOWN.update(names)
+    return lambda test: test
+
+
+# ------------------------------------------------ the stage
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory): return tmp_path_factory.mktemp("flags")
+
+
+@pytest.fixture(scope="module")
+def place(home, toy_model):
+    "Folders of pictures and models by name."
+    import datasets
+    folders = dict(square=make_pictures(home / "square"), other=make_pictures(home / "other", 3), few=make_pictures(home / "few", 2), wide=make_pictures(home / "wide", 4, size=(72, 100)),
+        tags=make_pictures(home / "tags", 3, captions=["red, green, blue, tall, old"] * 3), long=make_pictures(home / "long", 2, captions=["a" * 60 + " bcde" * 12] * 2))
+    halves, masks = make_pictures(home / "halves", 3), home / "masks"
+    masks.mkdir()
+    for i in range(3):
+        alpha = Image.fromarray(np.repeat(np.uint8([[255] * 32 + [0] * 32]), 64, axis=0))
+        picture = Image.open(halves / f"{i}.png")
+        picture.putalpha(alpha)
+        picture.save(halves / f"{i}.png")
+        Image.fromarray(255 - np.asarray(alpha)).save(masks / f"{i}.png")
+    rows = dict(image=[dict(bytes=(folders["square"] / f"{i}.png").read_bytes(), path=None) for i in range(5)], text=[f"picture {i}" for i in range(5)])
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(home / "table")
+    table.rename_columns(dict(image="pic", text="words")).save_to_disk(home / "renamed")
+    for name, some in (("one", table), ("two", table.select([0, 1]))): some.to_parquet(home / "configs" / f"{name}.parquet")
+    (home / "configs" / "README.md").write_text("---\nconfigs:\n" + "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("one", "two")) + "---\n")
+    variant = shutil.copytree(toy_model, home / "variant")
+    for file in variant.rglob("*.safetensors"): file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    second = make_toy_model(home / "second" / "model", seed=1)
+    return {name: str(path) for name, path in dict(folders, halves=halves, masks=masks, table=home / "table", renamed=home / "renamed", configs=home / "configs", toy=toy_model,
+        second=second, vae=second / "vae", variant=variant, cache=home / "cache").items()}
+
+
+@pytest.fixture(scope="module")
+def ran(home, place, toy):
+    "A function that trains with some options (words in braces are names of `place`); equal options train once."
+    done = {}
+
+    def ran(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in done:
+            said, folder = [], home / f"run-{len(done)}"
+            usual = dict(pretrained_model_name_or_path="{toy}", train_data_dir="{square}", resolution=64, train_batch_size=2, max_train_steps=3, learning_rate=1e-2, seed=0,
+                report_to="none", checkpointing_steps=1000, output_dir=str(folder))
+            filled = {name: value.format(**place) if isinstance(value, str) else value for name, value in {**usual, **options}.items()}
+            own = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "variant", "revision"} & options.keys()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("sdxl_course.text_to_image.save_curve", lambda *curve: None)  # a fifth of the time
+                result = train_text_to_image(TextToImageConfig(**filled), None if own else toy(), said.append)
+            done[key] = SimpleNamespace(log=result.log, losses=result.losses, result=result, said=" | ".join(said), folder=folder, options=options)
+        return done[key]
+    return ran
+
+
+def tensors(run, file="pytorch_lora_weights.safetensors"): return load_file(run.folder / file)
+
+
+def part(run, start, file="pytorch_lora_weights.safetensors"):
+    "The numbers of all tensors whose name begins so."
+    return torch.cat([t.flatten().float() for name, t in sorted(tensors(run, file).items()) if name.startswith(start)])
+
+
+def names(run): return set(files_of(run.folder))
+
+
+def note(run): return read_lora(run.folder)[1]["unet"]
+
+
+# ------------------------------------------------ the table: option, value, what else both runs have, what must be true of (run with it, run without)
+
+TE, WIDE, TAGS = dict(train_text_encoder=True), dict(train_data_dir="{wide}"), dict(train_data_dir="{tags}", cache_text_embeds=False)
+PROMPT = dict(validation_prompt="a house", num_validation_images=1)
+PRODIGY, FORGET = dict(optimizer="prodigy", learning_rate=1.0, max_train_steps=8, max_grad_norm=1e9), dict(checkpointing_steps=1)
+
+
+def differ(a, b): return a.log != b.log
+def same(a, b): return a.losses == pytest.approx(b.losses, rel=1e-6) and a.log != []
+def rates(a): return [row["lr"] for row in a.log]
+
+
+TABLE = [  # model
+    ("pretrained_model_name_or_path", "{second}", {}, differ), ("pretrained_vae_model_name_or_path", "{vae}", dict(pretrained_model_name_or_path="{toy}"), differ),
+    # data
+    ("train_data_dir", "{other}", {}, differ), ("dataset_name", "{table}", dict(train_data_dir=None), lambda a, b: same(a, b)), ("max_train_samples", 3, {}, lambda a, b: "3 pictures" in a.said and differ(a, b)),
+    ("dataset_config_name", "two", dict(dataset_name="{configs}", train_data_dir=None), lambda a, b: "2 pictures" in a.said),
+    ("image_column", "pic", dict(dataset_name="{renamed}", train_data_dir=None, caption_column="words"), lambda a, b: same(a, b)),
+    ("caption_column", "words", dict(dataset_name="{renamed}", train_data_dir=None, image_column="pic"), lambda a, b: same(a, b)),
+    ("cache_dir", "{cache}", {}, lambda a, b: same(a, b) and len(files_of(a.folder.parent / "cache" / "encoded")) == 10),
+    ("proportion_empty_prompts", 1.0, {}, differ),
+    # captions and masks
+    ("shuffle_tags", True, TAGS, differ), ("keep_tags", 9, dict(TAGS, shuffle_tags=True), lambda a, b: differ(a, b)),
+    ("max_token_length", 150, dict(train_data_dir="{long}"), lambda a, b: differ(a, b) and "longer than 77" in b.said and "longer" not in a.said),
+    ("masked_loss", True, dict(train_data_dir="{halves}"), lambda a, b: all(x < y for x, y in zip(a.losses[:1], b.losses))),
+    ("mask_data_dir", "{masks}", dict(train_data_dir="{halves}", masked_loss=True), differ),
+    ("unmasked_weight", 1.0, dict(train_data_dir="{halves}", masked_loss=True), lambda a, b: a.losses[0] > b.losses[0]),
+    # pictures
+    ("resolution", 56, WIDE, differ), ("center_crop", True, WIDE, differ), ("random_flip", True, {}, differ), ("image_interpolation_mode", "nearest", WIDE, differ),
+    ("use_aspect_ratio_buckets", True, WIDE, lambda a, b: differ(a, b) and "buckets" in a.said),
+    # cache
+    ("cache_latents", False, {}, lambda a, b: same(a, b) and "cut and encoded afresh each time, since --cache_latents is False" in a.said),
+    ("cache_text_embeds", False, {}, lambda a, b: same(a, b) and "encoded in every step, since --cache_text_embeds is False" in a.said),
+    ("cache_latents_to_disk", True, {}, lambda a, b: same(a, b) and any(n.startswith("encoded/") for n in names(a)) and not any(n.startswith("encoded/") for n in names(b))),
+    ("cached_crops", 2, WIDE, lambda a, b: differ(a, b) and "kept, in 2 random crops each" in a.said and "afresh each time, since their crop is drawn" in b.said),
+    # validation
+    ("validation_prompt", "a house", dict(max_train_steps=4), lambda a, b: {"image_0.png", "image_3.png", "validation/step-000003-3.png", "validation.png"} <= names(a) and not any(n.endswith(".png") for n in names(b))),
+    ("validation_prompts", ["a", "b"], dict(num_validation_images=1), lambda a, b: {"image_0.png", "image_1.png"} <= names(a) and "image_2.png" not in names(a)),
+    ("num_validation_images", 2, PROMPT, lambda a, b: {"image_0.png", "image_1.png"} <= names(a) and "image_1.png" not in names(b)),
+    ("validation_epochs", 2, dict(PROMPT, train_batch_size=5), lambda a, b: {n for n in names(a) if n.startswith("validation/")} == {"validation/step-000001-0.png"}
+        and {n for n in names(b) if n.startswith("validation/")} == {"validation/step-000001-0.png", "validation/step-000002-0.png"}),
+    ("validation_split", 0.4, dict(debug_loss=True, max_train_steps=6), lambda a, b: a.result.measured_on == "2 held-out pictures" and len({n for row in a.log for n in row["loss_of"]}) == 3
+        and b.result.measured_on == "5 training pictures" and len({n for row in b.log for n in row["loss_of"]}) == 5),
+    ("validation_data_dir", "{other}", {}, lambda a, b: a.log == b.log and a.result.measured_on == "3 held-out pictures" and a.result.validation_loss_before != b.result.validation_loss_before),
+    ("validation_loss_steps", 2, {}, lambda a, b: [row.get("validation_loss") is not None for row in a.log] == [False, True, False] and not any("validation_loss" in row for row in b.log)),
+    ("skip_final_inference", True, PROMPT, lambda a, b: "image_0.png" not in names(a) and "image_0.png" in names(b)),
+    # the run
+    ("seed", 1, {}, differ), ("train_batch_size", 1, {}, differ), ("max_train_steps", 2, {}, lambda a, b: len(a.log) == 2 and a.log == b.log[:2]),
+    ("num_train_epochs", 2, dict(max_train_steps=None, train_batch_size=5), lambda a, b: len(a.log) == 2 and len(b.log) == 100), ("gradient_accumulation_steps", 2, {}, differ),
+    ("checkpointing_steps", 2, {}, lambda a, b: "checkpoint-2/trainer_state.json" in names(a) and not any("checkpoint" in n for n in names(b))),
+    ("checkpoints_total_limit", 1, FORGET, lambda a, b: {n.split("/")[0] for n in names(a) if "checkpoint" in n} == {"checkpoint-3"} and "checkpoint-1/optimizer.json" in names(b)),
+    ("save_precision", "bf16", {}, lambda a, b: {t.dtype for t in tensors(a).values()} == {torch.bfloat16} and all(torch.equal(t, tensors(b)[n].bfloat16()) for n, t in tensors(a).items())),
+    ("output_kohya_format", True, {}, lambda a, b: all(n.startswith("lora_unet_") for n in tensors(a, "pytorch_lora_weights_kohya.safetensors")) and "pytorch_lora_weights_kohya.safetensors" not in names(b)),
+    ("dataloader_num_workers", 2, WIDE, lambda a, b: a.log == b.log),
+    # optimizer
+    *[("optimizer", name, dict(learning_rate=0.5), differ) for name in ("prodigy", "adafactor", "schedulefree")], ("optimizer", "AdamW", {}, lambda a, b: a.log == b.log),
+    ("learning_rate", 1e-3, {}, differ), ("scale_lr", True, {}, lambda a, b: rates(a) == [2e-2] * 3 and rates(b) == [1e-2] * 3),
+    ("text_encoder_lr", 0.0, TE, lambda a, b: not part(a, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any() and part(b, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any()),
+    ("loraplus_lr_ratio", 10.0, dict(max_train_steps=1, adam_weight_decay=0.0, learning_rate=1e-3), lambda a, b: moved(a) == pytest.approx(10 * moved(b), rel=1e-3)),
+    ("lr_scheduler", "linear", dict(lr_warmup_steps=0), lambda a, b: rates(a) == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])), ("lr_scheduler", "constant_with_warmup", dict(lr_warmup_steps=2), lambda a, b: rates(a) == [0, 5e-3, 1e-2]),
+    ("lr_warmup_steps", 3, dict(lr_scheduler="cosine"), lambda a, b: rates(a) == pytest.approx([0, 1e-2 / 3, 2e-2 / 3]) and rates(b) == pytest.approx([0, 1e-2 / 500, 2e-2 / 500])),
+    ("lr_step_rules", "1:1,0.1", dict(lr_scheduler="piecewise_constant"), lambda a, b: rates(a) == pytest.approx([1e-2, 1e-3, 1e-3])),
+    ("lr_num_cycles", 3, dict(lr_scheduler="cosine_with_restarts", lr_warmup_steps=0), lambda a, b: rates(a) == [1e-2] * 3 and rates(b)[1] == pytest.approx(0.75e-2)),
+    ("lr_power", 2.0, dict(lr_scheduler="polynomial", lr_warmup_steps=0), lambda a, b: rates(a)[1] == pytest.approx(1e-2 * (2 / 3)**2, rel=1e-3) and rates(b)[1] == pytest.approx(1e-2 * 2 / 3, rel=1e-3)),
+    ("adam_beta1", 0.5, {}, differ), ("adam_beta2", 0.5, {}, differ), ("adam_weight_decay", 0.5, {}, differ), ("adam_epsilon", 1e-3, {}, differ), ("max_grad_norm", 1e-4, {}, differ),
+    ("adam_weight_decay_text_encoder", 50.0, TE, lambda a, b: part(a, "text_encoder.").abs().sum() < 0.9 * part(b, "text_encoder.").abs().sum() and part(a, "unet.").abs().sum() > 0.9 * part(b, "unet.").abs().sum()),
+    ("prodigy_beta3", 0.5, PRODIGY, differ), ("prodigy_decouple", False, dict(PRODIGY, adam_weight_decay=0.5), differ), ("prodigy_use_bias_correction", False, PRODIGY, differ),
+    ("prodigy_safeguard_warmup", False, dict(PRODIGY, lr_scheduler="linear", lr_warmup_steps=2), differ),
+    ("use_ema", True, FORGET, lambda a, b: a.log == b.log and averaged(a, 0.999) and torch.equal(part(a, "unet.", "checkpoint-3/trained.safetensors").sort()[0], part(b, "unet.").sort()[0])),
+    ("ema_decay", 0.1, dict(FORGET, use_ema=True), lambda a, b: averaged(a, 0.1) and averaged(b, 0.999) and not torch.equal(part(a, "unet."), part(b, "unet."))),
+    # loss
+    ("prediction_type", "v_prediction", {}, differ), ("snr_gamma", 0.01, {}, lambda a, b: a.losses[0] < b.losses[0]), ("debiased_estimation_loss", True, {}, differ), ("noise_offset", 0.2, {}, differ),
+    ("rescale_betas_zero_snr", True, dict(prediction_type="v_prediction"), differ),
+    ("timestep_bias_strategy", "later", dict(timestep_bias_multiplier=1e6), differ), ("timestep_bias_strategy", "earlier", dict(timestep_bias_multiplier=1e6), differ),
+    ("timestep_bias_multiplier", 1e6, dict(timestep_bias_strategy="later"), differ), ("timestep_bias_portion", 0.01, dict(timestep_bias_strategy="later", timestep_bias_multiplier=1e6), differ),
+    ("timestep_bias_begin", 900, dict(timestep_bias_strategy="range", timestep_bias_multiplier=1e6), differ), ("timestep_bias_end", 50, dict(timestep_bias_strategy="range", timestep_bias_multiplier=1e6), differ),
+    # LoRA
+    ("rank", 2, {}, lambda a, b: note(a)["r"] == 2 and note(b)["r"] == 4 and differ(a, b)), ("lora_alpha", 1.0, {}, lambda a, b: note(a)["lora_alpha"] == 1 and differ(a, b)), ("lora_dropout", 0.5, {}, differ),
+    ("lora_layers", "to_q,to_v", {}, lambda a, b: {n.rsplit(".", 3)[1] for n in tensors(a)} == {"to_q", "to_v"}), ("lora_layers", "attention+feedforward", {}, lambda a, b: any(".ff." in n for n in tensors(a))),
+    ("lora_layers", "attention+feedforward+convolution", {}, lambda a, b: any(".conv1." in n for n in tensors(a))),
+    ("use_dora", True, {}, lambda a, b: any("lora_magnitude_vector" in n for n in tensors(a)) and differ(a, b)), ("use_rslora", True, {}, lambda a, b: note(a)["use_rslora"] and differ(a, b)),
+    *[("init_lora_weights", name, {}, lambda a, b: differ(a, b) and a.result.validation_loss_before == pytest.approx(b.result.validation_loss_before, rel=1e-4))
+        for name in ("default", "pissa", "pissa_niter_4", "olora", "orthogonal")],
+    ("train_text_encoder", True, {}, lambda a, b: {n.split(".")[0] for n in tensors(a)} == {"unet", "text_encoder", "text_encoder_2"} and {n.split(".")[0] for n in tensors(b)} == {"unet"}),
+    ("debug_loss", True, {}, lambda a, b: all(len(row["loss_of"]) in (1, 2) for row in a.log) and "loss_of" not in b.log[0]),
+    # machine and sharing
+    ("mixed_precision", "bf16", {}, differ),
+    ("report_to", "tensorboard", {}, lambda a, b: any("events.out.tfevents" in n and n.startswith("logs/") for n in names(a)) and not any(n.startswith("logs/") for n in names(b))),
+    ("logging_dir", "curves", dict(report_to="tensorboard"), lambda a, b: any(n.startswith("curves/") for n in names(a)) and not any(n.startswith("logs/") for n in names(a))),
+]
+
+
+NEEDED = ("dataset_name", "dataset_config_name", "image_column", "caption_column", "lr_step_rules")  # nothing works without them where they belong
+
+
+def moved(run): return max(float(t.abs().max()) for n, t in tensors(run).items() if ".lora_B." in n)
+
+
+def averaged(run, decay):
+    "Whether the file is the moving average of the trained weights that the checkpoints kept."
+    steps = [load_tensors(run.folder / f"checkpoint-{k}" / "trained.safetensors")[0] for k in (1, 2, 3)]
+    average = steps[0]
+    for k in (2, 3): average = {n: t + (1 - min(decay, k / (9 + k))) * (steps[k - 1][n] - t) for n, t in average.items()}
+    saved = load_tensors(run.folder / "checkpoint-3" / "ema.safetensors")[0]
+    kept = {n.replace(".default.", "."): t for n, t in saved.items()}
+    return all(torch.allclose(t, average[n], atol=1e-7) for n, t in saved.items()) and all(torch.equal(t, kept[n]) for n, t in tensors(run).items())
+
+
+@pytest.mark.parametrize("name, value, others, true", TABLE, ids=[f"{name}-{value}" for name, value, *_ in TABLE])
+def test_option_has_its_effect(ran, place, name, value, others, true):
+    without = {} if name in NEEDED else others
+    assert true(ran(**{**others, name: value}), ran(**without))
+
+
+SHOWN.update(name for name, *_ in TABLE)
+
+
+# ------------------------------------------------ what needs more than one line
+
+@shows("revision", "variant")
+def test_revision_and_variant_reach_the_hub_and_the_files(monkeypatch, ran, place):
+    from diffusers import StableDiffusionXLPipeline
+    asked = []
+    monkeypatch.setattr(StableDiffusionXLPipeline, "download", lambda model, **wishes: asked.append((model, wishes)) or place["variant"])
+    run = ran(pretrained_model_name_or_path="owner/name", revision="abc", variant="fp16")
+    assert same(run, ran()) and asked[0][0] == "owner/name" and (asked[0][1]["revision"], asked[0][1]["variant"]) == ("abc", "fp16")
+    with pytest.raises(CourseError, match="variant None"): ran(pretrained_model_name_or_path="{variant}")
+
+
+def sgm(name):
+    "Kohya's own block names, as sd-scripts writes them, for a UNet with one layer in each of two blocks."
+    blocks = dict(down_blocks_1_attentions_0="input_blocks_3_1", mid_block_attentions_0="middle_block_1", up_blocks_0_attentions_0="output_blocks_0_1", up_blocks_0_attentions_1="output_blocks_1_1")
+    for ours, theirs in blocks.items(): name = name.replace(ours, theirs)
+    return name
+
+
+@shows("init_lora")
+@pytest.mark.parametrize("options", [dict(lora_alpha=2.0), dict(TE, rank=2, lora_alpha=3.0), dict(use_dora=True), dict(use_rslora=True)], ids=str)
+def test_a_run_goes_on_from_a_lora_file_of_either_layout(ran, options, tmp_path):
+    from sdxl_course.core import save_tensors
+    first = ran(**options, output_kohya_format=True)
+    kohya = first.folder / "pytorch_lora_weights_kohya.safetensors"
+    values, notes = load_tensors(kohya)
+    save_tensors(tmp_path / "sgm.safetensors", {sgm(n): t for n, t in values.items()}, notes)
+    logs = []
+    for file in (first.folder, kohya, tmp_path / "sgm.safetensors"):
+        then = ran(**{**options, "lora_alpha": 8.0}, init_lora=str(file))  # another alpha: the values are scaled
+        assert then.result.validation_loss_before == pytest.approx(first.result.validation_loss_after, rel=1e-5)
+        logs.append(then.losses)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5) and logs[2] == pytest.approx(logs[0], rel=1e-5) and logs[0] != first.losses
+
+
+@pytest.mark.parametrize("file", ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"])
+def test_a_lora_whose_text_encoders_would_be_dropped_is_no_start(ran, file):
+    with pytest.raises(CourseError, match="train_text_encoder"): ran(init_lora=str(ran(**TE, output_kohya_format=True).folder / file))
+
+
+@shows("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
+def test_other_attentions_are_switched_on(toy, monkeypatch):
+    from sdxl_course.text_to_image import load_base
+    called = []
+    for name in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
+        monkeypatch.setattr("diffusers.UNet2DConditionModel." + name, lambda self, *a, name=name: called.append(name), raising=False)
+        load_base(TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", resolution=64, **{name: True}), "cpu", torch.float32, toy())
+    assert called == ["enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"]
+
+
+@shows("use_8bit_adam", "local_rank")
+def test_what_the_machine_lacks_is_refused_before_anything_is_read(home):
+    for options, message in ((dict(use_8bit_adam=True), "NVIDIA GPU"), (dict(optimizer="AdamW8bit"), "NVIDIA GPU"), (dict(local_rank=0), "accelerate launch")):
+        with pytest.raises(CourseError, match=message):
+            open_text_to_image(TextToImageConfig(pretrained_model_name_or_path="no", train_data_dir="no", output_dir=str(home / "refused"), **options))
+    assert not (home / "refused").exists()
+
+
+def inside(monkeypatch, look):
+    "Call `look` on every loss of the training."
+    import sdxl_course.text_to_image as module
+    real = module.denoising_loss
+    def loss(*args, **options):
+        if torch.is_grad_enabled(): look(*args)
+        return real(*args, **options)
+    monkeypatch.setattr(module, "denoising_loss", loss)
+
+
+@shows("allow_tf32")
+def test_tf32_is_allowed_while_training_only(train, monkeypatch):
+    seen = []
+    inside(monkeypatch, lambda *_: seen.append(torch.backends.cuda.matmul.allow_tf32))
+    train("a", allow_tf32=True), train("b")
+    assert seen == [True] * 3 + [False] * 3 and torch.backends.cuda.matmul.allow_tf32 is False
+
+
+@pytest.mark.parametrize("options, allowed", [(dict(timestep_bias_strategy="range", timestep_bias_begin=900), range(900, 1000)), (dict(timestep_bias_strategy="later", timestep_bias_portion=0.1), range(900, 1000)),
+    (dict(timestep_bias_strategy="earlier", timestep_bias_portion=0.1), range(100)), (dict(timestep_bias_strategy="range", timestep_bias_begin=0, timestep_bias_end=10), range(10))], ids=str)
+def test_timestep_bias_draws_what_it_favours(train, monkeypatch, options, allowed):
+    seen = []
+    inside(monkeypatch, lambda unet, batch, schedule, noise, timesteps, *_: seen.extend(timesteps.tolist()))
+    train(timestep_bias_multiplier=1e9, **options)
+    assert len(seen) == 5 and set(seen) <= set(allowed)
+
+
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "an encoded empty text"])
+@pytest.mark.parametrize("text", [False, True], ids=["kept", "trained"])
+def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_model, tmp_path, monkeypatch, zeros, text):
+    import sdxl_course.text_to_image as module
+    from sdxl_course.conditioning import encode_prompts
+    parts, seen = toy(), []
+    parts.force_zeros_for_empty_prompt = zeros
+    empty = torch.zeros(77, 16) if zeros else encode_prompts(parts, [""])[0][0].detach()
+    inside(monkeypatch, lambda unet, batch, *_: seen.extend(batch.prompt_embeds.detach().clone()))
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, num_train_epochs=12, seed=0,
+        proportion_empty_prompts=0.5, learning_rate=1e-9, train_text_encoder=text, report_to="none", output_dir=str(tmp_path / "o"))
+    module.train_text_to_image(config, parts, say=lambda text: None)
+    dropped = [bool((told - empty).abs().max() < 1e-5) for told in seen]
+    assert len(dropped) == 24 and 5 < sum(dropped) < 19
+    assert len({tuple(dropped[i:i + 2]) for i in range(0, 24, 2)}) > 2  # not the same in every epoch
+
+
+class Hub:
+    "A hub that notes what it is told."
+    told, broken = [], ()
+
+    def __init__(self, token=None): self.token = token
+
+    def create_repo(self, name, **options):
+        if "create" in self.broken: raise OSError("no network")
+        self.told.append(("create", name, self.token, len(list(Path.cwd().glob("*")))))
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns=None, ignore_patterns=None, **options):
+        from huggingface_hub.utils import filter_repo_objects
+        if "upload" in self.broken: raise OSError("no network")
+        self.told.append(("upload", repo_id, self.token, sorted(filter_repo_objects(files_of(folder_path), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))))
+        return f"https://hub/{repo_id}"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr("sdxl_course.text_to_image.HfApi", Hub)
+    Hub.told, Hub.broken = [], ()
+    return Hub
+
+
+@shows("push_to_hub", "hub_model_id", "hub_token")
+def test_the_result_goes_to_the_hub_and_nothing_else_does(train, hub, monkeypatch, tmp_path):
+    "trainers.md 2.14 number 35 and 33, anchors 6.4: token leaked, checkpoints and logs uploaded, no push without a validation prompt."
+    events = []
+    inside(monkeypatch, lambda *_: events.append(len(hub.told)))
+    said, token = [], "hf_" + "Tk4" * 12
+    result = train(push_to_hub=True, hub_token=token, checkpointing_steps=1, report_to="tensorboard", logging_dir="curves", cache_dir=str(tmp_path / "run" / "mine"), say=said.append)
+    assert [what for what, *_ in hub.told] == ["create", "upload"] and events == [1] * 3  # the repository is there before the first step
+    assert hub.told[0][1:3] == ("run", token) and hub.told[1][1:3] == ("me/run", token) and result.url == "https://hub/me/run"
+    assert hub.told[1][3] == ["README.md", "config.yaml", "loss.png", "pytorch_lora_weights.safetensors", "training_log.jsonl"]
+    assert not any(token.encode() in data for data in files_of(tmp_path / "run").values()) and token not in " ".join(said)
+    train("named", push_to_hub=True, hub_model_id="style", validation_prompt="x", num_validation_images=1, output_kohya_format=True)
+    assert hub.told[2][1] == "style" and {"image_0.png", "pytorch_lora_weights_kohya.safetensors"} <= set(hub.told[3][3]) and not any("/" in name for name in hub.told[3][3])
+
+
+def test_a_hub_that_says_no_costs_nothing(train, hub, tmp_path):
+    hub.broken = ("create",)
+    with pytest.raises(CourseError, match="nothing was trained"): train(push_to_hub=True)
+    assert "training_log.jsonl" not in files_of(tmp_path / "run")
+    hub.broken = ("upload",)
+    with pytest.raises(CourseError, match="nothing is lost.*hf upload"): train(push_to_hub=True)
+    assert {"pytorch_lora_weights.safetensors", "README.md", "config.yaml"} <= set(files_of(tmp_path / "run"))
+
+
+def test_trackers_get_curves_pictures_and_no_token(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = train(report_to="tensorboard", hub_token="hf_secret", validation_prompt="x", num_validation_images=2, train_batch_size=5, validation_loss_steps=1, debug_loss=True).output_dir / "logs"
+    events = EventAccumulator(str(folder / "text2image-fine-tune")).Reload()
+    assert {"train_loss", "lr", "grad_norm", "validation_loss", "loss_for_0.png"} <= set(events.Tags()["scalars"]) and "validation" in events.Tags()["images"]
+    assert [e.step for e in events.Scalars("train_loss")] == [1, 2, 3]
+    assert not any(b"hf_secret" in data for data in files_of(folder).values())
+
+
+@pytest.mark.parametrize("name", ["wandb", "comet_ml", "trackio"])
+def test_a_missing_tracker_is_a_sentence_and_the_run_goes_on(train, name, monkeypatch):
+    monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
+    said = []
+    assert len(train(report_to=name, say=said.append, max_train_steps=1).log) == 1 and any(f"{name} is not installed" in text for text in said)
+
+
+@pytest.mark.parametrize("moment", ["start", "log", "log_images"])
+def test_a_tracker_that_breaks_does_not_stop_the_training(train, monkeypatch, moment):
+    "anchors 3.5: an outage elsewhere must not cost a run."
+    from accelerate.tracking import TensorBoardTracker
+    def broken(self, *args, **options): raise ConnectionError("the tracker is away")
+    monkeypatch.setattr(TensorBoardTracker, moment, broken)
+    said = []
+    assert len(train(report_to="tensorboard", validation_prompt="x", num_validation_images=1, say=said.append).log) == 3 and sum("the tracker is away" in text for text in said) == 1
+
+
+@shows("skip_nan_updates")
+def test_broken_updates_are_left_out_on_request(train, monkeypatch):
+    import sdxl_course.text_to_image as module
+    real, calls = module.denoising_loss, []
+    def loss(*args, **options):
+        value = real(*args, **options)
+        if not value.requires_grad: return value
+        calls.append(1)
+        return value * (float("nan") if len(calls) == 2 else 1)
+    monkeypatch.setattr(module, "denoising_loss", loss)
+    rows = train(skip_nan_updates=True).log
+    assert [row["loss"] is None for row in rows] == [False, True, False] and rows[1]["grad_norm"] is None
+    calls.clear()
+    with pytest.raises(CourseError, match="update 2"): train("b")
+
+
+@shows("output_dir", "validation_loss_steps")
+def test_everything_is_written_below_output_dir(ran, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = ran(**PROMPT, report_to="tensorboard", checkpointing_steps=2, cache_latents_to_disk=True, validation_loss_steps=1)
+    assert not files_of(tmp_path) and {"config.yaml", "README.md", "training_log.jsonl", "image_0.png"} <= names(run)
+
+
+SHOWN.update({"resume_from_checkpoint", "gradient_checkpointing"})  # test_checkpoint.py and test_text_to_image.py
+
+
+def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
+    "Nothing but what ipywidgets 7 and 8 have in common."
+    import inspect
+    from sdxl_course.text_to_image import LiveView
+    assert re.findall(r"from ipywidgets import (.+)", inspect.getsource(LiveView)) == ["HTML, Image as Picture, VBox"]
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, max_train_steps=3, seed=0,
+        validation_prompt="x", num_validation_images=1, report_to="none", output_dir=str(tmp_path / "o"))
+    run = open_text_to_image(config, toy(), say=lambda text: None, live=True)
+    try: run.train(), run.finish()
+    finally: run.close()
+    assert "update 3 of 3" in run.live.words.value and all(bytes(view.value).startswith(b"\x89PNG") for view in (run.live.curve, run.live.sheet))
+    assert [type(child).__name__ for child in run.live.box.children] == ["HTML", "Image", "Image"]
+
+
+# ------------------------------------------------ contradictions
+
+STRUCK = [  # (options that cannot be together, a neighbour that can), in the order of CONTRADICTIONS
+    (dict(lr_scheduler="piecewise_constant"), dict(lr_scheduler="piecewise_constant", lr_step_rules="1:1,0.1")), (dict(cache_text_embeds=True, train_text_encoder=True), dict(cache_text_embeds=False, train_text_encoder=True)),
+    (dict(cache_text_embeds=True, shuffle_tags=True), dict(cache_text_embeds=False, shuffle_tags=True)), (dict(cache_latents=True), dict(cache_latents=True, cached_crops=2)),
+    (dict(cached_crops=2, use_aspect_ratio_buckets=True), dict(cached_crops=2)), (dict(cache_latents=False, cache_latents_to_disk=True), dict(cache_latents_to_disk=True)),
+    (dict(snr_gamma=5.0, debiased_estimation_loss=True), dict(debiased_estimation_loss=True)), (dict(mask_data_dir="m"), dict(mask_data_dir="m", masked_loss=True)),
+    (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")), (dict(keep_tags=1), dict(keep_tags=1, shuffle_tags=True)),
+    (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)),
+    (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
+    (dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, train_text_encoder=True)), (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
+    (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),
+    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(prodigy_beta3=0.5), dict(prodigy_beta3=0.5, optimizer="prodigy")),
+    (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f"))]
+
+
+def test_every_contradiction_is_struck_once_and_its_neighbour_is_allowed():
+    build = lambda options: TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", **options)
+    hit = []
+    for wrong, right in STRUCK:
+        with pytest.raises(CourseError) as caught: build(wrong)
+        hit += [why for _, why in CONTRADICTIONS if why == str(caught.value)]
+        build(right)
+        assert any(f"--{name}" in str(caught.value) for name in wrong), caught.value
+    assert hit == [why for _, why in CONTRADICTIONS]
+
+
+def test_every_option_has_a_place_in_this_file():
+    assert {f.name for f in fields(TextToImageConfig)} - SHOWN == set()
+    assert SHOWN - {f.name for f in fields(TextToImageConfig)} == set()
