@@ -172,7 +172,7 @@ def test_every_stage_begins_with_the_given_weights(straight, tmp_path):
     rates = dict(vae_lr=1e-13, decoder_lr=1e-13, clip_lr=1e-13, unet_lr=1e-13) # too small to change a half
     chain(run, "tokenizer,vae,decoder,clip,cache,unet,export", start_from=straight / "export", vae_steps=1, decoder_steps=1, clip_steps=1, unet_steps=1, **rates)
     assert not (run / "tokenizer").exists() # the encoders know the tokens of the model they come from
-    for name in differing(straight / "export", run / "export"): # at most in the sign of a zero
+    for name in differing(straight / "export", run / "export") - {"vae/config.json"}: # measured again; else at most in the sign of a zero
         before, after = (load_tensors(folder / name)[0] for folder in (straight / "export", run / "export"))
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), name
     assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["steps"] == dict(clip_1=7, clip_2=7, vae=7, decoder=7, unet=7, judge_attributes=6, judge_instances=6)
