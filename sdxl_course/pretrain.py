@@ -1342,7 +1342,7 @@ pipeline_tag: text-to-image
 ---
 # sdxl-tiny
 
-A small but complete SDXL, trained from scratch on {facts['scenes']:,} scenes of the diorama world ({facts['held_out']:,} also drawn in the held-out style, which only the VAE saw).
+A small but complete SDXL, trained from scratch on {facts['scenes']:,} scenes of the diorama world ({facts['held_out']:,} also drawn in the held-out style, which only the VAE and the judges saw).
 Made by `sdxl-course pretrain`, seed {config.seed}, on {here['system']} with torch {here['versions']['torch']}, diffusers {here['versions']['diffusers']}
 and transformers {here['versions']['transformers']}; exported {here['time']}. The sessions, each continuing the one before; `--start_from` begins a new run folder with the exported weights of the one before:
 
