@@ -1,0 +1,84 @@
+"Several processes, number formats, and launchers that are refused."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+from sdxl_course.core import CourseError
+from sdxl_course.text_to_image import main
+from sdxl_course.trainer import SHARDING, accelerating
+from toy import files_of, make_pictures as fill
+
+
+def argv(model, data, folder, batch, *more):
+    return ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64", "--max_train_steps", "4", "--seed", "0", "--learning_rate", "1e-3", "--report_to", "none",
+        "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--train_text_encoder", "--lr_scheduler", "linear", "--lr_warmup_steps", "0", "--debug_loss", "--random_flip",
+        "--validation_prompt", "x", "--num_validation_images", "1", "--output_dir", str(folder), "--train_batch_size", str(batch), *more]
+
+
+def torchrun(words, processes=2):
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "sdxl_course.text_to_image", *words], env=environment, capture_output=True, text=True)
+
+
+def close(one, two, exact):
+    "Whether two runs learnt the same: to the byte, or to 1e-5."
+    rows = [[json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()] for folder in (one, two)]
+    a, b = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
+    assert len(rows[0]) == len(rows[1]) == 4 and a.keys() == b.keys() and max(t.abs().max() for t in a.values()) > 1e-2
+    if exact: return rows[0] == rows[1] and all(torch.equal(a[n], b[n]) for n in a)
+    for x, y in zip(*rows):
+        assert (x["step"], x["epoch"], x["lr"]) == (y["step"], y["epoch"], y["lr"]) and x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert x["loss_of"] == pytest.approx(y["loss_of"], rel=1e-5)  # every picture of both processes is named
+    return max((a[n] - b[n]).abs().max() for n in a) < 1e-5
+
+
+def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(tmp_path, toy_model):
+    "trainers.md 2.14 number 21 and 19: only rank 0's randomness was kept; the schedule ran too fast on several processes."
+    data = fill(tmp_path / "pictures", 7)  # 4 + 3: the last share is uneven, one process has a picture more
+    done = torchrun(argv(toy_model, data, tmp_path / "two", 2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("7 pictures with 7 captions") == 1 and "Traceback" not in done.stderr
+    assert main(argv(toy_model, data, tmp_path / "one", 4)) == 0
+    assert close(tmp_path / "two", tmp_path / "one", exact=False)
+    again = torchrun(argv(toy_model, data, tmp_path / "again", 2, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2")))
+    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr[-3000:]
+    assert close(tmp_path / "again", tmp_path / "two", exact=True)
+    assert main(argv(toy_model, data, tmp_path / "alone", 4, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2"))) == 0  # one process takes over
+    assert close(tmp_path / "alone", tmp_path / "two", exact=False)
+
+
+@pytest.mark.parametrize("variable", SHARDING)
+def test_launchers_that_cut_the_weights_are_refused_with_a_sentence(variable, monkeypatch, tmp_path, toy_model, make_pictures, capsys):
+    monkeypatch.setenv(variable, "true")
+    assert main(argv(toy_model, make_pictures(2), tmp_path / "o", 2)) == 2
+    told = capsys.readouterr().err
+    assert SHARDING[variable] in told and "data parallelism" in told and told.count("\n") == 1 and not files_of(tmp_path / "o")
+
+
+@pytest.mark.parametrize("text", ["distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_reshard_after_forward: true\n", "distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n"], ids=["FSDP", "DeepSpeed"])
+def test_config_files_for_them_set_what_we_refuse(text, tmp_path):
+    "What accelerate launch makes of such a file, without starting it."
+    (tmp_path / "a.yaml").write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n" + text)
+    config = load_config_from_file(str(tmp_path / "a.yaml"))
+    assert f"ACCELERATE_USE_{config.distributed_type.value}" in SHARDING
+
+
+def test_bf16_trains_on_a_cpu(train):
+    log = train(mixed_precision="bf16", max_train_steps=6, learning_rate=1e-2, train_text_encoder=True).log
+    assert len(log) == 6 and all(row["loss"] > 0 and row["grad_norm"] > 0 for row in log)
+
+
+def test_the_process_is_left_as_it_was():
+    with pytest.raises(RuntimeError):
+        with accelerating("bf16"): raise RuntimeError
+    with accelerating("no") as accelerator: assert accelerator.mixed_precision == "no"
+    with pytest.raises(CourseError, match="FSDP"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_FSDP", "1")
+            with accelerating("no"): pass
