@@ -689,8 +689,10 @@ def load_base(
 ):
     "The base model, each part in the number format it can bear."
     if components is None:
-        components = load_components(config.pretrained_model_name_or_path, dtype, vae=config.pretrained_vae_model_name_or_path,
-            revision=config.revision, variant=config.variant, config=beside(config.pretrained_model_name_or_path))
+        model, single = config.pretrained_model_name_or_path, Path(config.pretrained_model_name_or_path).expanduser().is_file()
+        try: components = load_components(model, dtype, vae=config.pretrained_vae_model_name_or_path, revision=config.revision, variant=config.variant, config=beside(model))
+        except CourseError as error:
+            raise CourseError(f"{error}; without network, put the folder of an SDXL pipeline beside it, named {Path(model).stem}") if single and not beside(model) else error
     if components.tokenizer is None: raise CourseError("these components have no tokenizers: wanted a whole model, as load_components gives it")
     check_resolution(config.resolution, components)
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):

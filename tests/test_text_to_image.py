@@ -83,21 +83,6 @@ def test_validation_and_workers_change_nothing_in_training(train):
     assert plain == train("c", dataloader_num_workers=2, checkpointing_steps=1, debug_loss=True).lora_path.read_bytes()
 
 
-@pytest.mark.parametrize("options", [dict(noise_offset=0.2), dict(snr_gamma=1.0), dict(random_flip=True), dict(lora_alpha=1), dict(rank=2), dict(lora_layers="attention+feedforward"),
-    dict(lora_layers="to_q"), dict(lora_dropout=0.5), dict(adam_beta1=0.5), dict(adam_beta2=0.5), dict(adam_weight_decay=0.5), dict(adam_epsilon=1e-3), dict(max_grad_norm=1e-4),
-    dict(prediction_type="v_prediction"), dict(proportion_empty_prompts=1.0), dict(lr_scheduler="linear", lr_warmup_steps=0), dict(lr_scheduler="constant_with_warmup", lr_warmup_steps=2),
-    dict(lr_scheduler="piecewise_constant", lr_step_rules="1:1,0.1"), dict(scale_lr=True), dict(gradient_accumulation_steps=2), dict(train_batch_size=1), dict(train_text_encoder=True),
-    dict(max_train_samples=3), dict(learning_rate=1e-3), dict(mixed_precision="bf16")], ids=str)
-def test_every_flag_has_an_effect(train, options):
-    assert train("with", **options).log != train("without").log
-
-
-@pytest.mark.parametrize("options", [dict(image_interpolation_mode="nearest"), dict(center_crop=True), dict(resolution=56)], ids=str)
-def test_every_picture_flag_has_an_effect(train, make_pictures, options):
-    wide = str(make_pictures(3, "wide", size=(72, 100)))
-    assert train("with", train_data_dir=wide, **options).log != train("without", train_data_dir=wide).log
-
-
 def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(train, toy, monkeypatch):
     seen = []
     plain = train("a", train_text_encoder=True)
