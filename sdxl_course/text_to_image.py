@@ -559,7 +559,7 @@ def save_sheet(
     image_grid(pictures, min(columns, max(map(len, files.values()))), [f"update {int(step)}" for step, _ in shown]).save(path)
 
 # %% ../nbs/43_text_to_image.ipynb #31c5b908
-PUBLIC = ("pytorch_lora_weights*.safetensors", "README.md", "config.yaml", "training_log.jsonl", "image_[0-9]*.png", "loss.png", "validation.png") # what others need
+PUBLIC = ("pytorch_lora_weights*.safetensors", "*_emb.safetensors", "README.md", "config.yaml", "training_log.jsonl", "image_[0-9]*.png", "loss.png", "validation.png") # what others need
 
 def open_repository(
     config, # TrainConfig with push_to_hub
@@ -642,15 +642,20 @@ class Run:
     before: float = 0.0 # validation loss of the base model
     live: object = None # LiveView
     plain_loss: object = denoising_loss # measures them: see `validation_loss`
+    words: object = None # further words that are learnt
     repository: str = "" # to be pushed to
     stack: ExitStack = field(default_factory=ExitStack) # what must be closed in the end
 
     @property
     def parts(self)->dict: return trained_parts(self.components, self.config.train_text_encoder)
 
-    def write_lora(self, folder): return save_lora(folder, **self.parts)
+    def write_lora(self, folder):
+        if self.words: self.words.save(Path(folder)/"words.safetensors")
+        return save_lora(folder, **self.parts)
 
-    def read_lora(self, folder): load_lora_into(*(self.parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")), folder)
+    def read_lora(self, folder):
+        if self.words: self.words.load(Path(folder)/"words.safetensors")
+        load_lora_into(*(self.parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")), folder)
 
     def close(self): self.stack.close()
 
@@ -778,16 +783,18 @@ def make_learner(
     prior_loss_weight=None, # second half of each batch: class pictures
     schedule_for=make_noise_schedule, # function of (config, scheduler): NoiseSchedule
     denoiser_for=Denoiser, # class of what accelerate prepares
+    words=None, # further words to learn: see `44_dreambooth`
 )->tuple: # (NoiseSchedule, prepared Denoiser, TrainState)
     "LoRA, loss, optimizer and learning rate."
     parts = trained_parts(components, config.train_text_encoder)
     named = inject(parts, seed, config.rank, config.lora_alpha, config.lora_layers, config.gradient_checkpointing, dropout=config.lora_dropout,
         init=config.init_lora_weights, use_dora=config.use_dora, use_rslora=config.use_rslora)
     if config.init_lora: continue_lora(*(parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")), config.init_lora)
+    if words: named |= words.named
     schedule = schedule_for(config, components.scheduler)
     schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(accelerator.device))
     denoiser = accelerator.prepare(denoiser_for(components, loss_for(config, schedule), encode_text, config.max_token_length, prior_loss_weight))
-    optimizer = optimizer_for(config, named, accelerator.num_processes)
+    optimizer = optimizer_for(config, named, accelerator.num_processes, words)
     lr_scheduler = make_schedule(optimizer, config.lr_scheduler, config.lr_warmup_steps, updates, config.lr_step_rules, config.lr_num_cycles, config.lr_power)
     return schedule, denoiser, TrainState(named, accelerator.prepare(optimizer), lr_scheduler, seed, ema=Ema(named, config.ema_decay) if config.use_ema else None)
 
@@ -796,11 +803,14 @@ def optimizer_for(
     config, # TrainConfig
     named:dict, # name -> trainable tensor
     processes:int=1, # that work together
+    words=None, # further words, among the named
 ): # torch optimizer
     "The optimizer that the options ask for, each tensor with its own rate and decay."
     wide = config.train_batch_size*config.gradient_accumulation_steps*processes if config.scale_lr else 1
     text_rate = None if config.text_encoder_lr is None or config.optimizer.lower() == "prodigy" else config.text_encoder_lr*wide # Prodigy has one step size
-    groups = parameter_groups(named, config.learning_rate*wide, text_rate, config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder)
+    lora = {name: p for name, p in named.items() if not words or name not in words.named}
+    groups = parameter_groups(lora, config.learning_rate*wide, text_rate, config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder)
+    if words: groups += words.groups(config, wide)
     prodigy = dict(beta3=config.prodigy_beta3, decouple=config.prodigy_decouple, use_bias_correction=config.prodigy_use_bias_correction, safeguard_warmup=config.prodigy_safeguard_warmup)
     return make_optimizer(groups, config.learning_rate*wide, (config.adam_beta1, config.adam_beta2), config.adam_weight_decay, config.adam_epsilon,
         "adamw8bit" if config.use_8bit_adam else config.optimizer.lower(), prodigy)
@@ -818,6 +828,7 @@ def set_up(
     repeats:int=1, # how often a pass over the data shows each picture
     read=read_captioned, # reads validation_data_dir: see `hold_out`
     plain_loss=denoising_loss, # measures: see `validation_loss`
+    words_for=None, # function of (config, components, seed): further words to learn
     **learning, # loss_for, prior_loss_weight and the like: see `make_learner`
 )->Run:
     "Everything up to the first update."
@@ -826,18 +837,19 @@ def set_up(
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
     records = list(records)*repeats
     components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components)
+    words = words_for and words_for(config, components, seed)
     feeder = make_feeder(config, records, components, seed, device, partners)
-    pictures, texts = feeder.keeping_pictures(config.cache_latents), feeder.keeping_texts(config.train_text_encoder, config.cache_text_embeds)
+    pictures, texts = feeder.keeping_pictures(config.cache_latents), feeder.keeping_texts(config.train_text_encoder or bool(words), config.cache_text_embeds)
     feeder.choose_place(pictures[0], texts[0], output_dir)
     report_data(feeder, pictures, texts, say)
     plan = Plan(len(records), config.train_batch_size, config.gradient_accumulation_steps, seed, accelerator.num_processes, tuple(feeder.targets) if feeder.buckets else ())
     updates = config.max_train_steps or config.num_train_epochs*plan.updates_per_epoch
-    learner = make_learner(config, components, updates, seed, accelerator, not texts[0], **learning)
+    learner = make_learner(config, components, updates, seed, accelerator, not texts[0], words=words, **learning)
     prompts = prompts_of(config) + [record.captions[0] for record in others]
     feeder.encode_once(pictures[0], texts[0], prompts, progress(not accelerator.is_main_process)) # last, since it takes long
     looks = fixed_looks(others, feeder)
     if feeder.texts: components.text_encoder.to("cpu"), components.text_encoder_2.to("cpu") # their work is done
-    return Run(config, output_dir, components, accelerator, feeder, plan, *learner, updates, say, looks, measured_on, plain_loss=plain_loss)
+    return Run(config, output_dir, components, accelerator, feeder, plan, *learner, updates, say, looks, measured_on, plain_loss=plain_loss, words=words)
 
 # %% ../nbs/43_text_to_image.ipynb #23875362
 @patch
@@ -930,13 +942,19 @@ def train(self:Run):
     "Every update that is left. Stopped by hand, it writes a checkpoint; called again, it goes on as if nothing had happened."
     micro_steps = self.plan.micro_steps(self.state.step, self.updates, self.accelerator.process_index)
     loaded = prefetch(self.feeder.prepare, micro_steps, self.config.dataloader_num_workers)
-    batches = ((micro, self.feeder.batch(micro, prepared, len(self.schedule))) for micro, prepared in loaded)
+    batches = ((micro, self.feed(micro, prepared)) for micro, prepared in loaded)
     quiet = None if self.accelerator.is_main_process else True # None: quiet unless this is a terminal
     with tqdm(total=self.updates, initial=self.state.step, desc="training", disable=quiet) as bar:
         try: fit(self.denoiser, batches, self.state, self.accelerator, self.config.max_grad_norm, self.hooks(bar), self.feeder.name, self.config.skip_nan_updates, self.config.debug_loss)
         except KeyboardInterrupt:
             self.keep()
             raise
+
+@patch
+def feed(self:Run, micro, prepared)->tuple: # see `Feeder.batch`
+    "What one pass needs; further words learn until their time is over."
+    if self.words: self.words.learn(micro.step, self.updates)
+    return self.feeder.batch(micro, prepared, len(self.schedule))
 
 @patch
 def keep(self:Run):
@@ -954,6 +972,7 @@ def finish(self:Run)->Result:
     if main:
         with shown(self.state):
             save_lora(self.output_dir, **self.parts, dtype=precision)
+            if self.words: self.words.save(self.output_dir/f"{self.output_dir.resolve().name}_emb.safetensors")
             if config.output_kohya_format: save_kohya(self.output_dir/"pytorch_lora_weights_kohya.safetensors", **self.parts, dtype=precision)
     lora = self.output_dir/"pytorch_lora_weights.safetensors"
     result = Result(self.output_dir, lora, self.state.rows, self.state.seed, self.before, self.measure(), self.measured_on)
@@ -1003,7 +1022,7 @@ def open_run(
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, say)
     machine = machine_precision(config.mixed_precision, say=say), usable_tracker(config.report_to, say), output_dir/config.logging_dir
     try:
-        accelerator = stack.enter_context(accelerating(*machine, unused=config.train_text_encoder))
+        accelerator = stack.enter_context(accelerating(*machine, unused=config.train_text_encoder or "words_for" in learning))
         stack.enter_context(tf32(config.allow_tf32))
         repository = open_repository(config) if config.push_to_hub and accelerator.is_main_process else ""
         run = set_up(config, output_dir, records, accelerator, components, checkpoint, say, **learning)
