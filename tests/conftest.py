@@ -36,6 +36,13 @@ def toy_model(tmp_path_factory):
     return make_toy_model(tmp_path_factory.mktemp("toy") / "model")
 
 
+@pytest.fixture(scope="session")
+def upstream_pipe(tmp_path_factory):
+    "Folder of the tiny pipeline of diffusers' own example tests."
+    from toy import make_upstream_pipe
+    return make_upstream_pipe(tmp_path_factory.mktemp("upstream") / "pipe")
+
+
 @pytest.fixture
 def make_pictures(tmp_path):
     "A function that fills a folder with small captioned pictures."

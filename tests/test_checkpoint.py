@@ -185,6 +185,14 @@ def test_pruning_keeps_the_newest_and_follows_a_resume(train):
     assert names(train(max_train_steps=10, resume_from_checkpoint="checkpoint-4", **options).output_dir) == {"checkpoint-8", "checkpoint-10"}
 
 
+def test_trap_7_the_old_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypatch, tmp_path):
+    import sdxl_course.checkpoint as module
+    real = module.save_tensors
+    monkeypatch.setattr(module, "save_tensors", lambda path, *rest: real(path, *rest) if "checkpoint-2" not in str(path) else (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CourseError, match="No space left"): train(checkpointing_steps=1, checkpoints_total_limit=1)
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"] and not damage(tmp_path / "run" / "checkpoint-1")
+
+
 def test_a_fresh_run_does_not_take_an_earlier_runs_checkpoints_for_its_own(train):
     train(max_train_steps=4, checkpointing_steps=2)
     said = []

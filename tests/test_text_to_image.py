@@ -3,15 +3,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
-from sdxl_course.text_to_image import Feeder, main, trained_parts
-from sdxl_course.trainer import Micro
-from sdxl_course.data import read_dataset
+from sdxl_course.data import content_key, read_dataset
+from sdxl_course.text_to_image import Feeder, TextToImageConfig, load_base, main, open_text_to_image, trained_parts
+from sdxl_course.trainer import Chance, Micro, epoch_order
 from toy import files_of, make_pictures as fill
 
 
@@ -38,22 +41,54 @@ def test_a_run_leaves_what_other_tools_read(train, toy_model):
     assert b"license: openrail++" in files["README.md"] and b"image_0.png" in files["README.md"]
 
 
-@pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders too"])
-def test_stock_diffusers_draws_our_picture_from_our_file(train, toy, toy_model, text):
-    live = toy()
-    from sdxl_course.text_to_image import TextToImageConfig, train_text_to_image
-    result = train(max_train_steps=3, train_text_encoder=text, lora_alpha=2)
-    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(result.output_dir.parent / "pictures"), output_dir=str(result.output_dir.parent / "again"),
-        resolution=64, train_batch_size=2, max_train_steps=3, learning_rate=1e-2, seed=0, report_to="none", train_text_encoder=text, lora_alpha=2)
-    train_text_to_image(config, live, say=lambda text: None)  # the same run, in components we keep
+@pytest.mark.parametrize("options, exact", [(dict(lora_alpha=2.0), True), (dict(lora_alpha=2.0, train_text_encoder=True), True), (dict(use_dora=True), True), (dict(use_rslora=True, lora_alpha=3.0), True),
+    (dict(lora_layers="attention+feedforward", use_ema=True), True), (dict(init_lora_weights="pissa", lora_alpha=2.0), False), (dict(init_lora_weights="olora"), False), (dict(init_lora_weights="orthogonal"), True)], ids=str)
+def test_stock_diffusers_draws_our_picture_from_our_files(toy, toy_model, make_pictures, tmp_path, options, exact):
+    live, text = toy(), options.get("train_text_encoder", False)
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(3)), output_dir=str(tmp_path / "o"), resolution=64, train_batch_size=2, max_train_steps=3,
+        learning_rate=1e-2, seed=0, report_to="none", output_kohya_format=True, skip_final_inference=True, **options)
+    run = open_text_to_image(config, live, say=lambda text: None)
+    try: run.train(), run.finish()
+    finally: run.close()
+    if run.state.ema:
+        for name, p in run.state.parameters.items(): p.data.copy_(run.state.ema.average[name])
     ours = live.pipeline()
     ours.set_progress_bar_config(disable=True)
     for part in trained_parts(live, True).values(): part.eval()
-    assert abs(draw(ours) - draw(load_stock(toy_model, str(result.output_dir)))).max() < 1e-5
-    assert abs(draw(ours) - draw(load_stock(toy_model))).max() > 1e-4
-    keys = load_file(result.lora_path)
+    want, stock = draw(ours), load_stock(toy_model, str(tmp_path / "o"))
+    assert abs(want - draw(stock)).max() <= (0 if exact else 1e-4)
+    assert abs(want - draw(load_stock(toy_model))).max() > 1e-4
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    assert abs(want - draw(stock)).max() < 1e-3  # merged equals unmerged
+    if not options.get("use_dora"):  # diffusers leaves dora_scale out, with a warning
+        kohya = load_stock(toy_model)
+        kohya.load_lora_weights(str(tmp_path / "o"), weight_name="pytorch_lora_weights_kohya.safetensors")
+        assert abs(want - draw(kohya)).max() < 1e-4
+    keys = load_file(tmp_path / "o" / "pytorch_lora_weights.safetensors")
     assert all("lora" in key for key in keys)
     assert {key.split(".")[0] for key in keys} == ({"unet", "text_encoder", "text_encoder_2"} if text else {"unet"})
+
+
+@pytest.mark.parametrize("options", [dict(), dict(train_text_encoder=True), dict(use_rslora=True, lora_alpha=3.0)], ids=str)
+def test_a_lora_that_has_not_learnt_is_the_base_model(train, toy_model, options):
+    folder = train(learning_rate=0.0, max_train_steps=1, **options).output_dir
+    assert abs(draw(load_stock(toy_model, str(folder))) - draw(load_stock(toy_model))).max() == 0
+
+
+def test_defects_31_and_32_kohya_files_with_text_encoders_and_dora_name_every_layer_rightly(train, toy_model):
+    "UNet keys lost their alpha and their names when text encoders were trained; DoRA's lengths were never called dora_scale."
+    folder = train("a", train_text_encoder=True, use_dora=True, lora_alpha=1.0, output_kohya_format=True).output_dir
+    keys = load_file(folder / "pytorch_lora_weights_kohya.safetensors")
+    layer, merged = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", load_stock(toy_model, str(folder))
+    weight, part = load_stock(toy_model).unet.get_submodule(layer).weight.detach(), lambda kind: keys[f"lora_unet_{layer.replace('.', '_')}.{kind}"]
+    whole = weight + part("alpha") / 4 * part("lora_up.weight") @ part("lora_down.weight")
+    merged.fuse_lora()
+    assert (merged.unet.get_submodule(layer).base_layer.weight - part("dora_scale") * whole / whole.norm(dim=1, keepdim=True)).abs().max() < 1e-6  # as ComfyUI computes it
+    layers = {key.split(".")[0] for key in keys}
+    assert {layer.split("_")[1] for layer in layers} == {"unet", "te1", "te2"}
+    for layer in layers:
+        assert {key.split(".", 1)[1] for key in keys if key.split(".")[0] == layer} == {"lora_down.weight", "lora_up.weight", "alpha", "dora_scale"} and keys[f"{layer}.alpha"] == 1
 
 
 def test_checkpoints_open_in_stock_diffusers_too(train, toy_model):
@@ -70,7 +105,140 @@ def test_no_file_and_no_word_ever_holds_the_token(tmp_path, toy_model, make_pict
     assert token not in shown and not any(token.encode() in data for data in files_of(tmp_path / "o").values())
 
 
+# ---------------------------------------------------------------- the bar from outside
+
+COMMON = "--resolution 64 --train_batch_size 1 --gradient_accumulation_steps 1 --learning_rate 5.0e-04 --scale_lr --lr_scheduler constant --lr_warmup_steps 0".split()
+LIMITED = "--max_train_steps 6 --checkpointing_steps=2 --checkpoints_total_limit=2"
+
+
+@pytest.mark.parametrize("number, more, prefixes, kept", [(1, LIMITED, {"unet"}, {"checkpoint-4", "checkpoint-6"}), (2, "--max_train_steps 2", {"unet"}, None),
+    (3, "--max_train_steps 2 --train_text_encoder", {"unet", "text_encoder", "text_encoder_2"}, None), (4, f"{LIMITED} --train_text_encoder", {"unet", "text_encoder", "text_encoder_2"}, {"checkpoint-4", "checkpoint-6"})])
+def test_upstream(number, more, prefixes, kept, upstream_pipe, tmp_path, monkeypatch):
+    "diffusers' own tests of the script, numbers 1 to 4 of trainers.md."
+    monkeypatch.chdir(tmp_path)
+    assert main(["--pretrained_model_name_or_path", str(upstream_pipe), "--dataset_name", str(fill(tmp_path / "data", 3)), *more.split(), *COMMON, "--output_dir", str(tmp_path / "o")]) == 0
+    keys = load_file(tmp_path / "o" / "pytorch_lora_weights.safetensors")
+    assert all("lora" in key for key in keys) and {key.split(".")[0] for key in keys} == prefixes
+    if not kept: return
+    pipe = DiffusionPipeline.from_pretrained(str(upstream_pipe))
+    pipe.load_lora_weights(str(tmp_path / "o"))
+    pipe("a prompt", num_inference_steps=1)
+    assert {name for name in os.listdir(tmp_path / "o") if "checkpoint" in name} == kept
+
+
+def test_upstream_resume_then_prune_several(upstream_pipe, tmp_path):
+    argv = ["--pretrained_model_name_or_path", str(upstream_pipe), "--train_data_dir", str(fill(tmp_path / "data", 3)), *COMMON, "--output_dir", str(tmp_path / "o"), "--seed", "0", "--report_to", "none", "--checkpointing_steps=2"]
+    there = lambda: {name for name in os.listdir(tmp_path / "o") if "checkpoint" in name}
+    assert main(argv + ["--max_train_steps", "4"]) == 0 and there() == {"checkpoint-2", "checkpoint-4"}
+    assert main(argv + ["--max_train_steps", "8", "--resume_from_checkpoint=checkpoint-4", "--checkpoints_total_limit=2"]) == 0 and there() == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_the_source_documents_command_runs_on_local_paths(tmp_path, toy_model, capsys, monkeypatch):
+    "With a small resolution, without the push, on a machine without GPU and without wandb."
+    monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = f"""--pretrained_model_name_or_path={toy_model} --pretrained_vae_model_name_or_path={toy_model}/vae --dataset_name={fill(tmp_path / "data", 2)} --num_validation_images=4 --validation_epochs=1
+        --output_dir={tmp_path / "o"} --resolution=64 --center_crop --random_flip --train_text_encoder --train_batch_size=1 --num_train_epochs=10 --checkpointing_steps=500 --gradient_accumulation_steps=4
+        --learning_rate=1e-04 --lr_warmup_steps=0 --report_to=wandb --dataloader_num_workers=8 --allow_tf32 --mixed_precision=fp16""".split()
+    prompt = "An inventor tinkers with a complex machine in his workshop, oblivious\nto the setting sun outside"
+    assert main(argv + ["--validation_prompt", prompt]) == 0
+    told, rows = capsys.readouterr(), (tmp_path / "o" / "training_log.jsonl").read_text().splitlines()
+    assert len(rows) == 10 and "fp16 needs a GPU" in told.out and "wandb is not installed" in told.out and "Traceback" not in told.err
+    assert {f"image_{i}.png" for i in range(4)} | {"validation/step-000009-3.png"} <= set(files_of(tmp_path / "o"))
+
+
+@pytest.mark.parametrize("more", [["--optimizer", "AdamW", "--lora_alpha", "8", "--validation_prompts", "a", "b c"], []], ids=["given", "defaults"])
+def test_print_config_prints_what_was_parsed_and_touches_nothing(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDXL_COURSE_CACHE", str(tmp_path / "cache"))
+    before = torch.random.get_rng_state()
+    assert main(["--pretrained_model_name_or_path", "no/such/model", "--train_data_dir", "not there", "--hub_token", "hf_secret", "--print_config", *more]) == 0
+    told = capsys.readouterr()
+    shown = json.loads(told.out)
+    want = {f.name: f.default for f in fields(TextToImageConfig) if f.name != "hub_token"} | dict(pretrained_model_name_or_path="no/such/model", train_data_dir="not there")
+    if more: want |= dict(optimizer="AdamW", lora_alpha=8.0, validation_prompts=["a", "b c"])
+    assert shown == want and told.err == "" and "hf_secret" not in told.out
+    assert not os.listdir(tmp_path) and torch.equal(before, torch.random.get_rng_state())
+
+
 # ---------------------------------------------------------------- what it computes
+
+@pytest.mark.parametrize("options", [dict(), dict(prediction_type="v_prediction"), dict(snr_gamma=1.0), dict(prediction_type="v_prediction", snr_gamma=1.0), dict(debiased_estimation_loss=True),
+    dict(prediction_type="v_prediction", debiased_estimation_loss=True), dict(noise_offset=0.3), dict(masked_loss=True, unmasked_weight=0.25), dict(masked_loss=True, snr_gamma=0.5, noise_offset=0.1)], ids=str)
+@torch.no_grad()
+def test_the_first_loss_of_a_run_is_the_closed_form(train, toy_model, tmp_path, options):
+    "Written with stock parts, diffusers' DDPMScheduler and plain tensors; only the draws are looked up by their address."
+    data = fill(tmp_path / "half", 5)
+    for i in range(5):
+        picture = Image.open(data / f"{i}.png").convert("RGB")
+        if options.get("masked_loss"): picture.putalpha(Image.fromarray(np.repeat(np.uint8([[255] * 24 + [0] * 40]), 64, axis=0)))
+        picture.save(data / f"{i}.png")
+    with torch.enable_grad(): found = train(train_data_dir=str(data), max_train_steps=1, seed=7, **options).losses[0]
+    pipe = StableDiffusionXLPipeline.from_pretrained(toy_model)
+    noising, indices = DDPMScheduler.from_config(pipe.scheduler.config), epoch_order(5, 7, 0)[:2]
+    losses = []
+    for i in indices:
+        dice = Chance(7, 0, content_key((data / f"{i}.png").read_bytes()) + "#0")
+        rgba = np.asarray(Image.open(data / f"{i}.png").convert("RGBA"), dtype=np.float64)
+        alpha = rgba[..., 3:] / 255
+        pixels = torch.tensor((rgba[..., :3] * alpha + 255 * (1 - alpha)) / 127.5 - 1).float().permute(2, 0, 1)[None]
+        cloud = pipe.vae.encode(pixels).latent_dist
+        latents = (cloud.mean + cloud.std * dice.normal("vae", (4, 8, 8))) * pipe.vae.config.scaling_factor
+        noise = dice.normal("noise", (4, 8, 8))[None] + options.get("noise_offset", 0) * dice.normal("offset", (4, 1, 1))
+        t = torch.tensor([int(1000 * dice.uniform("timestep"))])
+        embeds, _, pooled, _ = pipe.encode_prompt(f"picture {i}", do_classifier_free_guidance=False)
+        answer = pipe.unet(noising.add_noise(latents, noise, t), t, embeds, added_cond_kwargs=dict(text_embeds=pooled, time_ids=torch.tensor([[64.0, 64, 0, 0, 64, 64]]))).sample
+        v = options.get("prediction_type") == "v_prediction"
+        error = (answer - (noising.get_velocity(latents, noise, t) if v else noise))**2
+        if options.get("masked_loss"): error[..., 3:] *= options.get("unmasked_weight", 0)  # 24 of 64 pixels are opaque
+        snr = float(noising.alphas_cumprod[t] / (1 - noising.alphas_cumprod[t]))
+        weight = min(snr, options["snr_gamma"]) / (snr + v if v else snr) if "snr_gamma" in options else (snr**0.5 / (snr + 1) if v else snr**-0.5) if "debiased_estimation_loss" in options else 1
+        losses.append(float(error.mean()) * weight)
+    assert found == pytest.approx(sum(losses) / 2, rel=2e-6)
+
+
+def test_defect_16_exif_and_alpha_are_seen_as_a_viewer_shows_them(toy, tmp_path):
+    data = fill(tmp_path / "turned", 2, size=(64, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(data / "0.png").save(data / "0.png", exif=exif)
+    hidden = Image.new("RGBA", (64, 96), (255, 0, 0, 0))
+    hidden.save(data / "1.png")
+    feeder = Feeder(read_dataset(train_data_dir=str(data)), toy(), seed=0, resolution=64)
+    feeder.encode_once(pictures=False, texts=True)
+    micro = Micro(0, 0, 0, (0, 1), 2, True)
+    prepared = feeder.prepare(micro)
+    assert feeder.batch(micro, prepared, 1000)[0].time_ids[:, :2].tolist() == [[96, 64], [96, 64]]  # (height, width), upright
+    assert (prepared[1].pixels == 1).all()  # white, not the hidden red
+
+
+def test_defect_28_the_autoencoder_of_sdxl_stays_in_fp32_unless_it_says_it_is_safe(toy):
+    config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", resolution=64)
+    for safe, want in ((False, torch.float32), (True, torch.bfloat16)):
+        parts = toy()
+        parts.vae.register_to_config(force_upcast=not safe)
+        base = load_base(config, "cpu", torch.bfloat16, parts)
+        assert base.vae.dtype == want and base.unet.dtype == base.text_encoder.dtype == torch.bfloat16
+
+
+def test_broken_latents_are_named_by_file_also_when_they_are_not_kept(train, monkeypatch):
+    import sdxl_course.text_to_image as module
+    real = module.posterior
+    monkeypatch.setattr(module, "posterior", lambda vae, pixels: [x * float("nan") if len(pixels) > 1 else x for x in real(vae, pixels)])
+    with pytest.raises(CourseError, match=r"\d.png: its latents are not finite"): train(cache_latents=False)
+
+
+def test_validation_of_trained_text_encoders_is_without_dropout(train):
+    "The encoders are in training while the loss is measured: a drawn dropout would make it another number each time."
+    rows = [train(name, train_text_encoder=True, lora_dropout=0.5, validation_loss_steps=1, **more).log for name, more in (("a", {}), ("b", dict(validation_prompt="x", num_validation_images=1, validation_epochs=1)))]
+    assert rows[0] == rows[1] and len({row["validation_loss"] for row in rows[0]}) == 3
+
+
+def test_what_can_be_refused_is_refused_before_the_long_encoding(train, monkeypatch):
+    monkeypatch.setattr(Feeder, "encode_once", lambda *a, **k: pytest.fail("encoded first"))
+    for options, message in ((dict(lora_layers="to_qq"), "to_q"), (dict(init_lora="no.safetensors"), "no LoRA"), (dict(rescale_betas_zero_snr=True), "epsilon")):
+        with pytest.raises(CourseError, match=message): train(**options)
+
 
 def test_seed_0_counts_and_repeats(train):
     first, second, other = train("a").lora_path.read_bytes(), train("b").lora_path.read_bytes(), train("c", seed=1).lora_path.read_bytes()
@@ -194,7 +362,7 @@ def test_empty_captionless_and_unwritable_folders(tmp_path, toy_model, make_pict
 
 
 def test_components_that_carry_a_lora_are_refused(toy, train, toy_model, make_pictures, tmp_path):
-    from sdxl_course.text_to_image import TextToImageConfig, train_text_to_image
+    from sdxl_course.text_to_image import train_text_to_image
     used = toy()
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(2, "two")), output_dir=str(tmp_path / "o"), resolution=64, train_batch_size=2,
         max_train_steps=1, seed=0, report_to="none")
