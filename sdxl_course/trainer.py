@@ -278,7 +278,7 @@ def changed(
     return any(getattr(config, f.name) != f.default for f in fields(config) if f.name in names)
 
 CONTRADICTIONS += (
-    (lambda c: not c.train_text_encoder and changed(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
+    (lambda c: not (c.train_text_encoder or getattr(c, "train_text_encoder_ti", False)) and changed(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
         "--text_encoder_lr and --adam_weight_decay_text_encoder do nothing without --train_text_encoder: add it, or leave them out"),
     (lambda c: c.use_8bit_adam and c.optimizer.lower() not in ("adamw", "adamw8bit"), "--use_8bit_adam is for --optimizer adamw: leave one of them out"),
     (lambda c: c.optimizer.lower() == "schedulefree" and not c.lr_scheduler.startswith("constant"),
