@@ -37,12 +37,12 @@ from .cache import CacheEntry, LatentCache, collate, posterior, vae_dtype
 from .checkpoint import checkpointing, find_checkpoint, load_checkpoint, logging_to, read_state, refuse_changes, save_checkpoint, set_aside, tidy
 from .components import load_components
 from .conditioning import dropped_text, empty_prompt_embeds, encode_prompts
-from .core import CourseError, image_grid, seeded, to_pil, weight_dtype, write_atomic
-from .data import content_key, open_image, open_mask, read_dataset, shuffle_tags, split_records, with_masks
+from .core import CourseError, image_grid, seeded, to_pil, weight_dtype, write_atomic, write_json
+from .data import check_dataset, content_key, open_image, open_mask, read_dataset, shuffle_tags, split_records, with_masks
 from .lora import add_lora, continue_lora, load_lora_into, lora_parameters, parameter_groups, save_kohya, save_lora
 from .noise import NoiseSchedule, draw_timestep, timestep_weights
 from .objective import denoising_loss, offset_noise, prior_preservation
-from .preprocess import bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin, to_tensor
+from .preprocess import at_resolution, bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin, to_tensor
 from .trainer import (Chance, Ema, Plan, TrainConfig, TrainState, accelerating, config_dict, fit, machine_precision, make_optimizer, make_schedule,
     prefetch, run_command, shown, usable_tracker)
 from tqdm import tqdm
@@ -459,6 +459,7 @@ class Result:
     measured_on: str = "training pictures" # which pictures these were
     images: list = field(default_factory=list) # final validation pictures
     image_paths: list = field(default_factory=list) # their files
+    report: object = None # FitReport: what the data held
     url: str = "" # of the repository on the hub, if it was pushed
 
     @property
@@ -644,6 +645,7 @@ class Run:
     plain_loss: object = denoising_loss # measures them: see `validation_loss`
     words: object = None # further words that are learnt
     repository: str = "" # to be pushed to
+    report: object = None # FitReport: what was read
     stack: ExitStack = field(default_factory=ExitStack) # what must be closed in the end
 
     @property
@@ -975,7 +977,7 @@ def finish(self:Run)->Result:
             if self.words: self.words.save(self.output_dir/f"{self.output_dir.resolve().name}_emb.safetensors")
             if config.output_kohya_format: save_kohya(self.output_dir/"pytorch_lora_weights_kohya.safetensors", **self.parts, dtype=precision)
     lora = self.output_dir/"pytorch_lora_weights.safetensors"
-    result = Result(self.output_dir, lora, self.state.rows, self.state.seed, self.before, self.measure(), self.measured_on)
+    result = Result(self.output_dir, lora, self.state.rows, self.state.seed, self.before, self.measure(), self.measured_on, report=self.report)
     if main:
         result.images, result.image_paths, prompts = ([], [], []) if config.skip_final_inference else self.validate(self.output_dir, "image_")
         save_results(config, result, prompts, self.trigger)
@@ -1033,13 +1035,25 @@ def open_run(
             try: accelerator.init_trackers(name, plain)
             except Exception as error: # no network, no account
                 accelerator.trackers = []
-                run.say(f"{config.report_to} did not start ({error}): the curves go to training_log.jsonl only")
+                run.say(f"{config.report_to} did not start ({type(error).__name__}): the curves go to training_log.jsonl only")
         if checkpoint: run.resume(checkpoint)
         elif accelerator.is_main_process: set_aside(output_dir, run.say)
         return run
     except BaseException: # whatever it was: accelerate's shared state must not survive it
         stack.close()
         raise
+
+# %% ../nbs/43_text_to_image.ipynb #6e78f701
+@patch
+def keep_report(self:Run,
+    report, # DataReport
+):
+    "Write what was found in the data, and say whether someone should look at it."
+    self.report = at_resolution(report, self.config.resolution, self.config.use_aspect_ratio_buckets)
+    if not self.accelerator.is_main_process: return
+    write_json(self.output_dir/"data_report.json", self.report.values())
+    if kinds := self.report.kinds():
+        self.say(f"{len(self.report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, or ask sdxl-course check-data")
 
 # %% ../nbs/43_text_to_image.ipynb #ca4931f5
 def open_text_to_image(
@@ -1050,9 +1064,11 @@ def open_text_to_image(
 )->Run:
     "Read the data and get ready."
     refuse_impossible(config)
-    records = read_dataset(config.train_data_dir, config.dataset_name, config.dataset_config_name, config.image_column, config.caption_column,
-        config.cache_dir, config.max_train_samples, config.seed)
-    return open_run(config, records, components, say, live=live)
+    report = check_dataset(config.train_data_dir, config.dataset_name, config.dataset_config_name, config.image_column, config.caption_column,
+        config.cache_dir, config.max_train_samples, config.seed, bar=progress(os.environ.get("RANK", "0") != "0"))
+    run = open_run(config, report.usable(), components, say, live=live)
+    run.keep_report(report)
+    return run
 
 def train_text_to_image(
     config, # TextToImageConfig
