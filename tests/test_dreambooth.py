@@ -132,7 +132,9 @@ def test_the_source_documents_command_runs_with_local_paths(home, toy_model, tmp
     (["--instance_data_dir", "a", "--num_validation_images", "0"], "at least 1"), (["--instance_data_dir", "a", "--with_prior_preservation", "--class_prompt", "x", "--class_data_dir", "a/b"], "separate"),
     (["--instance_data_dir", "a", "--do_edm_style_training", "--snr_gamma", "5"], "by itself"), (["--instance_data_dir", "a", "--do_edm_style_training", "--rescale_betas_zero_snr"], "infinite"),
     (["--instance_data_dir", "a", "--prior_teacher"], "needs --class_prompt"), (["--instance_data_dir", "a", "--instace_prompt", "x"], "instance_prompt"),
-    (["--instance_data_dir", "a", "--text_encoder_lr", "1e-4"], "without --train_text_encoder")])
+    (["--instance_data_dir", "a", "--text_encoder_lr", "1e-4"], "without --train_text_encoder"), (["--instance_data_dir", "a", "--token_abstraction", "X"], "without --train_text_encoder_ti"),
+    (["--instance_data_dir", "a", "--train_text_encoder_ti", "--train_text_encoder"], "leave one of them out"), (["--instance_data_dir", "a", "--train_text_encoder_ti", "--cache_text_embeds=True"], "leave one of them out"),
+    (["--instance_data_dir", "a", "--train_text_encoder_ti", "--train_text_encoder_ti_frac", "1.5"], "at most 1"), (["--instance_data_dir", "a", "--train_text_encoder_ti", "--ti_lr", "1e-3", "--optimizer", "prodigy"], "one step size")])
 def test_wrong_input_is_one_sentence_and_exit_code_2(argv, message, capsys):
     assert main(["--pretrained_model_name_or_path", "tiny", "--instance_prompt", "x", *argv]) == 2
     told = capsys.readouterr().err
@@ -173,6 +175,7 @@ def test_idle_options_get_a_sentence(dream, prior):
 
 
 LARGE = dict(train_text_encoder=True)
+WORDS = dict(train_text_encoder_ti=True, instance_prompt="a photo of TOK chair")
 PRODIGY = dict(optimizer="prodigy", learning_rate=0.5, adam_weight_decay=0.1, max_train_steps=4, checkpointing_steps=4)
 EFFECTS = [ # (flag, beside these)
     (dict(use_dora=True), {}), (dict(lora_dropout=0.5), {}), (dict(optimizer="prodigy"), {}), (dict(adam_weight_decay=10.0), {}), (dict(snr_gamma=1.0), {}), (dict(rank=2), {}), (dict(repeats=2), {}),
@@ -180,7 +183,8 @@ EFFECTS = [ # (flag, beside these)
     (dict(lr_num_cycles=2), dict(lr_scheduler="cosine_with_restarts", max_train_steps=4)), (dict(lr_power=3.0), dict(lr_scheduler="polynomial")), (dict(prediction_type="v_prediction"), {}),
     (dict(prodigy_beta3=0.1), PRODIGY), (dict(prodigy_decouple=False), PRODIGY), (dict(prodigy_use_bias_correction=False), PRODIGY), (dict(prodigy_safeguard_warmup=False), PRODIGY),
     (dict(max_train_samples=3), {}), (dict(proportion_empty_prompts=1.0), {}), (dict(scale_lr=True), {}), (dict(use_ema=True), {}), (dict(gradient_accumulation_steps=2), {}), (dict(max_grad_norm=1e-4), {}),
-    (dict(prior_loss_weight=0.25), "prior"), (dict(class_prompt="b"), "prior"), (dict(do_edm_style_training=True), dict(prediction_type="v_prediction"))]
+    (dict(text_encoder_lr=1.0), WORDS), (dict(num_new_tokens_per_abstraction=3), WORDS), (dict(train_text_encoder_ti_frac=1.0), WORDS), (dict(ti_lr=1.0), WORDS), (dict(train_text_encoder_ti=True), dict(instance_prompt="a photo of TOK chair")),
+    (dict(token_abstraction="TOK, chair"), WORDS), (dict(prior_loss_weight=0.25), "prior"), (dict(class_prompt="b"), "prior"), (dict(do_edm_style_training=True), dict(prediction_type="v_prediction"))]
 
 
 @pytest.mark.parametrize("options, beside", EFFECTS, ids=lambda value: str(value)[:60])
@@ -596,22 +600,89 @@ def test_true_edm_is_the_closed_form_of_diffusers_scheduler(paired, kind):
         assert float(loss(components.unet, one, noise[k:k + 1], t[k:k + 1])) == pytest.approx(float(want), rel=1e-4)
 
 
-def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy):
+def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy, usual, tmp_path):
     def playground():
         components = toy()
         components.scheduler = EDMEulerScheduler()
         return components
     result, asked = dream("edm", components=playground()), dream("edm-asked", components=playground(), do_edm_style_training=True)
     assert result.log == asked.log != dream().log and all(map(math.isfinite, result.losses))
-    assert result.validation_loss_before != pytest.approx(dream().validation_loss_before, rel=1e-3)
+    run = dreambooth.open_dreambooth(make(usual, output_dir=str(tmp_path / "o")), playground(), lambda text: None)
+    try:
+        micro = next(run.plan.micro_steps(0, 1))
+        batch, noise, t, _ = run.feeder.batch(micro, run.feeder.prepare(micro), 1000)
+        with torch.no_grad(): assert torch.equal(run.plain_loss(run.components.unet, batch, run.schedule, noise, t), run.denoiser.loss(run.components.unet, batch, noise, t))
+    finally: run.close()
     for options in (dict(snr_gamma=5.0), dict(debiased_estimation_loss=True), dict(rescale_betas_zero_snr=True)):
         with pytest.raises(CourseError, match="EDM"): dream("refused", components=playground(), **options)
 
 
-def test_edm_knows_no_sample_prediction(dream, toy):
+def test_edm_knows_no_sample_prediction(dream, toy, monkeypatch):
     odd = toy()
+    monkeypatch.setattr(Feeder, "encode_once", lambda *given: pytest.fail("this takes long, and comes after the refusal"))
     odd.scheduler = type(odd.scheduler).from_config({**odd.scheduler.config, "prediction_type": "sample"})
     with pytest.raises(CourseError, match="epsilon and v_prediction"): dream("odd", components=odd, do_edm_style_training=True)
+
+
+# ---------------------------------------------------------------- new words
+
+def words_of(folder, step): return load_file(folder / f"checkpoint-{step}" / "words.safetensors")
+
+
+@pytest.mark.parametrize("options", [dict(), dict(optimizer="prodigy", learning_rate=1.0), dict(optimizer="schedulefree"), dict(adam_weight_decay_text_encoder=100.0, lr_scheduler="cosine")], ids=str)
+def test_defect_24_new_words_alone_move_and_stand_still_after_their_share(dream, toy, options):
+    live = toy()
+    before = {part: {name: p.clone() for name, p in getattr(live, part).state_dict().items()} for part in ("text_encoder", "text_encoder_2")}
+    folder = dream(f"words-{len(options)}-{len(str(options))}", components=live, **WORDS, max_train_steps=6, checkpointing_steps=1, train_text_encoder_ti_frac=0.4, **options).output_dir
+    for part, tensors in before.items():
+        now = {name.replace("token_embedding.base.", "token_embedding."): p for name, p in getattr(live, part).state_dict().items()}
+        assert set(now) - set(tensors) == {next(name for name in now if name.endswith("token_embedding.new"))}
+        assert all(torch.equal(now[name], tensors[name]) for name in tensors)
+    for name in ("clip_l", "clip_g"):
+        steps = [words_of(folder, k)[name] for k in range(1, 7)]
+        assert steps[0].shape == (2, 8) and not torch.equal(steps[0], steps[1])
+        if "optimizer" not in options or options["optimizer"] == "prodigy": assert all(torch.equal(steps[1], later) for later in steps[2:])  # 0.4 of 6 updates are 2
+        final = load_file(folder / f"{folder.name}_emb.safetensors")
+        assert set(final) == {"clip_l", "clip_g"} and torch.equal(final[name], steps[5])
+
+
+@pytest.mark.parametrize("kind", ["toy", "upstream"])
+def test_stock_diffusers_reads_words_and_lora_and_draws_our_picture(dream, toy, toy_model, upstream, tmp_path, kind):
+    from sdxl_course.components import load_components
+    from sdxl_course.dreambooth import load_words
+    from sdxl_course.text_to_image import draw_pictures
+    from sdxl_course.conditioning import empty_prompt_embeds
+    import numpy as np
+    model, live = (toy_model, toy()) if kind == "toy" else (upstream, load_components(str(upstream)))  # upstream's second encoder finds the end as the largest number
+    result = dream(f"read-{kind}", components=live, **WORDS, max_train_steps=3, ti_lr=0.1, pretrained_model_name_or_path=str(model))
+    with torch.no_grad(): told, nothing = encode_prompts(live, ["a photo of TOK chair"]), empty_prompt_embeds(live)
+    ours = np.asarray(draw_pictures(live, [x[0] for x in told], [x[0] for x in nothing], [1], size=64, steps=2)[0]).astype(int)
+    def draw(*files):
+        pipeline = DiffusionPipeline.from_pretrained(str(model))
+        pipeline.set_progress_bar_config(disable=True)
+        if "lora" in files: pipeline.load_lora_weights(str(result.output_dir), weight_name="pytorch_lora_weights.safetensors")
+        if "words" in files: load_words(pipeline, result.output_dir / f"{result.output_dir.name}_emb.safetensors")
+        embeds = pipeline.encode_prompt("a photo of <s0><s1> chair", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        drawn = pipeline("a photo of <s0><s1> chair", generator=torch.Generator().manual_seed(1), num_inference_steps=2, height=64, width=64, guidance_scale=5.0).images[0]
+        return np.asarray(drawn).astype(int), embeds
+    picture, embeds = draw("lora", "words")
+    assert torch.allclose(embeds[0], told[0], atol=1e-5) and torch.allclose(embeds[2], told[1], atol=1e-5)  # also the pooled one
+    assert abs(picture - ours).max() <= 2
+    assert not torch.allclose(draw("lora")[1][2], told[1], atol=1e-3)
+
+
+def test_defect_7_prompts_with_new_words_begin_and_end_as_all_prompts_do(usual, toy):
+    live = toy()
+    dreambooth.add_words(make(usual, **WORDS), live, 0)
+    ids = live.tokenizer("a TOK chair, TOKYO").input_ids
+    assert ids[0] == live.tokenizer.bos_token_id and ids[-1] == live.tokenizer.eos_token_id
+    assert ids.count(live.tokenizer.first) == ids.count(live.tokenizer.first + 1) == 1  # TOKYO is another word
+    assert len(toy().tokenizer) == live.tokenizer.first  # the tokenizer that was given is as it was
+    with pytest.raises(CourseError, match="freshly loaded"): dreambooth.add_words(make(usual, **WORDS), live, 0)
+
+
+def test_new_words_need_a_place_in_a_prompt(dream):
+    with pytest.raises(CourseError, match="nothing to learn"): dream("wordless", train_text_encoder_ti=True)
 
 
 # ---------------------------------------------------------------- exact resume
@@ -631,16 +702,17 @@ def lasting(folder):
 
 @pytest.mark.parametrize("options", [dict(), dict(optimizer="prodigy", learning_rate=1.0), dict(train_text_encoder=True, text_encoder_lr=1e-2, lora_dropout=0.2), dict(do_edm_style_training=True, prediction_type="v_prediction"),
     dict(edm=True), dict(optimizer="prodigy", learning_rate=1.0, train_text_encoder=True, do_edm_style_training=True, snr=False, use_ema=True), dict(teacher=True, train_text_encoder=True, lora_dropout=0.2),
-    dict(optimizer="prodigy", learning_rate=1.0, edm=True, gradient_accumulation_steps=2, repeats=2, use_dora=True, random_flip=True)], ids=str)
+    dict(optimizer="prodigy", learning_rate=1.0, edm=True, gradient_accumulation_steps=2, repeats=2, use_dora=True, random_flip=True), dict(words=True), dict(words=True, teacher=True, optimizer="prodigy", learning_rate=1.0, use_ema=True)], ids=str)
 def test_every_k_plus_the_rest_equals_n_byte_for_byte(dream, prior, home, toy, options):
     options = dict(options)
     options.pop("snr", None)
-    edm, teacher = options.pop("edm", False), options.pop("teacher", False)
+    edm, teacher, words = (options.pop(name, False) for name in ("edm", "teacher", "words"))
     def fresh():
         components = toy()
         if edm: components.scheduler = EDMEulerScheduler()
         return components
-    name = f"resume-{abs(hash(str(options) + str(edm) + str(teacher)))}"
+    name = f"resume-{abs(hash(str([options, edm, teacher, words])))}"
+    if words: options |= dict(train_text_encoder_ti=True, instance_prompt="a photo of TOK chair")  # they stand still after update 2
     options |= dict(prior_teacher=True, class_prompt=CLASS) if teacher else prior
     options |= dict(max_train_steps=N, checkpointing_steps=1, lr_scheduler="cosine", lr_warmup_steps=1)
     straight = dream(name, components=fresh(), **options).output_dir
