@@ -203,8 +203,9 @@ def averaged(run, decay):
 
 @pytest.mark.parametrize("name, value, others, true", TABLE, ids=[f"{name}-{value}" for name, value, *_ in TABLE])
 def test_option_has_its_effect(ran, place, name, value, others, true):
-    without = {} if name in NEEDED else others
-    assert true(ran(**{**others, name: value}), ran(**without))
+    a, b = ran(**{**others, name: value}), ran(**({} if name in NEEDED else others))
+    assert true(a, b)
+    if name not in (*NEEDED, "dataloader_num_workers") and value != "AdamW": assert not true(b, b)  # the check does see something
 
 
 SHOWN.update(name for name, *_ in TABLE)
@@ -305,6 +306,15 @@ def inside(monkeypatch, look):
         if torch.is_grad_enabled(): look(*args)
         return real(*args, **options)
     monkeypatch.setattr(module, "denoising_loss", loss)
+
+
+def test_workers_open_pictures_in_threads(train, make_pictures, monkeypatch):
+    import threading
+    from sdxl_course.text_to_image import Feeder
+    real, where = Feeder.prepare, []
+    monkeypatch.setattr(Feeder, "prepare", lambda self, micro: where.append(threading.current_thread() is threading.main_thread()) or real(self, micro))
+    wide = dict(train_data_dir=str(make_pictures(4, "wide", size=(64, 100))))
+    assert train("a", dataloader_num_workers=2, **wide).log == train("b", **wide).log and where == [False] * 3 + [True] * 3
 
 
 @shows("allow_tf32")
@@ -439,7 +449,13 @@ def test_everything_is_written_below_output_dir(ran, monkeypatch, tmp_path):
     assert not files_of(tmp_path) and {"config.yaml", "README.md", "training_log.jsonl", "image_0.png"} <= names(run)
 
 
-SHOWN.update({"resume_from_checkpoint", "gradient_checkpointing"})  # test_checkpoint.py and test_text_to_image.py
+ELSEWHERE = dict(resume_from_checkpoint=("test_checkpoint.py", "test_resuming_twice_and_stopping_early_change_nothing"),
+    gradient_checkpointing=("test_text_to_image.py", "test_gradient_checkpointing_reaches_every_network_and_changes_no_number"))
+SHOWN.update(ELSEWHERE)
+
+
+def test_what_is_shown_elsewhere_is_there():
+    for file, name in ELSEWHERE.values(): assert f"def {name}(" in Path(__file__).with_name(file).read_text()
 
 
 def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
