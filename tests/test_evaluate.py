@@ -136,16 +136,16 @@ def test_shuffled_captions_are_right_by_coincidence_only():
 
 
 def test_each_score_is_the_share_that_its_name_says(monkeypatch):
-    "Six pictures of which we decide what the judge sees in them."
+    "Seven pictures of which we decide what the judge sees in them."
     known, other = sample_scene(1, "photo", object="car"), sample_scene(2, "photo", held_out=True)
     wrong = lambda scene, **words: dict(asdict(scene), **words)
     pencil, book = replace(known, style="pencil"), replace(known, style=HELD_OUT_STYLE)
     elsewhere, painted = next(p for p in PLACES if p != known.place), next(c for c in COLORS if c != known.color)
-    asked = [known, known, pencil, book, other, other]
-    seen = [wrong(known), wrong(known, color=painted), wrong(pencil, place=elsewhere, color=painted), wrong(book, style="pencil"), wrong(other), wrong(other, object="lamp" if other.object != "lamp" else "mug")]
+    asked = [known, known, pencil, book, other, other, other]
+    seen = [wrong(known), wrong(known, color=painted), wrong(pencil, place=elsewhere, color=painted), wrong(book, style="pencil"), wrong(other), wrong(other), wrong(other, object="lamp" if other.object != "lamp" else "mug")]
     monkeypatch.setattr("sdxl_course.evaluate.name_attributes", lambda judge, pictures: seen)
-    found = summarise(score_columns([Image.new("RGB", (128, 128))]*6, asked))
-    wanted = dict(object_accuracy=4/4, color_accuracy=1/2, place_accuracy=3/4, content_accuracy=3/4, joint_accuracy=2/4, joint_accuracy_held_out=1/2, style_accuracy=5/5, style_score=5/6)
+    found = summarise(score_columns([Image.new("RGB", (128, 128))]*7, asked))
+    wanted = dict(object_accuracy=4/4, color_accuracy=1/2, place_accuracy=3/4, content_accuracy=3/4, joint_accuracy=2/4, joint_accuracy_held_out=2/3, style_accuracy=6/6, style_score=6/7)
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
 
 
