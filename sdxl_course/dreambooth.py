@@ -7,7 +7,7 @@ __all__ = ['SUBJECT_LIMITS', 'SUBJECT_RULES', 'NOTE', 'FORMATS', 'SubjectOptions
            'DreamBoothConfig', 'within_each_other', 'bare_pictures', 'has_captions', 'subject_report', 'no_caption',
            'with_words', 'read_subject', 'class_file', 'class_seed', 'read_note', 'missing_pictures', 'model_name',
            'weights_name', 'make_note', 'refuse_note', 'make_folder', 'draw_class_pictures', 'save_png',
-           'prior_precision', 'drawing_components', 'complete_class', 'class_pictures', 'EdmSchedule',
+           'prior_precision', 'drawing_components', 'processes', 'complete_class', 'class_pictures', 'EdmSchedule',
            'subject_schedule', 'plain_loss', 'SubjectLoss', 'without_adapters', 'TaughtDenoiser', 'spell', 'Spelled',
            'spelling_of', 'GrownEmbedding', 'end_at_the_end', 'grow', 'NewWords', 'add_words', 'load_words', 'remarks',
            'open_dreambooth', 'train_dreambooth', 'main']
@@ -34,7 +34,7 @@ from .core import CourseError, load_tensors, save_tensors, seed_from, seeded, we
 from .data import METADATA, UNREAD, caption_list, check_dataset, check_up, choose, inspect_picture, is_picture, list_files
 from .noise import NoiseSchedule, edm_input, edm_scalings, euler_scalings
 from .objective import debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, min_snr_weight, per_sample_mse, predict
-from .text_to_image import (Denoiser, Result, Run, beside, check_resolution, draw_pictures, make_loss, make_noise_schedule, open_output, open_run,
+from .text_to_image import (carry_out, Denoiser, Result, Run, beside, check_resolution, draw_pictures, make_loss, make_noise_schedule, open_output, open_run,
     progress, refuse_impossible)
 from .trainer import TrainConfig, changed, check_limits, machine_precision, option, run_command
 
@@ -146,7 +146,7 @@ def has_captions(
 )->bool:
     "Are there words beside the pictures?"
     names = list_files(folder)
-    return any(Path(name).name in METADATA or is_picture(name) and Path(folder, name).with_suffix(".txt").is_file() for name in names)
+    return any(Path(name).name in METADATA or is_picture(name) and any(Path(folder, name).with_suffix(end).is_file() for end in (".txt", ".caption")) for name in names)
 
 # %% ../nbs/44_dreambooth.ipynb #be909a5f
 def subject_report(
@@ -329,6 +329,10 @@ def drawing_components(
     return components
 
 # %% ../nbs/44_dreambooth.ipynb #dff7c1ab
+def processes()->PartialState: # accelerate's, as the trainer will find it
+    "Who works together, and on which device."
+    return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+
 def complete_class(
     config, # DreamBoothConfig
     folder, # of class pictures
@@ -336,10 +340,11 @@ def complete_class(
     say=print, # gets sentences
 ): # SDXLComponents that may be trained afterwards, or None
     "See to it that every class picture is there, and that it is the right one."
-    group, note, lacking = PartialState(), read_note(folder), missing_pictures(folder, config.num_class_images)
+    group, note, lacking = processes(), read_note(folder), missing_pictures(folder, config.num_class_images)
     precision = prior_precision(config.prior_generation_precision or note.get("precision"), group.device, say)
     trains_so = FORMATS[precision] == weight_dtype(machine_precision(config.mixed_precision, say=lambda text: None), group.device)
-    base = drawing_components(config, components, precision, group.device) if lacking or trains_so or components is not None else None
+    at_hand = trains_so if components is None else components.unet.dtype == FORMATS[precision]
+    base = drawing_components(config, components, precision, group.device) if lacking or at_hand else None
     wanted = make_note(config, precision, weights_name(base) if base else "")
     if note: refuse_note(folder, note, wanted)
     for name in ("seed", "precision"):
@@ -360,8 +365,9 @@ def class_pictures(
 )->tuple: # (ImageRecords, components to train or None)
     "The pictures that practise the class: somebody's own, or the base model's."
     folder = make_folder(config.class_data_dir)
-    own = [name for name in list_files(folder) if is_picture(name) and not (read_note(folder) and re.fullmatch(r"class-\d{5}\.png", name))]
-    if own and not read_note(folder):
+    note = read_note(folder)
+    own = [name for name in list_files(folder) if is_picture(name) and not (note and re.fullmatch(r"class-\d{5}\.png", name))]
+    if own and not note:
         records = with_words(bare_pictures(folder), config.class_prompt)
         say(f"{folder} holds {len(records)} class pictures of your own: they are used as they are, and none is drawn (num_class_images is {config.num_class_images})")
         return records, components
@@ -629,11 +635,7 @@ def train_dreambooth(
     live:bool=False, # see `open_run`
 )->Result:
     "Train a LoRA on one particular thing."
-    run = open_dreambooth(config, components, say, live)
-    try:
-        run.train()
-        return run.finish()
-    finally: run.close()
+    return carry_out(open_dreambooth(config, components, say, live))
 
 # %% ../nbs/44_dreambooth.ipynb #bc00bda4
 def main(
