@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'IN_MEMORY', 'PUBLIC', 'TextToImageConfig', 'refuse_impossib
            'validation_loss', 'Result', 'license_of', 'model_card', 'save_curve', 'save_results', 'save_sheet',
            'open_repository', 'push_folder', 'open_output', 'data_fingerprint', 'run_seed', 'tf32', 'Run', 'prompts_of',
            'beside', 'load_base', 'make_feeder', 'report_data', 'progress', 'read_captioned', 'hold_out',
-           'make_learner', 'optimizer_for', 'set_up', 'LiveView', 'open_run', 'open_text_to_image',
+           'make_learner', 'optimizer_for', 'set_up', 'LiveView', 'open_run', 'carry_out', 'open_text_to_image',
            'train_text_to_image', 'main']
 
 # %% ../nbs/43_text_to_image.ipynb #6781dd74
@@ -1055,6 +1055,16 @@ def keep_report(self:Run,
     if kinds := self.report.kinds():
         self.say(f"{len(self.report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, or ask sdxl-course check-data")
 
+# %% ../nbs/43_text_to_image.ipynb #bdedfda4
+def carry_out(
+    run, # Run
+)->Result:
+    "From the first update to the last file."
+    try:
+        run.train()
+        return run.finish()
+    finally: run.close()
+
 # %% ../nbs/43_text_to_image.ipynb #ca4931f5
 def open_text_to_image(
     config, # TextToImageConfig
@@ -1077,11 +1087,7 @@ def train_text_to_image(
     live:bool=False, # see `open_run`
 )->Result:
     "Train a LoRA on captioned pictures."
-    run = open_text_to_image(config, components, say, live)
-    try:
-        run.train()
-        return run.finish()
-    finally: run.close()
+    return carry_out(open_text_to_image(config, components, say, live))
 
 # %% ../nbs/43_text_to_image.ipynb #9145e6f9
 def main(
