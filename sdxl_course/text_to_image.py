@@ -884,7 +884,7 @@ def track(self:Run,
         try: tell(tracker)
         except Exception as error:
             self.accelerator.trackers.remove(tracker)
-            self.say(f"{tracker.name} failed ({error}) and is told nothing more; every number is in training_log.jsonl")
+            self.say(f"{tracker.name} failed ({type(error).__name__}) and is told nothing more; every number is in training_log.jsonl")
 
 @patch
 def validate(self:Run,
