@@ -31,10 +31,11 @@ def draw(pipeline): return pipeline("a house", generator=torch.Generator().manua
 # ---------------------------------------------------------------- what it leaves
 
 def test_a_run_leaves_what_other_tools_read(train, toy_model):
-    result = train(max_train_steps=4, validation_prompt="a house", num_validation_images=2, lora_alpha=8)
+    result = train(max_train_steps=4, validation_prompt="a house", num_validation_images=2, lora_alpha=8, curve=True)
     files = files_of(result.output_dir)
     for name in ("pytorch_lora_weights.safetensors", "config.yaml", "training_log.jsonl", "README.md", "loss.png", "image_0.png", "image_1.png", "validation/step-000003-0.png"):
         assert name in files, name
+    assert files["loss.png"].startswith(b"\x89PNG")
     rows = [json.loads(line) for line in files["training_log.jsonl"].splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and [row["epoch"] for row in rows] == [0, 0, 0, 1]
     assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm"} and result.losses == [row["loss"] for row in rows]
