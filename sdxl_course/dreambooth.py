@@ -34,7 +34,7 @@ from .core import CourseError, load_tensors, save_tensors, seed_from, seeded, we
 from .data import METADATA, UNREAD, caption_list, check_dataset, check_up, choose, inspect_picture, is_picture, list_files
 from .noise import NoiseSchedule, edm_input, edm_scalings, euler_scalings
 from .objective import debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, min_snr_weight, per_sample_mse, predict
-from .text_to_image import (carry_out, Denoiser, Result, Run, beside, check_resolution, draw_pictures, make_loss, make_noise_schedule, open_output, open_run,
+from .text_to_image import (Denoiser, Result, Run, beside, carry_out, check_resolution, draw_pictures, make_loss, make_noise_schedule, open_output, open_run,
     progress, refuse_impossible)
 from .trainer import TrainConfig, changed, check_limits, machine_precision, option, run_command
 
@@ -569,7 +569,6 @@ def add_words(
     seed:int, # draws the first values
 )->NewWords:
     "Teach both tokenizers and both text encoders words that mean nothing yet."
-    if isinstance(components.tokenizer, Spelled): raise CourseError("these components have new words already: wanted freshly loaded ones")
     tables = {}
     for name, part in (("clip_l", ""), ("clip_g", "_2")):
         tokenizer = Spelled(getattr(components, f"tokenizer{part}"), spelling_of(config))

@@ -681,6 +681,16 @@ def test_defect_7_prompts_with_new_words_begin_and_end_as_all_prompts_do(usual, 
     with pytest.raises(CourseError, match="freshly loaded"): dreambooth.add_words(make(usual, **WORDS), live, 0)
 
 
+def test_the_pooled_vector_is_that_of_the_end_and_not_of_a_new_word(usual, upstream):
+    from sdxl_course.components import load_components
+    live = load_components(str(upstream))  # its second encoder looks for the largest number, which a new word would be
+    dreambooth.add_words(make(usual, **WORDS), live, 0)
+    ids = live.tokenizer_2("a TOK chair", return_tensors="pt").input_ids
+    with torch.no_grad(): out = live.text_encoder_2(ids)
+    assert ids[0, -1] == live.tokenizer_2.eos_token_id < ids.max()
+    with torch.no_grad(): assert torch.allclose(out.text_embeds[0], live.text_encoder_2.text_projection(out.last_hidden_state[0, -1]), atol=1e-6)
+
+
 def test_new_words_need_a_place_in_a_prompt(dream):
     with pytest.raises(CourseError, match="nothing to learn"): dream("wordless", train_text_encoder_ti=True)
 
@@ -846,3 +856,21 @@ def test_the_module_runs_from_a_terminal(launcher, tmp_path, toy_model, home):
     done = subprocess.run([sys.executable, *launcher, "sdxl_course.dreambooth", *argv], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "o" / "pytorch_lora_weights.safetensors").is_file() and "Traceback" not in done.stderr
+
+
+def test_two_processes_share_the_drawing_and_learn_what_one_learns(tmp_path, toy_model, home):
+    root = str(Path(__file__).parents[1])
+    def argv(name, batch):
+        return ["--pretrained_model_name_or_path", str(toy_model), "--instance_data_dir", str(home / "thing"), "--instance_prompt", "a TOK chair", "--resolution", "64", "--max_train_steps", "4", "--seed", "0",
+            "--report_to", "none", "--learning_rate", "1e-2", "--with_prior_preservation", "--class_prompt", CLASS, "--class_data_dir", str(tmp_path / f"class-{name}"), "--num_class_images", "5",
+            "--sample_batch_size", "2", "--train_text_encoder_ti", "--train_batch_size", str(batch), "--output_dir", str(tmp_path / name)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sdxl_course.dreambooth", *argv("two", 1)],
+        env={**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("drawing 5 class pictures") == 1, done.stderr[-2000:]
+    assert main(argv("one", 2)) == 0
+    assert drawn(tmp_path / "class-two") == drawn(tmp_path / "class-one") and len(drawn(tmp_path / "class-two")) == 5
+    one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 4
+    for file in ("pytorch_lora_weights.safetensors", "{}_emb.safetensors"):
+        a, b = (load_file(tmp_path / name / file.format(name)) for name in ("one", "two"))
+        assert a.keys() == b.keys() and max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
