@@ -7,8 +7,8 @@ __all__ = ['SIZES', 'IN_MEMORY', 'PUBLIC', 'TextToImageConfig', 'refuse_impossib
            'check_resolution', 'Feeder', 'Denoiser', 'make_noise_schedule', 'make_loss', 'trained_parts',
            'recompute_activations', 'inject', 'at_rest', 'draw_pictures', 'decode_pictures', 'fixed_looks',
            'validation_loss', 'Result', 'license_of', 'model_card', 'save_curve', 'save_results', 'save_sheet',
-           'open_repository', 'push_folder', 'open_output', 'data_fingerprint', 'run_seed', 'tf32', 'Run', 'prompts_of',
-           'beside', 'load_base', 'make_feeder', 'report_data', 'progress', 'read_captioned', 'hold_out',
+           'open_repository', 'push_folder', 'open_output', 'alone_in', 'data_fingerprint', 'run_seed', 'tf32', 'Run',
+           'prompts_of', 'beside', 'load_base', 'make_feeder', 'report_data', 'progress', 'read_captioned', 'hold_out',
            'make_learner', 'optimizer_for', 'set_up', 'LiveView', 'open_run', 'carry_out', 'open_text_to_image',
            'train_text_to_image', 'main']
 
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image
@@ -597,6 +598,19 @@ def open_output(
         raise CourseError(f"--output_dir {folder} cannot be written ({error.strerror}): wanted a folder with write permission") from error
     return path
 
+@contextmanager
+def alone_in(
+    folder, # output_dir
+):
+    "Keep other processes from writing into the same output folder; a process that dies lets go of it."
+    lock = FileLock(folder/".lock", is_singleton=True)
+    try: lock.acquire(timeout=0)
+    except Timeout as error: raise CourseError(f"another process is training into {folder}: wanted a folder of its own for each run; wait for it, or choose another --output_dir") from error
+    try: yield
+    finally:
+        lock.release()
+        if not lock.is_locked: (folder/".lock").unlink(missing_ok=True)
+
 # %% ../nbs/43_text_to_image.ipynb #134a5b2e
 def data_fingerprint(
     records:list, # ImageRecord
@@ -1018,13 +1032,15 @@ def open_run(
     **learning, # partners, loss_for, prior_loss_weight and the like: see `set_up`
 )->Run: # `train`, then `finish`, then `close`
     "A run that is ready to train, resumed if that was asked for."
-    output_dir, stack = open_output(config.output_dir), ExitStack()
-    if os.environ.get("RANK", "0") == "0": tidy(output_dir)
-    else: say = lambda text: None # one voice is enough
-    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, say)
-    machine = machine_precision(config.mixed_precision, say=say), usable_tracker(config.report_to, say), output_dir/config.logging_dir
+    output_dir, stack, first = open_output(config.output_dir), ExitStack(), os.environ.get("RANK", "0") == "0"
+    if not first: say = lambda text: None # one voice is enough
     try:
-        accelerator = stack.enter_context(accelerating(*machine, unused=config.train_text_encoder or "words_for" in learning))
+        if first:
+            stack.enter_context(alone_in(output_dir))
+            tidy(output_dir)
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, say)
+        machine = machine_precision(config.mixed_precision, say=say), usable_tracker(config.report_to, say), output_dir/config.logging_dir
+        accelerator = stack.enter_context(accelerating(*machine, unused=config.train_text_encoder or "words_for" in learning, say=say))
         stack.enter_context(tf32(config.allow_tf32))
         repository = open_repository(config) if config.push_to_hub and accelerator.is_main_process else ""
         run = set_up(config, output_dir, records, accelerator, components, checkpoint, say, **learning)
@@ -1077,7 +1093,10 @@ def open_text_to_image(
     report = check_dataset(config.train_data_dir, config.dataset_name, config.dataset_config_name, config.image_column, config.caption_column,
         config.cache_dir, config.max_train_samples, config.seed, bar=progress(os.environ.get("RANK", "0") != "0"))
     run = open_run(config, report.usable(), components, say, live=live)
-    run.keep_report(report)
+    try: run.keep_report(report)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 def train_text_to_image(

@@ -152,7 +152,8 @@ def test_a_run_stopped_by_hand_goes_on_as_if_nothing_had_happened(train, toy, to
     if step: assert lasting(train("resumed", **options, resume_from_checkpoint=str(run.output_dir / f"checkpoint-{step}")).output_dir, 4) == lasting(straight, 4)
 
 
-def test_ctrl_c_in_a_terminal_writes_a_checkpoint_that_goes_on_exactly(tmp_path, toy_model):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_a_run_told_to_stop_writes_a_checkpoint_that_goes_on_exactly(tmp_path, toy_model, kind):
     n, data = 60, fill(tmp_path / "pictures", 5)
     argv = lambda name: ["--pretrained_model_name_or_path", str(toy_model), "--train_data_dir", str(data), "--resolution", "64", "--train_batch_size", "2", "--max_train_steps", str(n), "--seed", "0",
         "--learning_rate", "1e-2", "--report_to", "none", "--checkpointing_steps", "1000", "--output_dir", str(tmp_path / name)]
@@ -160,7 +161,7 @@ def test_ctrl_c_in_a_terminal_writes_a_checkpoint_that_goes_on_exactly(tmp_path,
     process = subprocess.Popen([sys.executable, "-m", "sdxl_course.text_to_image", *argv("stopped")], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     patience = time.monotonic() + 120
     while not (log.is_file() and log.read_bytes().count(b"\n") >= 3) and process.poll() is None and time.monotonic() < patience: time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "--resume_from_checkpoint latest" in err, err[-2000:]
     found = list_checkpoints(tmp_path / "stopped")

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
 from sdxl_course.text_to_image import main
-from sdxl_course.trainer import SHARDING, accelerating
+from sdxl_course.trainer import REFUSED, SHARDED, accelerating
 from toy import files_of, make_pictures as fill
 
 
@@ -53,20 +53,45 @@ def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(tmp_pat
     assert close(tmp_path / "alone", tmp_path / "two", exact=False)
 
 
-@pytest.mark.parametrize("variable", SHARDING)
-def test_launchers_that_cut_the_weights_are_refused_with_a_sentence(variable, monkeypatch, tmp_path, toy_model, make_pictures, capsys):
+@pytest.mark.parametrize("variable", SHARDED)
+def test_launchers_that_cut_the_weights_get_whole_ones_and_the_same_run(variable, monkeypatch, train):
+    plain = train("plain", max_train_steps=2, checkpointing_steps=1)
+    monkeypatch.setenv(variable, "true")
+    said = []
+    cut = train("cut", max_train_steps=2, checkpointing_steps=1, say=said.append)
+    assert [SHARDED[variable] in text for text in said].count(True) == 1 and os.environ[variable] == "true"
+    assert (cut.output_dir / "pytorch_lora_weights.safetensors").read_bytes() == (plain.output_dir / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("variable", REFUSED)
+def test_launchers_that_change_the_network_are_refused_with_a_sentence(variable, monkeypatch, tmp_path, toy_model, make_pictures, capsys):
     monkeypatch.setenv(variable, "true")
     assert main(argv(toy_model, make_pictures(2), tmp_path / "o", 2)) == 2
     told = capsys.readouterr().err
-    assert SHARDING[variable] in told and "data parallelism" in told and told.count("\n") == 1 and not files_of(tmp_path / "o")
+    assert REFUSED[variable] in told and "data parallelism" in told and told.count("\n") == 1 and not files_of(tmp_path / "o") and os.environ[variable] == "true"
 
 
 @pytest.mark.parametrize("text", ["distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_reshard_after_forward: true\n", "distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2\n"], ids=["FSDP", "DeepSpeed"])
-def test_config_files_for_them_set_what_we_refuse(text, tmp_path):
+def test_config_files_for_them_set_what_we_know(text, tmp_path):
     "What accelerate launch makes of such a file, without starting it."
     (tmp_path / "a.yaml").write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n" + text)
     config = load_config_from_file(str(tmp_path / "a.yaml"))
-    assert f"ACCELERATE_USE_{config.distributed_type.value}" in SHARDING
+    assert f"ACCELERATE_USE_{config.distributed_type.value}" in SHARDED
+
+
+def test_a_second_process_does_not_write_into_the_same_folder(tmp_path, toy_model, make_pictures, capsys):
+    data, folder = make_pictures(2), tmp_path / "o"
+    folder.mkdir()
+    code = "import sys, time; from pathlib import Path; from sdxl_course.text_to_image import alone_in\nwith alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
+    try:
+        assert other.stdout.readline() == "in\n"
+        words = argv(toy_model, data, folder, 2)
+        assert main(words) == 2 and list(files_of(folder)) == [".lock"]
+        told = capsys.readouterr().err
+        assert "another process is training into" in told and told.count("\n") == 1
+    finally: other.kill(), other.wait()
+    assert main(words) == 0 and ".lock" not in files_of(folder)  # it died without a word and let go
 
 
 def test_bf16_trains_on_a_cpu(train):
@@ -78,7 +103,7 @@ def test_the_process_is_left_as_it_was():
     with pytest.raises(RuntimeError):
         with accelerating("bf16"): raise RuntimeError
     with accelerating("no") as accelerator: assert accelerator.mixed_precision == "no"
-    with pytest.raises(CourseError, match="FSDP"):
+    with pytest.raises(CourseError, match="Megatron"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ACCELERATE_USE_FSDP", "1")
+            patch.setenv("ACCELERATE_USE_MEGATRON_LM", "1")
             with accelerating("no"): pass
