@@ -106,7 +106,7 @@ class PretrainConfig(RunConfig):
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
     unet_ema:float = 0.9995 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
-    snr_gamma:float = 5. # cap of the min-SNR weight
+    snr_gamma:float = 0. # cap of the min-SNR weight; 0: debiased estimation
     sample_every:int = 400 # steps between two sample grids; 0: none
 
 # %% ../nbs/61_pretrain.ipynb #d8079f00
@@ -1211,7 +1211,7 @@ def unet_batch(
     mirror, variant = torch.randint(2, (batch_size,), generator=g), torch.randint(len(scenes[0]["captions"]), (batch_size,), generator=g)
     wordless = torch.rand(batch_size, generator=g) < dropout
     draw, noise = torch.randn(2, batch_size, *cache["mean"].shape[2:], generator=g)
-    timesteps = torch.randint(1000, (batch_size,), generator=g)
+    timesteps = ((torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g))*1000/batch_size).long().clamp(max=999)
     latents = draw_latents(cache["mean"][rows, mirror].float(), cache["std"][rows, mirror].float(), draw)
     embeds, pooled = encode_prompts(words, [scenes[row]["captions"][k]["text"] for row, k in zip(rows.tolist(), variant.tolist())])
     embeds, pooled = embeds.masked_fill(wordless.view(-1, 1, 1), 0.), pooled.masked_fill(wordless.view(-1, 1), 0.)
@@ -1274,7 +1274,7 @@ def train_unet(
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
     def loss_of(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout)
-        return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma).mean(), {}
+        return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma).mean(), {}
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return
         with averaged(learner): image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(run / "unet" / f"sample-{step:06d}.png")
