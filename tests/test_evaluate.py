@@ -11,9 +11,9 @@ from PIL import Image
 from sdxl_course.components import load_components
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.diorama import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT, Scene, render, render_styles, sample_scene
-from sdxl_course.evaluate import (BODY, AttributeJudge, ClipJudge, EvaluateConfig, InstanceJudge, bootstrap_interval, drift, evaluate,
+from sdxl_course.evaluate import (SubjectJudge, BODY, AttributeJudge, ClipJudge, EvaluateConfig, InstanceJudge, bootstrap_interval, drift, evaluate,
     evaluation_scenes, load_judge, main, mean_similarity, memorised, name_attributes, nearest_neighbours, normalised, prior_metrics, prompt_of,
-    read_judged, right_answers, save_judge, save_judged, scene_of, score_columns, score_table, shrunk, subject_score, summarise, to_pixels,
+    read_judged, right_answers, save_judge, save_judged, scene_of, score_columns, score_table, shrunk, summarise, to_pixels,
     vae_report, vae_scores, vae_table)
 
 SMALL = dict(BODY, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
@@ -91,17 +91,27 @@ def test_the_subject_counts_as_a_chair():
 
 
 def test_the_instance_judge_tells_chairs_apart():
-    judge = load_judge("instances")
     places = list(PLACES)[:6]
-    embed = lambda scenes: judge(to_pixels([render(s) for s in scenes]))
-    mine, again = (embed([Scene(SUBJECT, "red", p, seed=910 + 10*k + i) for i, p in enumerate(places)]) for k in range(2))
-    others = embed([Scene("chair", "red", p, seed=960 + i) for i, p in enumerate(places)])
-    found = subject_score(again, mine, again, others)
-    assert found["ceiling"] > found["floor"] + .2 and found["subject_score"] == pytest.approx(1)
-    more, boats = embed([Scene("chair", "red", p, seed=1960 + i) for i, p in enumerate(places)]), embed([Scene("sailboat", "red", p, seed=990 + i) for i, p in enumerate(places)])
-    assert subject_score(others, mine, again, others)["subject_score"] == pytest.approx(0)
-    assert subject_score(mine, mine, again, others)["subject_score"] > .9 # what it learned from
-    assert abs(subject_score(more, mine, again, others)["subject_score"]) < .35 and subject_score(boats, mine, again, others)["subject_score"] < .6
+    scenes = {name: [Scene(name, "red", p, seed=910 + i) for i, p in enumerate(places)] for name in (SUBJECT, "chair", "sailboat")}
+    judge = SubjectJudge(scenes[SUBJECT])
+    likeness = {name: judge.similarity([render(scene) for scene in some]) for name, some in scenes.items()}
+    assert judge.ceiling > judge.floor + .2 and likeness[SUBJECT].mean() == pytest.approx(1, abs=.2)
+    assert abs(likeness["chair"].mean()) < .4 and likeness["sailboat"].mean() < .6
+    twice = judge.similarity([render(scene) for scene in scenes[SUBJECT]*2])  # several pictures of each scene
+    torch.testing.assert_close(twice, likeness[SUBJECT].repeat(2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_likeness_of_the_subject_is_reported_where_it_was_asked_for(tmp_path, capsys):
+    scenes = [Scene(SUBJECT, "green", "snow", seed=1), Scene("chair", "green", "snow", seed=2), Scene(SUBJECT, "green", "beach", "blueprint", seed=3)]
+    pictures = [render(scene) for scene in scenes]
+    found = score_columns(pictures, scenes)["subject_similarity"]
+    assert found[0] > .5 and np.isnan(found[1:]).all() and "subject_similarity" not in score_columns(pictures[1:2], scenes[1:2])
+    swapped = score_columns([render(replace(scenes[0], object="lamp"))], scenes[:1])["subject_similarity"]
+    assert swapped[0] < found[0] - .3
+    assert main(["--model", "renderer", "--subject", SUBJECT, "--num_prompts", "6", "--style", "photo", "--output", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["num_pictures"] == 6 and report["subject_similarity"] == pytest.approx(1, abs=.2) and report["object_accuracy"] >= .6 and "subject_similarity" in capsys.readouterr().out
+    assert main(["--model", "renderer", "--subject", "sofa"]) == 2 and SUBJECT in capsys.readouterr().err
 
 
 def test_clip_prefers_the_own_caption(drawn):
