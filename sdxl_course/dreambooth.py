@@ -331,7 +331,7 @@ def drawing_components(
 # %% ../nbs/44_dreambooth.ipynb #dff7c1ab
 def processes()->PartialState: # accelerate's, as the trainer will find it
     "Who works together, and on which device."
-    with data_parallel(lambda text: None): return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
 
 def complete_class(
     config, # DreamBoothConfig
@@ -614,7 +614,7 @@ def open_dreambooth(
     open_output(config.output_dir)
     for sentence in remarks(config): say(sentence)
     if config.with_prior_preservation:
-        learning["partners"], components = class_pictures(config, components, say)
+        with data_parallel(lambda text: None): learning["partners"], components = class_pictures(config, components, say) # `open_run` will say it
         learning["prior_loss_weight"] = config.prior_loss_weight
         say(f"each picture of the thing is trained with one of {len(learning['partners'])} class pictures beside it")
     trigger = config.instance_prompt

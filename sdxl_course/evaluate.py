@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from .components import load_components, quiet, tiny_path
 from .conditioning import tokenize
-from .core import CourseError, guarded, image_grid, load_tensors, provenance, save_tensors, seeded, write_atomic, write_json
+from .core import CourseError, guarded, image_grid, load_tensors, provenance, save_tensors, seeded, watched, write_atomic, write_json
 from .data import open_image, read_dataset
 from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, MEDIUM, OBJECTS, PLACES, SEEN, STYLES, SUBJECT, VIEWS, WHERE, Scene, is_held_out, render,
     render_styles, sample_scene, with_article)
@@ -222,7 +222,7 @@ class SubjectJudge:
         def shots(thing, seeds): # (number of words, number of seeds, d)
             return torch.stack([self.embed([render(replace(scene, object=thing, seed=SUBJECT_SEED + 1000*seed + k)) for k, scene in enumerate(words)]) for seed in seeds], 1)
         self.rows, self.truth = [words.index(scene) for scene in plain], shots(subject, (1, 2))
-        def end(embeds): return float(torch.einsum("nmd,nkd->nmk", embeds, self.truth).mean())
+        def end(embeds): return float(torch.einsum("nmd,nkd->nmk", embeds[self.rows], self.truth[self.rows]).mean()) # each scene counts as often as it is drawn
         self.floor, self.ceiling = end(shots("chair", range(3, 7))), end(shots(subject, (0,)))
 
     def embed(self, pictures): # -> (n, d), of length 1
@@ -327,7 +327,7 @@ class EvaluateConfig:
     save_images: str | None = option(None, "folder for every picture and its metadata.jsonl")
     vae: bool = option(False, "also send num_prompts renders of every style through the model's VAE and back")
     style: str | None = option(None, "ask for one style; not given: the styles of pre-training as they come", choices=(*STYLES, HELD_OUT_STYLE))
-    subject: str | None = option(None, f"ask for one object only; for {SUBJECT} its likeness is measured too", choices=(SUBJECT, *OBJECTS))
+    subject: str | None = option(None, f"ask for one object only; for {SUBJECT} its likeness is measured too, in styles that show colour, and nothing is held out", choices=(SUBJECT, *OBJECTS))
     num_prompts: int = option(200, "prompts with combinations like those of the training")
     num_held_out: int = option(100, "photo prompts with combinations that pre-training never saw")
     num_inference_steps: int = option(25, "how often the UNet is asked")
@@ -341,6 +341,7 @@ class EvaluateConfig:
             if getattr(self, name) < least: raise CourseError(f"--{name} is {getattr(self, name)}: wanted at least {least}")
         if self.model == "renderer" and self.lora: raise CourseError("--lora came with --model renderer: the renderer takes no LoRA, leave one of them out")
         if self.vae and (self.images or self.model == "renderer"): raise CourseError(f"--vae came with {'--images' if self.images else '--model renderer'}: wanted a model, which has a VAE")
+        if self.images and self.subject: raise CourseError("--subject came with --images: what finished pictures show is in their metadata.jsonl, leave it out")
         if self.images and self.lora: raise CourseError("--lora came with --images: finished pictures take no LoRA, leave one of them out")
 
 # %% ../nbs/51_evaluate.ipynb #18008ff9
@@ -354,7 +355,7 @@ def draw_scenes(
         part, began = scenes[k:k + config.batch_size], time.perf_counter()
         if pipeline is None: pictures += [render(scene) for scene in part]
         else: pictures += generate(pipeline, [prompt_of(scene) for scene in part], [10_000*config.seed + k + i for i in range(len(part))],
-            config.num_inference_steps, config.guidance_scale, batch_size=config.batch_size, progress=sys.stderr.isatty())
+            config.num_inference_steps, config.guidance_scale, batch_size=config.batch_size, progress=watched())
         seconds += [(time.perf_counter() - began)/len(part)]*len(part)
     return pictures, seconds
 

@@ -19,7 +19,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from .components import load_components
 from .conditioning import dropped_text
-from .core import CourseError, guarded, image_grid, pick_device, weight_dtype, write_atomic
+from .core import CourseError, guarded, image_grid, pick_device, watched, weight_dtype, write_atomic
 from .diorama import STYLES, caption_words
 from .lora import attach_lora
 from .trainer import option, parse_config
@@ -242,7 +242,7 @@ def draw_and_save(
     size = (config.height or known, config.width or known)
     prompts, seeds = zip(*[(p, config.seed + i) for p in config.prompt for i in range(config.num_images)])
     pictures = generate(pipeline, prompts, seeds, config.num_inference_steps, config.guidance_scale, size,
-        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=sys.stderr.isatty())
+        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=watched())
     shared = dict(negative_prompt=config.negative_prompt, steps=config.num_inference_steps, guidance_scale=config.guidance_scale, model=Path(config.model).name if Path(config.model).exists() else config.model,
         lora=", ".join(adapter_names(pipeline)) or None, lora_scale=config.lora and _one_or_all(config.lora_scale))
     paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])

@@ -119,6 +119,7 @@ def _check_lora_wishes(model, rank, alpha, layers, dropout, init, adapter_name):
     if alpha is not None and alpha <= 0: raise CourseError(f"alpha is {alpha}: wanted more than 0, since the path is multiplied by alpha / rank")
     if not 0 <= dropout < 1: raise CourseError(f"LoRA dropout is {dropout}: wanted 0 or more and less than 1")
     if init not in INITS: raise CourseError(f"init is {init!r}: wanted one of {', '.join(INITS)}")
+    if init == "orthogonal" and rank % 2: raise CourseError(f"init orthogonal splits the rank in two halves and rank is {rank}: wanted an even rank")
     if adapter_name in getattr(model, "peft_config", {}):
         raise CourseError(f"{type(model).__name__} has a LoRA called {adapter_name!r} already: choose another adapter_name or start from a fresh model")
     targets = lora_targets(model, layers)
@@ -388,7 +389,7 @@ def kohya_tensors(
             place = f"{KOHYA_PREFIX[part]}_{module.replace('.', '_')}"
             if match["kind"] == "lora_magnitude_vector": value = value.reshape(-1, *[1]*(3 if value.ndim == 4 else 1))
             tensors[f"{place}.{KOHYA_KIND[match['kind']]}"] = value.detach().to("cpu", dtype, copy=True).contiguous()
-            tensors[f"{place}.alpha"] = torch.tensor(float(alpha), dtype=dtype)
+            tensors[f"{place}.alpha"] = torch.tensor(float(alpha)) # exact in every precision
     return tensors, {"format": "pt", "ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": str(note["r"]), "ss_network_alpha": str(alpha),
         "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.implementation": "diffusers", "modelspec.title": title}
 
@@ -430,8 +431,8 @@ def continue_lora(
         for name, p in places.items():
             value = tensors[name].float().reshape(p.shape if ".lora_magnitude_vector" in name else tensors[name].shape)
             if value.shape != p.shape: raise CourseError(f"{path} has {name} as {tuple(value.shape)}, this LoRA wants {tuple(p.shape)}: set --rank to the file's and use the same base model")
-            ours = _scale(note)
-            p.data.copy_(value*(scales.get(name.split(".lora_")[0], scales.get(part, 1.))/ours if ".lora_B" in name else 1.))
+            ratio = scales.get(name.split(".lora_")[0], scales.get(part, 1.))/_scale(note)
+            p.data.copy_(value if ".lora_B" not in name or abs(ratio - 1) < 1e-6 else value*ratio) # equal but for the alpha's rounding: the same bits
 
 def _scale(note): return note["lora_alpha"]/(note["r"]**0.5 if note["use_rslora"] else note["r"])
 

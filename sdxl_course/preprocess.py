@@ -19,8 +19,8 @@ from statistics import fmean
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
-from .core import CourseError, guarded, nearest, write_json
+from tqdm.auto import tqdm
+from .core import CourseError, guarded, nearest, watched, write_json
 from .data import DataReport, MAX_PIXELS, scan, to_rgb
 
 # %% ../nbs/31_preprocess.ipynb #26ae1f92
@@ -309,7 +309,7 @@ def run_check_data(
 )->int: # exit code
     "Print the report, write it down if asked, and say whether anything can be used."
     flags = check_data_flags(words)
-    bar = lambda items, what: tqdm(items, desc=what, disable=None, leave=False) # silent where no one watches
+    bar = lambda items, what: tqdm(items, desc=what, disable=not watched(), leave=False)
     report = check_data(flags.folder, flags.resolution, flags.use_aspect_ratio_buckets, flags.model, image_column=flags.image_column,
                         caption_column=flags.caption_column, max_token_length=flags.max_token_length, bar=bar)
     if report.records or report.problems: print(report)

@@ -288,6 +288,9 @@ CONTRADICTIONS += (
         "--optimizer prodigy finds one step size for all: leave --text_encoder_lr and --loraplus_lr_ratio out"),
     (lambda c: c.prodigy_beta3 is not None and c.optimizer.lower() != "prodigy", "--prodigy_beta3 does nothing without --optimizer prodigy: add it, or leave it out"),
     (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")), "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
+    (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2, "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
+    (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers, "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of --lora_layers"),
+    (lambda c: c.use_aspect_ratio_buckets and c.resolution < 32, "--use_aspect_ratio_buckets needs room for several shapes: wanted --resolution 32 or more"),
     (lambda c: c.init_lora and c.init_lora_weights != "gaussian", "--init_lora brings its own values: leave --init_lora_weights out"),
 )
 
@@ -681,7 +684,7 @@ def unbroken(
     "Hold Ctrl-C and `kill` back until the block is done; a second one breaks in."
     asked = []
     def hear(kind, frame):
-        if asked and not patient: raise KeyboardInterrupt
+        if not patient and kind == signal.SIGINT and kind in asked: raise KeyboardInterrupt # a launcher may send one of each
         asked.append(kind)
     with heard(signal.SIGINT, hear), heard(signal.SIGTERM, hear): yield
     if asked: signal.raise_signal(asked[0]) # whoever listens outside hears of it now
@@ -746,12 +749,12 @@ def data_parallel(
 ):
     "Let every process keep whole weights, whatever the launcher's config would cut in pieces."
     asked = {variable: os.environ[variable] for variable in {**SHARDED, **REFUSED} if os.environ.get(variable, "").lower() in ("1", "true", "yes")}
-    for variable in asked:
-        if variable in REFUSED:
-            raise CourseError(f"the launcher asks for {REFUSED[variable]}, which changes the network itself: wanted data parallelism; use accelerate launch --multi_gpu, or a config file with distributed_type: MULTI_GPU")
-        say(f"the launcher asks for {SHARDED[variable]}: the processes share the work, and each keeps the whole model, since a LoRA leaves little to divide")
-        del os.environ[variable]
-    try: yield
+    for variable in asked.keys() & REFUSED.keys():
+        raise CourseError(f"the launcher asks for {REFUSED[variable]}, which changes the network itself: wanted data parallelism; use accelerate launch --multi_gpu, or a config file with distributed_type: MULTI_GPU")
+    for variable in asked: say(f"the launcher asks for {SHARDED[variable]}: the processes share the work, and each keeps the whole model, since a LoRA leaves little to divide")
+    try:
+        for variable in asked: del os.environ[variable]
+        yield
     finally: os.environ.update(asked)
 
 @contextmanager

@@ -67,7 +67,7 @@ def parse(cell):
 
 def environment(root=ROOT, cache=None):
     "Environment variables for a process that uses the course in `root`, offline and on two threads at most."
-    found = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    found = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "TQDM_DISABLE": "1"}
     found.setdefault("OMP_NUM_THREADS", "2")
     found.pop("IN_TEST", None)
     found.pop("MPLBACKEND", None) # the kernel chooses: plots belong in the page

@@ -34,7 +34,7 @@ def test_mistakes_end_in_one_sentence(words, told, capsys, tmp_path):
 def made_up(seed, shift):
     rng = np.random.default_rng(seed)
     pictures = {name: {key: (rng.normal(size=6) + shift).tolist() for key in ("likeness", "obeyed", "clip_t")} for name in APPLICATIONS}
-    return dict(pictures, **{key: (rng.normal(size=12) + shift).tolist() for key in ("pres", "div", "drift", "unrelated", "nearest")})
+    return dict(pictures, **{key: (rng.normal(size=12) + shift).tolist() for key in ("pres", "div", "drift", "unrelated", "copied")})
 
 
 def test_pairs_of_the_same_seed_and_picture_are_compared():
@@ -43,7 +43,7 @@ def test_pairs_of_the_same_seed_and_picture_are_compared():
     study = dict(rows=rows + [dict(variant="base", seed=seed, marks={"0": made_up(seed, 0.)}) for seed in range(3)])
     found = compare(study, "prior", "plain", "pres")
     assert found == pytest.approx(dict(difference=-.1, low=-.1, high=-.1))
-    shows = {row["claim"]: row["shows"] for row in verdicts(study)}
+    shows = {row["claim"]: row["verdict"] == "shows" for row in verdicts(study)}
     assert len(shows) == sum({one, other} <= {"plain", "prior", "base"} for _, one, other, _, _ in CLAIMS) and shows["prior preservation keeps other chairs from becoming ours"]
     assert not shows["training makes it our chair"] and not shows["prior preservation keeps other chairs different"]
     json.dumps(verdicts(study))
