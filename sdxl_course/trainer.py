@@ -288,6 +288,7 @@ CONTRADICTIONS += (
         "--optimizer prodigy finds one step size for all: leave --text_encoder_lr and --loraplus_lr_ratio out"),
     (lambda c: c.prodigy_beta3 is not None and c.optimizer.lower() != "prodigy", "--prodigy_beta3 does nothing without --optimizer prodigy: add it, or leave it out"),
     (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")), "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
+    (lambda c: not c.use_ema and changed(c, "ema_decay"), "--ema_decay does nothing without --use_ema: add it, or leave it out"),
     (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2, "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
     (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers, "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of --lora_layers"),
     (lambda c: c.use_aspect_ratio_buckets and c.resolution < 32, "--use_aspect_ratio_buckets needs room for several shapes: wanted --resolution 32 or more"),

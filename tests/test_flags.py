@@ -112,6 +112,7 @@ TABLE = [  # model
     # data
     ("train_data_dir", "{other}", {}, differ), ("dataset_name", "{table}", dict(train_data_dir=None), lambda a, b: same(a, b)), ("max_train_samples", 3, {}, lambda a, b: "3 pictures" in a.said and differ(a, b)),
     ("dataset_config_name", "two", dict(dataset_name="{configs}", train_data_dir=None, cache_dir="{downloads}"), lambda a, b: "2 pictures" in a.said),
+    # trainers.md 2.14 number 14: columns named otherwise than image and text broke the run
     ("image_column", "pic", dict(dataset_name="{renamed}", train_data_dir=None, caption_column="words"), lambda a, b: same(a, b)),
     ("caption_column", "words", dict(dataset_name="{renamed}", train_data_dir=None, image_column="pic"), lambda a, b: same(a, b)),
     ("cache_dir", "{cache}", {}, lambda a, b: same(a, b) and "cache/encoded" in a.said and len(files_of(a.folder.parent / "cache" / "encoded")) == 10),
@@ -151,7 +152,9 @@ TABLE = [  # model
     ("dataloader_num_workers", 2, WIDE, lambda a, b: a.log == b.log),
     # optimizer
     *[("optimizer", name, dict(learning_rate=0.5), differ) for name in ("prodigy", "adafactor", "schedulefree")], ("optimizer", "AdamW", {}, lambda a, b: a.log == b.log),
-    ("learning_rate", 1e-3, {}, differ), ("scale_lr", True, {}, lambda a, b: rates(a) == [2e-2] * 3 and rates(b) == [1e-2] * 3),
+    ("learning_rate", 1e-3, {}, differ),
+    # anchors.md 6 trap 18: what scale_lr multiplies by; test_regressions.py counts the updates under accumulation
+    ("scale_lr", True, {}, lambda a, b: rates(a) == [2e-2] * 3 and rates(b) == [1e-2] * 3),
     ("text_encoder_lr", 0.0, TE, lambda a, b: not part(a, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any() and part(b, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any()),
     ("loraplus_lr_ratio", 10.0, dict(max_train_steps=1, adam_weight_decay=0.0, learning_rate=1e-3), lambda a, b: moved(a) == pytest.approx(10 * moved(b), rel=1e-3)),
     ("lr_scheduler", "linear", dict(lr_warmup_steps=0), lambda a, b: rates(a) == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])), ("lr_scheduler", "constant_with_warmup", dict(lr_warmup_steps=2), lambda a, b: rates(a) == [0, 5e-3, 1e-2]),
@@ -309,6 +312,7 @@ def inside(monkeypatch, look):
 
 
 def test_workers_open_pictures_in_threads(train, make_pictures, monkeypatch):
+    "trainers.md 2.14 number 17: worker processes could not be started where the dataset held a closure; threads need not be sent anything."
     import threading
     from sdxl_course.text_to_image import Feeder
     real, where = Feeder.prepare, []
@@ -337,6 +341,7 @@ def test_timestep_bias_draws_what_it_favours(train, monkeypatch, options, allowe
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "an encoded empty text"])
 @pytest.mark.parametrize("text", [False, True], ids=["kept", "trained"])
 def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_model, tmp_path, monkeypatch, zeros, text):
+    "anchors.md 6 trap 17: a LoRA could not be trained with empty prompts at all, and the full trainer drew them once for all epochs."
     import sdxl_course.text_to_image as module
     from sdxl_course.conditioning import encode_prompts
     parts, seen = toy(), []
@@ -378,7 +383,7 @@ def hub(monkeypatch):
 
 @shows("push_to_hub", "hub_model_id", "hub_token")
 def test_the_result_goes_to_the_hub_and_nothing_else_does(train, hub, monkeypatch, tmp_path):
-    "trainers.md 2.14 number 35 and 33, anchors 6.4: token leaked, checkpoints and logs uploaded, no push without a validation prompt."
+    "trainers.md 2.14 number 35 and 33, anchors.md 6 trap 1, 3 and 4: no push without a validation prompt, token leaked, checkpoints and logs uploaded."
     events = []
     inside(monkeypatch, lambda *_: events.append(len(hub.told)))
     said, token = [], "hf_" + "Tk4" * 12
@@ -486,7 +491,10 @@ STRUCK = [  # (options that cannot be together, a neighbour that can), in the or
     (dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, train_text_encoder=True)), (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
     (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),
     (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(prodigy_beta3=0.5), dict(prodigy_beta3=0.5, optimizer="prodigy")),
-    (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f"))]
+    (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
+    (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
+    (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
+    (dict(use_aspect_ratio_buckets=True, resolution=16), dict(use_aspect_ratio_buckets=True, resolution=32)), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f"))]
 
 
 def test_every_contradiction_is_struck_once_and_its_neighbour_is_allowed():

@@ -83,7 +83,7 @@ def test_stock_diffusers_draws_the_same(tmp_path, layers, encoders, options):
 
 
 def test_alpha_and_rank_survive_the_file(tmp_path):
-    "trainers.md: alpha different from rank was lost on the way."
+    "anchors.md 6 trap 8: an alpha different from the rank was lost on the way."
     parts, _ = adapted("attention", (), rank=4, alpha=16)
     save_lora(tmp_path, parts.unet)
     fresh = fresh_parts()
@@ -94,7 +94,7 @@ def test_alpha_and_rank_survive_the_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lora_is_fp32_beside_a_half_base(tmp_path, dtype):
-    "trainers.md 2.14 number 26: under bf16 the reference keeps LoRA and Adam in bf16."
+    "trainers.md 2.14 number 26 and anchors.md 6 trap 15: under bf16 the reference keeps LoRA and Adam in bf16; under fp16 a text encoder's LoRA stayed in fp16, whose gradients cannot be unscaled."
     for model in (fresh_parts().unet, fresh_parts().text_encoder):
         add_lora(model.to(dtype), rank=2, generator=seeded(0))
         assert {p.dtype for _, p in lora_parameters(model)} == {torch.float32}
@@ -227,6 +227,7 @@ def test_kohyas_own_block_names_mean_to_us_what_they_mean_to_diffusers(layers, t
 
 
 def test_defect_alpha_other_than_rank_survives_in_kohya_files(tmp_path):
+    "anchors.md 6 trap 8: kohya's layout was written as if alpha were the rank."
     unet = add_lora(tiny_architecture(0).unet, rank=4, alpha=1)
     tensors, metadata = load_tensors(save_kohya(tmp_path / "a.safetensors", unet))
     assert {float(t) for name, t in tensors.items() if name.endswith(".alpha")} == {1.} and metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "1"

@@ -105,6 +105,7 @@ def test_every_window_of_every_picture_lies_inside(height, width, res, square, s
 @calm
 @given(side, side, st.booleans(), st.booleans(), st.integers(0, 1000))
 def test_the_record_of_a_bucket_tells_what_was_done(height, width, flip, middle, seed):
+    "anchors.md 6 trap 20: the corner of the crop has to be that of the mirrored picture."
     image, target = noisy(height, width, seed), nearest_bucket((height, width), bucket_sizes(32))
     one = prepare_image(image, 32, flip=flip, center_crop=middle, generator=seeded(seed), target_size=target)
     again = resize(image, covering_size((height, width), target), "lanczos")

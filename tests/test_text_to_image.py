@@ -8,12 +8,13 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
 from sdxl_course.data import content_key, read_dataset
-from sdxl_course.text_to_image import Feeder, TextToImageConfig, load_base, main, open_text_to_image, trained_parts
+from sdxl_course.text_to_image import Feeder, TextToImageConfig, license_of, load_base, main, open_text_to_image, trained_parts
 from sdxl_course.trainer import Chance, Micro, epoch_order
 from toy import files_of, make_pictures as fill
 
@@ -30,8 +31,12 @@ def draw(pipeline): return pipeline("a house", generator=torch.Generator().manua
 
 # ---------------------------------------------------------------- what it leaves
 
-def test_a_run_leaves_what_other_tools_read(train, toy_model):
-    result = train(max_train_steps=4, validation_prompt="a house", num_validation_images=2, lora_alpha=8, curve=True)
+def test_a_run_leaves_what_other_tools_read(train, tmp_path):
+    "anchors.md 6 trap 2: the card named another licence than the base model's, and had neither widget nor gallery."
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")  # as SDXL's own card says
+    result = train(max_train_steps=4, validation_prompt="a house", num_validation_images=2, lora_alpha=8, curve=True, pretrained_model_name_or_path=str(base))
     files = files_of(result.output_dir)
     for name in ("pytorch_lora_weights.safetensors", "config.yaml", "training_log.jsonl", "README.md", "loss.png", "image_0.png", "image_1.png", "validation/step-000003-0.png"):
         assert name in files, name
@@ -39,7 +44,9 @@ def test_a_run_leaves_what_other_tools_read(train, toy_model):
     rows = [json.loads(line) for line in files["training_log.jsonl"].splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and [row["epoch"] for row in rows] == [0, 0, 0, 1]
     assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm"} and result.losses == [row["loss"] for row in rows]
-    assert b"license: openrail++" in files["README.md"] and b"image_0.png" in files["README.md"]
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == license_of("stabilityai/stable-diffusion-xl-base-1.0") == "openrail++" and "<Gallery />" in card
+    assert yaml.safe_load(card.split("---")[1])["widget"] == [dict(text="a house", output=dict(url=f"image_{i}.png")) for i in range(2)]
 
 
 @pytest.mark.parametrize("options, exact", [(dict(lora_alpha=2.0), True), (dict(lora_alpha=2.0, train_text_encoder=True), True), (dict(use_dora=True), True), (dict(use_rslora=True, lora_alpha=3.0), True),
@@ -270,8 +277,9 @@ def test_text_encoder_lora_learns(train):
 
 @pytest.mark.parametrize("options", [dict(), dict(center_crop=True, size=(72, 100)), dict(use_aspect_ratio_buckets=True, size=(72, 100)), dict(masked_loss=True)], ids=str)
 def test_cached_and_uncached_runs_have_the_same_losses(train, make_pictures, options):
+    "trainers.md 2.14 number 12: kept latents were paired by step with captions of another order; the fourth update is of the second epoch, which has an order of its own."
     data = str(make_pictures(5, "other", size=options.pop("size", (64, 64))))
-    options |= dict(random_flip=True, train_data_dir=data)
+    options |= dict(random_flip=True, train_data_dir=data, max_train_steps=4)
     assert train("afresh", cache_latents=False, cache_text_embeds=False, **options).losses == pytest.approx(train("kept", **options).losses, rel=1e-6)
 
 
@@ -290,6 +298,7 @@ def test_size_numbers_are_of_what_was_really_cut(toy, tmp_path):
 
 
 def test_learning_rate_reaches_zero_under_accumulation(train):
+    "trainers.md 2.14 number 19: the schedule was as many times too long as there were micro-steps in an update."
     log = train(max_train_steps=4, gradient_accumulation_steps=4, train_batch_size=1, lr_scheduler="linear", lr_warmup_steps=0, learning_rate=1e-2).log
     assert [row["lr"] for row in log] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
@@ -318,6 +327,7 @@ def test_debug_loss_is_of_single_pictures(train):
 
 
 def test_a_broken_number_stops_the_run_with_names_and_keeps_the_checkpoint(train, monkeypatch):
+    "anchors.md 6 trap 9: nothing guarded against NaN."
     import sdxl_course.text_to_image as module
     real, calls = module.denoising_loss, []
 
@@ -330,6 +340,7 @@ def test_a_broken_number_stops_the_run_with_names_and_keeps_the_checkpoint(train
 
 
 def test_long_captions_are_reported(train, make_pictures):
+    "trainers.md 2.14 number 11: captions were cut at 77 tokens without a word."
     said = []
     train(train_data_dir=str(make_pictures(2, "long", captions=["short", "word " * 60])), max_train_steps=1, say=said.append)
     assert any("longer than 77 tokens" in text for text in said)
