@@ -37,6 +37,7 @@ def resumed(train, straight, k, options):
 
 
 def test_every_k_plus_the_rest_equals_n_byte_for_byte(train):
+    "trainers.md 2.14 numbers 20 and 23, anchors 6.5: an epoch began again, and a checkpoint's path was cut to its last part (here it lies in another run's folder)."
     options = dict(max_train_steps=N, checkpointing_steps=1, lr_scheduler="cosine", lr_warmup_steps=1)  # 5 pictures in batches of 2: epochs end in update 3 and 6
     straight = train("straight", **options).output_dir
     want = lasting(straight)
@@ -268,6 +269,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
 
 
 def test_neighbours_with_similar_names_are_no_checkpoints(tmp_path):
+    "trainers.md 2.14 number 22, anchors 6.6: any name with a dash was read as a number."
     for name in ("checkpoint-foo", "checkpoint-", "checkpoint-5x", "checkpoints", "checkpoint-9999"): (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
     said = []

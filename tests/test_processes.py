@@ -55,6 +55,7 @@ def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(tmp_pat
 
 @pytest.mark.parametrize("variable", SHARDED)
 def test_launchers_that_cut_the_weights_get_whole_ones_and_the_same_run(variable, monkeypatch, train):
+    "trainers.md 2.14 number 25: DeepSpeed's engine was neither unwrapped on saving nor found on loading."
     plain = train("plain", max_train_steps=2, checkpointing_steps=1)
     monkeypatch.setenv(variable, "true")
     said = []
