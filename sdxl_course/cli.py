@@ -169,8 +169,8 @@ def demo(
     with phase(seconds, "before", f"drawing {len(scenes)} prompts with the base model"): before = draw(scenes, seed)
     with phase(seconds, "training", f"training a LoRA for {steps} steps"):
         config = TextToImageConfig(pretrained_model_name_or_path="tiny", train_data_dir=str(data), output_dir=str(folder / "lora"),
-                                   resolution=128, train_batch_size=8, max_train_steps=steps, learning_rate=1e-3, rank=8, seed=seed,
-                                   report_to="none")
+                                   resolution=128, train_batch_size=8, max_train_steps=steps, learning_rate=1e-3, rank=16, seed=seed,
+                                   lora_layers="attention+feedforward+convolution", debiased_estimation_loss=True, report_to="none")
         result = train_text_to_image(config)
     with phase(seconds, "after", "drawing the same prompts and seeds with the LoRA"): after = draw(scenes, seed, result.lora_path)
     save_before_after(folder / "before_after.png", before[:6], after[:6], scenes[:6])

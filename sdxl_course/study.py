@@ -8,7 +8,7 @@ __all__ = ['APPLICATIONS', 'ASKED', 'CLASS', 'VARIANTS', 'CLAIMS', 'NO_DIFFERENC
            'two_level_interval', 'compare', 'verdicts', 'run_one', 'rounded', 'circumstances', 'run_study', 'gather',
            'likeness_of', 'main']
 
-# %% ../nbs/81_green_chair.ipynb #c56006dd
+# %% ../nbs/81_green_chair.ipynb #23139051
 import hashlib
 import json
 import shutil
@@ -31,7 +31,7 @@ from .inference import generate, load_pipeline
 from .text_to_image import alone_in
 from .trainer import heard, option, parse_config
 
-# %% ../nbs/81_green_chair.ipynb #45909de0
+# %% ../nbs/81_green_chair.ipynb #6ff921d8
 APPLICATIONS = dict(
     recontextualisation=[dict(place=place) for place in ("desert", "forest", "sea", "carnival", "city", "field")],
     rendition=[dict(place=place, style=style) for style, place in (("watercolour", "apartment"), ("watercolour", "forest"), ("watercolour", "beach"), ("watercolour", "desert"), ("pencil", "apartment"), ("blueprint", "path"))],
@@ -48,7 +48,7 @@ def scenes_of(
     "What the pictures of one application should show."
     return [Scene(thing, **{"color": SUBJECT_COLOR, **words}, seed=81_000_000 + 1000*seed + 20*list(APPLICATIONS).index(application) + k) for k, words in enumerate(APPLICATIONS[application])]
 
-# %% ../nbs/81_green_chair.ipynb #d8820152
+# %% ../nbs/81_green_chair.ipynb #a24909cd
 def ask(
     scene, # Scene
     call:str, # how the model knows the thing, as in "sks chair"
@@ -58,7 +58,7 @@ def ask(
     worn = f" {WORN[scene.accessory][0]}" if scene.accessory else ""
     return f"{with_article(MEDIUM[scene.style][0])} of {with_article(color + call)}{worn} {PLACES[scene.place]}" + (f", {scene.view}" if scene.view else "")
 
-# %% ../nbs/81_green_chair.ipynb #6cf862c8
+# %% ../nbs/81_green_chair.ipynb #ccb3d302
 class Yardstick:
     "Judges, and the renders that drawings are held against."
     def __init__(self):
@@ -92,7 +92,7 @@ class Yardstick:
         scenes, aim = scenes_of(name)*(len(pictures)//len(APPLICATIONS[name])), ASKED[name]
         return [float(seen[aim] == getattr(scene, aim)) for seen, scene in zip(name_attributes(self.attributes, pictures), scenes)]
 
-# %% ../nbs/81_green_chair.ipynb #47a2edbd
+# %% ../nbs/81_green_chair.ipynb #990bb700
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     "Train in many ways on one chair, and measure what became of it."
@@ -131,7 +131,7 @@ def unrelated()->list: # Scene
     "Things that are no chairs."
     return [scene for scene in evaluation_scenes(14, 81) if scene.object != "chair"][:12]
 
-# %% ../nbs/81_green_chair.ipynb #0240a838
+# %% ../nbs/81_green_chair.ipynb #285dda80
 @torch.no_grad()
 def measure(
     drawn:dict, # of `draw_all`
@@ -151,7 +151,7 @@ def measure(
     return found | dict(pres=(chairs @ yardstick.training.T).mean(1).tolist(), div=[prior_metrics(chairs, yardstick.training)["div"]],
         drift=[drift(*(side[k:k + 1] for side in moved)) for k in range(len(moved[0]))], unrelated=still.tolist(), copied=copied)
 
-# %% ../nbs/81_green_chair.ipynb #622da3b2
+# %% ../nbs/81_green_chair.ipynb #b3c9f9bc
 @dataclass(frozen=True)
 class Variant:
     "One way to train."
@@ -184,7 +184,7 @@ def marks_of(
     first = max(1, round(variant.marks[0]*variant.longer*config.max_train_steps))
     return [first*round(share/variant.marks[0]) for share in variant.marks]
 
-# %% ../nbs/81_green_chair.ipynb #128ab657
+# %% ../nbs/81_green_chair.ipynb #2a930a5e
 def training_of(
     name:str, # a key of `VARIANTS`
     seed:int, # of the training
@@ -198,7 +198,7 @@ def training_of(
         output_dir=str(Path(config.output_dir)/"runs"/f"{name}-{seed}"), resolution=128, max_train_steps=steps[-1], checkpointing_steps=steps[0], learning_rate=config.learning_rate,
         seed=seed, report_to="none", skip_final_inference=True, random_flip=False, **more)
 
-# %% ../nbs/81_green_chair.ipynb #4dd35488
+# %% ../nbs/81_green_chair.ipynb #e782902c
 def numbers(
     study:dict, # of `run_study`
     variant:str, # "base" or a key of `VARIANTS`
@@ -228,7 +228,7 @@ def two_level_interval(
     means = values[rows[:, :, None], columns[:, None, :]].mean((1, 2))
     return tuple(torch.quantile(means, torch.tensor([(1 - share)/2, (1 + share)/2], dtype=means.dtype)).tolist())
 
-# %% ../nbs/81_green_chair.ipynb #7d3037e7
+# %% ../nbs/81_green_chair.ipynb #9bed33fd
 CLAIMS = ( # what is said, variant, compared with, measure, sign of the difference
     ("training makes it our chair", "plain", "base", "likeness", 1), ("prior preservation keeps other chairs from becoming ours", "prior", "plain", "pres", -1),
     ("prior preservation keeps other chairs different", "prior", "plain", "div", 1), ("prior preservation costs likeness", "prior", "plain", "likeness", -1),
@@ -264,7 +264,7 @@ def verdicts(
         found.append(dict(claim=claim, measure=f"{key}, {one} - {other}", **seen, verdict="shows" if low > 0 else "opposite" if high < 0 else "undecided"))
     return found
 
-# %% ../nbs/81_green_chair.ipynb #c456789a
+# %% ../nbs/81_green_chair.ipynb #76a27d0a
 def run_one(
     name:str, # a key of `VARIANTS`
     seed:int, # of the training
@@ -298,7 +298,7 @@ def circumstances(
     prompts = {name: [ask(scene, "sks chair") for scene in scenes_of(name)] for name in APPLICATIONS}
     return {key: value for key, value in asdict(config).items() if key not in ("output_dir", "variants", "seeds")} | dict(weights=weights_name(components), judges=judges, prompts=prompts)
 
-# %% ../nbs/81_green_chair.ipynb #caca4a31
+# %% ../nbs/81_green_chair.ipynb #fc6087ae
 def run_study(
     config:StudyConfig,
     say=print, # gets a sentence for every training
@@ -335,7 +335,7 @@ def likeness_of(row)->float: # after the last update, over all applications
     last = row["marks"][max(row["marks"], key=int)]
     return float(np.mean([np.mean(last[name]["likeness"]) for name in APPLICATIONS]))
 
-# %% ../nbs/81_green_chair.ipynb #e2e49a76
+# %% ../nbs/81_green_chair.ipynb #e401430c
 def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
@@ -344,6 +344,6 @@ def main(
         with heard(signal.SIGTERM, signal.default_int_handler): run_study(parse_config(StudyConfig, argv, "study"))
     return guarded(run)
 
-# %% ../nbs/81_green_chair.ipynb #101a977f
+# %% ../nbs/81_green_chair.ipynb #153cac16
 #| eval: false
 if __name__ == "__main__": sys.exit(main())
