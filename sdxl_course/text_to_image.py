@@ -1028,11 +1028,12 @@ def keep_report(
     report, # DataReport
     output_dir, # where it goes
     config, # TrainConfig
+    write:bool=True, # not every process need do it
     say=print, # told whether someone should look at it
 )->FitReport:
     "Write what was found in the data, usable or not."
     report = at_resolution(report, config.resolution, config.use_aspect_ratio_buckets)
-    write_json(output_dir/"data_report.json", report.values())
+    if write: write_json(output_dir/"data_report.json", report.values())
     if kinds := report.kinds(): say(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, or ask sdxl-course check-data")
     return report
 
@@ -1054,10 +1055,8 @@ def open_run(
         if first:
             stack.enter_context(alone_in(output_dir))
             tidy(output_dir)
-        report = records if isinstance(records, DataReport) else None
-        if report is not None: # written before anything that takes long, and also when nothing can be used
-            if first: report = keep_report(report, output_dir, config, say)
-            records = report.usable()
+        report = keep_report(records, output_dir, config, first, say) if isinstance(records, DataReport) else None # also when nothing can be used
+        records = records if report is None else report.usable()
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, say)
         machine = machine_precision(config.mixed_precision, say=say), usable_tracker(config.report_to, say), output_dir/config.logging_dir
         accelerator = stack.enter_context(accelerating(*machine, unused=config.train_text_encoder or "words_for" in learning, say=say))
