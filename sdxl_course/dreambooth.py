@@ -36,7 +36,7 @@ from .noise import NoiseSchedule, edm_input, edm_scalings, euler_scalings
 from .objective import debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, min_snr_weight, per_sample_mse, predict
 from .text_to_image import (Denoiser, Result, Run, beside, carry_out, check_resolution, draw_pictures, make_loss, make_noise_schedule, open_output, open_run,
     progress, refuse_impossible)
-from .trainer import TrainConfig, changed, check_limits, data_parallel, machine_precision, option, run_command
+from .trainer import TrainConfig, changed, check_limits, data_parallel, machine_precision, option, run_command, wished
 
 # %% ../nbs/44_dreambooth.ipynb #f01dcff2
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +331,7 @@ def drawing_components(
 # %% ../nbs/44_dreambooth.ipynb #dff7c1ab
 def processes()->PartialState: # accelerate's, as the trainer will find it
     "Who works together, and on which device."
-    return PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    return PartialState(cpu=wished("ACCELERATE_USE_CPU"))
 
 def complete_class(
     config, # DreamBoothConfig

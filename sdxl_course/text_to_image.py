@@ -44,8 +44,8 @@ from .lora import add_lora, continue_lora, load_lora_into, lora_parameters, para
 from .noise import NoiseSchedule, draw_timestep, timestep_weights
 from .objective import denoising_loss, offset_noise, prior_preservation
 from .preprocess import FitReport, at_resolution, bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin, to_tensor
-from .trainer import (Chance, Ema, Plan, TrainConfig, TrainState, accelerating, config_dict, fit, machine_precision, make_optimizer, make_schedule, unbroken,
-    prefetch, run_command, shown, usable_tracker)
+from .trainer import (Chance, Ema, Plan, TrainConfig, TrainState, accelerating, config_dict, fit, machine_precision, make_optimizer, make_schedule,
+    prefetch, run_command, shown, unbroken, usable_tracker)
 from tqdm.auto import tqdm
 
 # %% ../nbs/43_text_to_image.ipynb #fcab4be3
@@ -1028,7 +1028,7 @@ def keep_report(
     report, # DataReport
     output_dir, # where it goes
     config, # TrainConfig
-    write:bool=True, # not every process need do it
+    write:bool, # in one process of several
     say=print, # told whether someone should look at it
 )->FitReport:
     "Write what was found in the data, usable or not."

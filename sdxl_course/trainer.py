@@ -9,7 +9,8 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'LIMITS', 'CONTRADICTIONS', 'SHARDED', 'RE
            'TrainConfig', 'config_dict', 'read_config_file', 'file_flags', 'parse_config', 'heard', 'run_command',
            'Chance', 'seeded_world', 'Micro', 'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema',
            'TrainState', 'shown', 'set_values', 'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update',
-           'unbroken', 'fit', 'machine_precision', 'usable_tracker', 'data_parallel', 'accelerating', 'prefetch']
+           'unbroken', 'fit', 'wished', 'machine_precision', 'usable_tracker', 'data_parallel', 'accelerating',
+           'prefetch']
 
 # %% ../nbs/41_trainer.ipynb #cc5bed63
 import json
@@ -405,13 +406,14 @@ def run_command(
     recipe, # function of one config
     argv=None, # words of the command line
     prog:str=None, # name of the command
+    again:str="the same command with --resume_from_checkpoint latest goes on from the newest checkpoint", # said to who stopped it
 )->int: # exit code: 0 done, 2 wrong input, 130 interrupted
     "Run a recipe from the command line."
     def run():
         try:
             with heard(signal.SIGTERM, signal.default_int_handler): recipe(parse_config(cls, argv, prog)) # a cluster that wants its machine back asks politely first
         except KeyboardInterrupt:
-            print("the same command with --resume_from_checkpoint latest goes on from the newest checkpoint", file=sys.stderr)
+            print(again, file=sys.stderr)
             raise
         except SystemExit as stop: return int(stop.code or 0)
     return guarded(run)
@@ -718,6 +720,12 @@ def fit(
     return state
 
 # %% ../nbs/41_trainer.ipynb #57552190
+def wished(
+    variable:str, # as `accelerate launch` sets it
+)->bool:
+    "Whether an environment variable says yes."
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
 def machine_precision(
     mixed_precision=None, # "no", "fp16", "bf16"; None: what `accelerate launch` or its config says
     gpu:bool=None, # None: look
@@ -725,7 +733,7 @@ def machine_precision(
 )->str: # "no", "fp16" or "bf16"
     "The precision to train in on this machine."
     wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if gpu is None: gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    if gpu is None: gpu = torch.cuda.is_available() and not wished("ACCELERATE_USE_CPU")
     if wanted == "fp16" and not gpu:
         say("mixed_precision fp16 needs a GPU: training in fp32 instead")
         return "no"
@@ -749,7 +757,7 @@ def data_parallel(
     say=print, # gets one sentence when that is not what the launcher asked for
 ):
     "Let every process keep whole weights, whatever the launcher's config would cut in pieces."
-    asked = {variable: os.environ[variable] for variable in {**SHARDED, **REFUSED} if os.environ.get(variable, "").lower() in ("1", "true", "yes")}
+    asked = {variable: os.environ[variable] for variable in {**SHARDED, **REFUSED} if wished(variable)}
     for variable in asked.keys() & REFUSED.keys():
         raise CourseError(f"the launcher asks for {REFUSED[variable]}, which changes the network itself: wanted data parallelism; use accelerate launch --multi_gpu, or a config file with distributed_type: MULTI_GPU")
     for variable in asked: say(f"the launcher asks for {SHARDED[variable]}: the processes share the work, and each keeps the whole model, since a LoRA leaves little to divide")
