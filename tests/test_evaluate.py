@@ -302,7 +302,7 @@ def test_folders_that_say_too_little_are_refused(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--num_prompts 0", "wanted at least 1"), ("--model renderer --lora x", "takes no LoRA"), ("--images x --lora y", "take no LoRA"), ("--images x --subject lamp", "metadata.jsonl"),
+    ("--num_prompts 0", "wanted at least 1"), ("--model renderer --lora x", "takes no LoRA"), ("--images x --lora y", "take no LoRA"), ("--images x --subject lamp", "--subject came with --images"),
     ("--images x --vae", "--vae came with --images"), ("--model renderer --vae", "--vae came with --model renderer"),
     ("--images nowhere", "has no metadata.jsonl"), ("--model nowhere/at/all --num_prompts 1 --num_held_out 0", "nowhere/at/all"),
     ("--num_promts 3", "num_prompts"), ("--style cubism", "cubism"),
