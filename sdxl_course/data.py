@@ -359,16 +359,24 @@ def __repr__(self:DataReport):
 
 # %% ../nbs/30_data.ipynb #fc348f4b
 def caption_remarks(
-    captions,       # texts of one picture
-    tokenizer=None, # CLIPTokenizer; None: lengths are not looked at
-    max_token_length:int=75, # tokens that are read, see `token_windows`
+    captions, # texts of one picture
 )->list: # remarks
-    "Captions that say very little, or more than is heard."
-    notes = [f"a caption of one word: {text}" for text in captions if len(re.findall(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]", text)) < 2] # a Chinese sign counts as a word
-    for text in captions if tokenizer else ():
-        count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
-        if count > max_token_length + 2: notes.append(f"a caption over {max_token_length + 2} tokens: {count}, not heard: {dropped_text(tokenizer, text, max_token_length)}")
-    return notes
+    "Captions that say very little."
+    return [f"a caption of one word: {text}" for text in captions if len(re.findall(r"[^\W\u3040-\u9fff]+|[\u3040-\u9fff]", text)) < 2] # a Chinese sign counts as a word
+
+@patch
+def with_lengths(
+    self:DataReport,
+    tokenizer,               # CLIPTokenizer
+    max_token_length:int=75, # tokens that are read, see `token_windows`
+)->DataReport: # with further remarks
+    "The report, and which captions say more than is heard."
+    remarks, limit = list(self.remarks), max_token_length + 2
+    for file, record in zip(self.files, self.records):
+        for text in record.captions:
+            count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+            if count > limit: remarks.append((file, f"a caption over {limit} tokens: {count}, not heard: {dropped_text(tokenizer, text, max_token_length)}"))
+    return replace(self, remarks=remarks)
 
 # %% ../nbs/30_data.ipynb #c3fcf2da
 def check_up(
@@ -391,8 +399,9 @@ def check_up(
         if first != file: found.append(f"the same picture as another: {first}")
         if captions or not require_captions: usable.append((file, record))
         elif file not in told: problems.append((file, "it has no caption: add a metadata row or a .txt file beside it"))
-        remarks += [(file, text) for text in found + caption_remarks(captions, tokenizer, max_token_length)]
-    return DataReport(str(name), [record for file, record in usable], problems, remarks, list(others), [file for file, record in usable])
+        remarks += [(file, text) for text in found + caption_remarks(captions)]
+    report = DataReport(str(name), [record for file, record in usable], problems, remarks, list(others), [file for file, record in usable])
+    return report.with_lengths(tokenizer, max_token_length) if tokenizer else report
 
 # %% ../nbs/30_data.ipynb #da258dc2
 def _missing(names, pictures):
@@ -559,7 +568,7 @@ def check_dataset(
 )->DataReport: # of what a trainer was told to train on
     "Read a dataset completely and tell what was found."
     if train_data_dir is None and dataset_name is None: raise CourseError("no data was given: wanted train_data_dir (a folder of pictures) or dataset_name (a hub id)")
-    folder = dataset_name or train_data_dir
+    folder = Path(dataset_name, train_data_dir or "") if dataset_name else train_data_dir
     plain = dataset_name is None or Path(dataset_name).is_dir() and any(map(is_picture, list_files(dataset_name)))
     if plain: found = _folder_examples(folder, image_column, caption_column, max_train_samples, seed, require_captions)
     else: found = _table_examples(dataset_name, dataset_config_name, train_data_dir, image_column, caption_column, cache_dir, max_train_samples, seed, require_captions)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SUBJECT_LIMITS', 'SUBJECT_RULES', 'NOTE', 'FORMATS', 'SubjectOptions', 'PriorOptions', 'WordOptions',
            'DreamBoothConfig', 'within_each_other', 'bare_pictures', 'has_captions', 'subject_report', 'no_caption',
-           'with_words', 'read_subject', 'class_file', 'class_seed', 'read_note', 'missing_pictures', 'model_name',
-           'weights_name', 'make_note', 'refuse_note', 'make_folder', 'draw_class_pictures', 'save_png',
-           'prior_precision', 'drawing_components', 'processes', 'complete_class', 'class_pictures', 'EdmSchedule',
-           'subject_schedule', 'plain_loss', 'SubjectLoss', 'without_adapters', 'TaughtDenoiser', 'spell', 'Spelled',
-           'spelling_of', 'GrownEmbedding', 'end_at_the_end', 'grow', 'NewWords', 'add_words', 'load_words', 'remarks',
-           'open_dreambooth', 'train_dreambooth', 'main']
+           'with_words', 'find_subject', 'read_subject', 'class_file', 'class_seed', 'read_note', 'missing_pictures',
+           'model_name', 'weights_name', 'make_note', 'refuse_note', 'make_folder', 'draw_class_pictures', 'save_png',
+           'prior_precision', 'drawing_components', 'drawing_precision', 'processes', 'complete_class',
+           'class_pictures', 'EdmSchedule', 'subject_schedule', 'plain_loss', 'SubjectLoss', 'without_adapters',
+           'TaughtDenoiser', 'spell', 'Spelled', 'spelling_of', 'GrownEmbedding', 'end_at_the_end', 'grow', 'NewWords',
+           'add_words', 'load_words', 'remarks', 'open_dreambooth', 'train_dreambooth', 'main']
 
 # %% ../nbs/44_dreambooth.ipynb #21f0ca8c
 import copy
@@ -29,14 +29,14 @@ from accelerate import PartialState
 from diffusers import EDMEulerScheduler
 from .cache import fingerprint, hashed, vae_dtype
 from .components import NETWORKS, load_components
-from .conditioning import empty_prompt_embeds, encode_prompts
+from .conditioning import dropped_text, empty_prompt_embeds, encode_prompts
 from .core import CourseError, load_tensors, save_tensors, seed_from, seeded, weight_dtype, write_atomic, write_json
 from .data import METADATA, UNREAD, caption_list, check_dataset, check_up, choose, inspect_picture, is_picture, list_files
 from .noise import NoiseSchedule, edm_input, edm_scalings, euler_scalings
 from .objective import debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, min_snr_weight, per_sample_mse, predict
 from .text_to_image import (Denoiser, Result, Run, beside, carry_out, check_resolution, draw_pictures, make_loss, make_noise_schedule, open_output, open_run,
-    progress, refuse_impossible)
-from .trainer import TrainConfig, changed, check_limits, data_parallel, machine_precision, option, run_command, wished
+    progress, refuse_impossible, wished_scheduler)
+from .trainer import PATIENCE, TrainConfig, changed, check_limits, data_parallel, inside, machine_precision, option, run_command, wished
 
 # %% ../nbs/44_dreambooth.ipynb #f01dcff2
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,7 @@ def within_each_other(
     other, # another, or None
 )->bool:
     "Is one folder the other, or inside it?"
-    if not one or not other: return False
-    one, other = (Path(path).expanduser().resolve() for path in (one, other))
-    return one.is_relative_to(other) or other.is_relative_to(one)
+    return inside(one, other) or inside(other, one)
 
 SUBJECT_RULES = ( # (function of a config, why)
     (lambda c: c.train_data_dir, "--train_data_dir belongs to text-to-image: wanted --instance_data_dir, the folder with pictures of the thing"),
@@ -173,16 +171,16 @@ def no_caption()->str: # what `data` says of an empty caption
 def with_words(
     report, # DataReport
     prompt:str, # for pictures without captions
-)->list: # ImageRecord, each with captions
+): # DataReport whose records all have captions
     "The pictures and what they say."
-    report = replace(report, problems=[problem for problem in report.problems if problem[1] != no_caption()])
-    return [record if record.captions else replace(record, captions=(prompt,)) for record in report.usable()]
+    records = [record if record.captions else replace(record, captions=(prompt,)) for record in report.records]
+    return replace(report, records=records, problems=[problem for problem in report.problems if problem[1] != no_caption()])
 
-def read_subject(
+def find_subject(
     config, # DreamBoothConfig
     folder=None, # see `subject_report`
     say=lambda text: None, # gets sentences
-)->list: # ImageRecord
+): # DataReport
     "The pictures of the thing, each with its words."
     report, column = subject_report(config, folder), config.caption_column
     silent = sum(not record.captions for record in report.records)
@@ -193,6 +191,12 @@ def read_subject(
     if not column and config.instance_data_dir and not folder and has_captions(Path(config.instance_data_dir).expanduser()):
         say("there are captions beside the pictures, which are not used: --caption_column text would")
     return with_words(report, config.instance_prompt)
+
+def read_subject(
+    *args, **options # as for `find_subject`
+)->list: # ImageRecord
+    "The same, or one sentence about why they cannot be used."
+    return find_subject(*args, **options).usable()
 
 # %% ../nbs/44_dreambooth.ipynb #7e0c6661
 NOTE = "class_pictures.json"
@@ -238,7 +242,9 @@ def make_note(
     weights:str="", # see `weights_name`
 )->dict: # plain values
     "All that a class picture depends on, besides its number."
-    return dict(prompt=config.class_prompt, model=model_name(config), weights=weights, precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
+    vae = config.pretrained_vae_model_name_or_path
+    return dict(prompt=config.class_prompt, model=model_name(config), revision=config.revision, vae=vae and Path(vae).name, weights=weights, prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr, precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
 
 def refuse_note(
     folder, # of class pictures
@@ -246,7 +252,8 @@ def refuse_note(
     wanted:dict, # that this run would write; without weights where they are not known
 ):
     "Stop if the pictures are others than those we need."
-    differs = [(name, repr(note[name]), repr(wanted[name])) for name in ("prompt", "size") if note[name] != wanted[name]]
+    asked = ("prompt", "size", "vae", "revision", "prediction_type", "rescale_betas_zero_snr")
+    differs = [(name, repr(note[name]), repr(wanted[name])) for name in asked if note.get(name, wanted[name]) != wanted[name]]
     comparable = note.get("weights") and wanted["weights"] and note["precision"] == wanted["precision"]
     if note["weights"] != wanted["weights"] if comparable else note["model"] != wanted["model"]:
         differs.append(("model", repr(note["model"]), repr(wanted["model"]) + " with other weights"*(note["model"] == wanted["model"])))
@@ -326,12 +333,28 @@ def drawing_components(
     for part in NETWORKS:
         network = getattr(components, part)
         torch.nn.Module.to(network, device, vae_dtype(network, dtype) if part == "vae" else dtype)
-    return components
+    return replace(components, scheduler=wished_scheduler(config, components.scheduler))
+
+# %% ../nbs/44_dreambooth.ipynb #bc9b63d5
+def drawing_precision(
+    config, # DreamBoothConfig
+    note:dict, # of the pictures that are there
+    lacking:list, # indices of those that are not
+    device, # that draws
+    say=print, # gets sentences
+)->str: # fp32, fp16 or bf16
+    "One number format for all class pictures of a folder."
+    if not (note and lacking): return prior_precision(config.prior_generation_precision or note.get("precision"), device, say)
+    asked, kept = config.prior_generation_precision, note["precision"]
+    if asked and asked != kept: say(f"the class pictures that are there were drawn in {kept}: so are the {len(lacking)} that are missing")
+    if (precision := prior_precision(kept, device, lambda text: None)) != kept:
+        raise CourseError(f"{len(lacking)} class pictures are missing, the others were drawn in {kept}, and this machine would draw in {precision}: give another --class_data_dir, or remove that folder")
+    return precision
 
 # %% ../nbs/44_dreambooth.ipynb #dff7c1ab
 def processes()->PartialState: # accelerate's, as the trainer will find it
     "Who works together, and on which device."
-    return PartialState(cpu=wished("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=wished("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 def complete_class(
     config, # DreamBoothConfig
@@ -341,7 +364,7 @@ def complete_class(
 ): # SDXLComponents that may be trained afterwards, or None
     "See to it that every class picture is there, and that it is the right one."
     group, note, lacking = processes(), read_note(folder), missing_pictures(folder, config.num_class_images)
-    precision = prior_precision(config.prior_generation_precision or note.get("precision"), group.device, say)
+    precision = drawing_precision(config, note, lacking, group.device, say)
     trains_so = FORMATS[precision] == weight_dtype(machine_precision(config.mixed_precision, say=lambda text: None), group.device)
     at_hand = trains_so if components is None else components.unet.dtype == FORMATS[precision]
     base = drawing_components(config, components, precision, group.device) if lacking or at_hand else None
@@ -349,6 +372,7 @@ def complete_class(
     if note: refuse_note(folder, note, wanted)
     for name in ("seed", "precision"):
         if note and note[name] != wanted[name]: say(f"the class pictures in {folder} were drawn with {name} {note[name]}, now it is {wanted[name]}: they are used all the same")
+    if note and not base: say(f"the class pictures in {folder} were drawn in {note['precision']} by {note['model']}: this training uses another number format, so only the names of the models were compared")
     group.wait_for_everyone() # all have looked before anyone writes
     if group.is_main_process and not note: write_json(Path(folder)/NOTE, wanted)
     if lacking:
@@ -368,7 +392,7 @@ def class_pictures(
     note = read_note(folder)
     own = [name for name in list_files(folder) if is_picture(name) and not (note and re.fullmatch(r"class-\d{5}\.png", name))]
     if own and not note:
-        records = with_words(bare_pictures(folder), config.class_prompt)
+        records = with_words(bare_pictures(folder), config.class_prompt).usable()
         say(f"{folder} holds {len(records)} class pictures of your own: they are used as they are, and none is drawn (num_class_images is {config.num_class_images})")
         return records, components
     if own: say(f"{folder} holds {len(own)} pictures that this trainer did not draw, for instance {own[0]}: they are not used")
@@ -542,12 +566,13 @@ class NewWords:
     "What `open_run` must know of words that are learnt."
     tables: dict # clip_l and clip_g -> GrownEmbedding
     share: float = 0.5 # of the updates in which they learn
+    placeholders: tuple = ("TOK",) # in the order of their rows
 
     @property
     def named(self)->dict: return {f"words.{name}": table.new for name, table in self.tables.items()}
 
     def groups(self, config, wide): # for the optimizer
-        rate = config.text_encoder_lr if changed(config, "text_encoder_lr") else config.learning_rate
+        rate = config.text_encoder_lr if changed(config, "text_encoder_lr") and config.optimizer.lower() != "prodigy" else config.learning_rate
         if config.ti_lr is not None: rate = config.ti_lr
         decay = config.adam_weight_decay if config.adam_weight_decay_text_encoder is None else config.adam_weight_decay_text_encoder
         return [dict(params=list(self.named.values()), lr=rate*wide, weight_decay=decay)]
@@ -555,7 +580,14 @@ class NewWords:
     def learn(self, step:int, updates:int): # before each update
         for p in self.named.values(): p.requires_grad_(step < round(self.share*updates))
 
-    def save(self, path): save_tensors(path, {name: table.new.detach().float().cpu() for name, table in self.tables.items()}, {"format": "pt"})
+    def save(self, path, rows=slice(None)): save_tensors(path, {name: table.new[rows].detach().float().cpu().contiguous() for name, table in self.tables.items()}, {"format": "pt"})
+
+    def publish(self, folder): # all words in one file, and each placeholder's in one of its own where there are several
+        stem, each = Path(folder).resolve().name, len(next(iter(self.tables.values())).new)//len(self.placeholders)
+        self.save(Path(folder)/f"{stem}_emb.safetensors")
+        for k, word in enumerate(self.placeholders if len(self.placeholders) > 1 else ()):
+            plain = re.sub(r"[^-\w]", "_", word)
+            self.save(Path(folder)/f"{stem}_{plain}_emb.safetensors", slice(k*each, (k + 1)*each))
 
     def load(self, path):
         kept = load_tensors(path)[0]
@@ -574,7 +606,7 @@ def add_words(
         tokenizer = Spelled(getattr(components, f"tokenizer{part}"), spelling_of(config))
         tables[name] = grow(getattr(components, f"text_encoder{part}"), tokenizer, seed, name)
         setattr(components, f"tokenizer{part}", tokenizer)
-    return NewWords(tables, config.train_text_encoder_ti_frac)
+    return NewWords(tables, config.train_text_encoder_ti_frac, tuple(spelling_of(config)))
 
 # %% ../nbs/44_dreambooth.ipynb #8b4deaad
 def load_words(
@@ -610,21 +642,24 @@ def open_dreambooth(
     "Read the pictures, complete those of the class, and get ready."
     if os.environ.get("RANK", "0") != "0": say = lambda text: None
     refuse_impossible(config)
-    records, learning = read_subject(config, say=say), dict(repeats=config.repeats, read=read_subject, loss_for=SubjectLoss, schedule_for=subject_schedule, plain_loss=plain_loss)
+    report, learning = find_subject(config, say=say), dict(repeats=config.repeats, read=read_subject, loss_for=SubjectLoss, schedule_for=subject_schedule, plain_loss=plain_loss)
     open_output(config.output_dir)
     for sentence in remarks(config): say(sentence)
-    if config.with_prior_preservation:
+    if config.with_prior_preservation and not report.problems: # else `open_run` reports them
         with data_parallel(lambda text: None): learning["partners"], components = class_pictures(config, components, say) # `open_run` will say it
         learning["prior_loss_weight"] = config.prior_loss_weight
         say(f"each picture of the thing is trained with one of {len(learning['partners'])} class pictures beside it")
     trigger = config.instance_prompt
     if config.train_text_encoder_ti:
         spelling = spelling_of(config)
-        if all(spell(caption, spelling) == caption for record in records for caption in record.captions):
+        if not report.problems and all(spell(caption, spelling) == caption for record in report.records for caption in record.captions):
             raise CourseError(f"--train_text_encoder_ti has nothing to learn, since no prompt says {config.token_abstraction}: wanted it in --instance_prompt, as in 'a photo of TOK chair', or in the captions")
         learning["words_for"], trigger = add_words, spell(trigger, spelling)
     if config.prior_teacher: learning["denoiser_for"] = partial(TaughtDenoiser, class_prompt=config.class_prompt, teacher_weight=config.prior_loss_weight)
-    return open_run(config, records, components, say, "dreambooth-lora-sd-xl", trigger, live, **learning)
+    run = open_run(config, report, components, say, "dreambooth-lora-sd-xl", trigger, live, **learning)
+    lost = (config.with_prior_preservation or config.prior_teacher) and dropped_text(run.components.tokenizer, config.class_prompt, config.max_token_length)
+    if lost: say(f"--class_prompt is longer than {config.max_token_length + 2} tokens and loses its end, {lost!r}; --max_token_length 150 or 225 reads more")
+    return run
 
 # %% ../nbs/44_dreambooth.ipynb #bb1cdac6
 def train_dreambooth(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', 'RARE', 'MOMENTS', 'TRAINED', 'THING_SEED',
-           'SHOTS', 'SAMPLE_PROMPTS', 'RunConfig', 'PretrainConfig', 'parse_pretrain', 'unusual', 'say',
+           'SHOTS', 'CACHED', 'SAMPLE_PROMPTS', 'RunConfig', 'PretrainConfig', 'parse_pretrain', 'unusual', 'say',
            'caption_facts', 'render_shard', 'render_validation', 'one_thread', 'side_by_side', 'make_data',
            'shard_is_whole', 'Pictures', 'read_scenes', 'read_pictures', 'byte_letters', 'join', 'learn_merges',
            'make_tokenizers', 'word_parts', 'read_tokenizers', 'rate_at', 'ema_decay', 'orthogonal', 'Muon', 'Learner',
@@ -14,10 +14,10 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'judge_card', 'instance_batch', 'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error',
            'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part',
            'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair',
-           'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'encode_pictures',
-           'make_cache', 'read_cache', 'unet_batch', 'sample_pictures', 'load_parts', 'train_unet', 'save_towers',
-           'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages',
-           'main']
+           'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'object_mask',
+           'encode_pictures', 'make_cache', 'read_cache', 'unet_batch', 'sample_pictures', 'load_parts', 'train_unet',
+           'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model',
+           'run_stages', 'main']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -46,7 +46,7 @@ from .cache import Batch, draw_latents, fingerprint, posterior
 from .conditioning import encode_prompts, make_time_ids
 from .core import CourseError, guarded, image_grid, load_tensors, nearest, provenance, save_tensors, seeded, write_atomic, write_json
 from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, SEEN, STYLES, VIEWS, WHERE, Scene, caption, caption_words,
-    is_held_out, render_array, render_styles, sample_scene)
+    is_held_out, render_array, render_styles, sample_scene, silhouette)
 from .evaluate import ATTRIBUTES, COLORED, AttributeJudge, InstanceJudge, name_attributes, right_answers, save_judge, to_pixels
 from .noise import NoiseSchedule
 from .objective import denoising_loss
@@ -106,6 +106,8 @@ class PretrainConfig(RunConfig):
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
     unet_ema:float = 0.9995 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
+    unmasked_weight:float = 0.33 # weight of the picture outside its object; 1: the same as the object's
+    timestep_power:float = 0.67 # noise levels are 1000*u**power, u even; below 1: fewer nearly clean latents
     snr_gamma:float = 0. # cap of the min-SNR weight; 0: debiased estimation
     sample_every:int = 400 # steps between two sample grids; 0: none
 
@@ -1144,16 +1146,30 @@ def framed(
     if torch.rand((), generator=g) >= share: return picture, (SIDE, SIDE), (0, 0), (0, 0)
     return reframe(picture, g)
 
+# %% ../nbs/61_pretrain.ipynb #f4e3aa2b
+def object_mask(
+    scene:dict, # of `Pictures`
+    index:int, # its number
+    share:float, # of the pictures that are reframed
+    seed:int, # of the run
+)->torch.Tensor: # (1, 16, 16), share of each latent
+    "Where the object of a framed picture lies, with a border of one thirty-second of the picture."
+    seen = torch.from_numpy(silhouette(Scene(**{field.name: scene[field.name] for field in fields(Scene)}), SIDE//4)).float()
+    wide = F.max_pool2d(seen[None], 3, 1, 1).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    picture = (wide[0, ..., None]*255).byte().expand(-1, -1, 3)
+    return F.avg_pool2d(framed(picture, index, share, seed)[0][None, ..., 0].float()/255, 8)
+
 # %% ../nbs/61_pretrain.ipynb #6d3f5c3c
 @torch.no_grad()
 def encode_pictures(
     vae, # AutoencoderKL with its scaling factor
     pictures, # (n, 128, 128, 3) uint8
+    scenes:list, # their dicts, of `Pictures`
     first:int, # number of the first one
     share:float, # of the pictures that are reframed
     seed:int, # of the run
-)->dict: # mean, std (n, 2, 4, 16, 16) float16; time_ids (n, 2, 6)
-    "Posteriors of pictures and of their mirror images, eight at a time."
+)->dict: # mean, std (n, 2, 4, 16, 16) float16; time_ids (n, 2, 6); mask (n, 2, 1, 16, 16) float16
+    "Posteriors of pictures and of their mirror images, eight at a time, and where their objects are."
     frames = [framed(picture, first + k, share, seed) for k, picture in enumerate(pictures)]
     time_ids = torch.stack([torch.stack([make_time_ids(size, crop, (SIDE, SIDE)) for crop in crops]) for _, size, *crops in frames])
     parts = []
@@ -1162,9 +1178,12 @@ def encode_pictures(
         mean, std = posterior(vae, torch.stack([pixels, pixels.flip(-1)], 1).flatten(0, 1))
         parts.append((mean.unflatten(0, (-1, 2)).half(), std.unflatten(0, (-1, 2)).half()))
     means, stds = zip(*parts)
-    return dict(mean=torch.cat(means), std=torch.cat(stds), time_ids=time_ids)
+    mask = torch.stack([object_mask(scene, first + k, share, seed) for k, scene in enumerate(scenes)])
+    return dict(mean=torch.cat(means), std=torch.cat(stds), time_ids=time_ids, mask=torch.stack([mask, mask.flip(-1)], 1).half())
 
 # %% ../nbs/61_pretrain.ipynb #0a07e5ce
+CACHED = ("mean", "std", "time_ids", "mask")
+
 def make_cache(
     config:PretrainConfig,
     stop=None, # see `train_stage`
@@ -1172,27 +1191,27 @@ def make_cache(
     "Encode every shard that this VAE has not encoded yet."
     run = Path(config.output_dir)
     vae = load_vae(run, tiny_architecture(config.seed).vae)
-    notes = dict(vae=fingerprint(encoding_part(vae)), share=str(config.reframed_share))
+    notes = dict(holds=" ".join(CACHED), vae=fingerprint(encoding_part(vae)), share=str(config.reframed_share))
     for path in sorted((run / "data").glob("shard-*.safetensors")):
         if stop is not None and stop.asked: return
-        target, pixels = run / "cache" / path.name, load_tensors(path)[0]["pixels"]
+        target, pixels, shard = run / "cache" / path.name, load_tensors(path)[0]["pixels"], json.loads(path.with_suffix(".json").read_text())
         wanted = dict(notes, pictures=str(len(pixels)))
         if target.exists() and load_tensors(target)[1] == wanted: continue
-        began, first = time.time(), json.loads(path.with_suffix(".json").read_text())["first"]
-        save_tensors(target, encode_pictures(vae, pixels, first, config.reframed_share, config.seed), wanted)
+        began = time.time()
+        save_tensors(target, encode_pictures(vae, pixels, shard["scenes"], shard["first"], config.reframed_share, config.seed), wanted)
         say("cache", shard=path.stem, pictures_per_second=2*len(pixels)/(time.time() - began))
 
 def read_cache(
     run, # run folder
     scenes:int, # how many there should be
     vae:str, # fingerprint of the encoder that must have made them
-)->dict: # mean, std (n, 2, 4, 16, 16) float16; time_ids (n, 2, 6)
+)->dict: # mean, std (n, 2, 4, 16, 16) float16; time_ids (n, 2, 6); mask (n, 2, 1, 16, 16) float16
     "All cached posteriors, in the order of `read_pictures`."
     loaded = [load_tensors(path) for path in sorted((Path(run) / "cache").glob("shard-*.safetensors"))]
-    count = sum(len(tensors["mean"]) for tensors, _ in loaded)
+    count = sum(len(tensors.get("mask", ())) for tensors, _ in loaded)
     if count != scenes or {notes["vae"] for _, notes in loaded} != {vae}:
-        raise CourseError(f"{run}/cache holds {count} of {scenes} pictures, or was made by another VAE: run the stage `cache` first")
-    return {key: torch.cat([tensors[key] for tensors, _ in loaded]) for key in ("mean", "std", "time_ids")}
+        raise CourseError(f"{run}/cache holds {count} of {scenes} pictures with their masks, or was made by another VAE: run the stage `cache` first")
+    return {key: torch.cat([tensors[key] for tensors, _ in loaded]) for key in CACHED}
 
 # %% ../nbs/61_pretrain.ipynb #47a6705a
 @torch.no_grad()
@@ -1204,6 +1223,7 @@ def unet_batch(
     seed:int, # of the run
     batch_size:int, # latents
     dropout:float, # share of pictures without words
+    power:float=1., # of the evenly spread numbers that become noise levels
 )->tuple: # (Batch, noise (b, 4, 16, 16), timesteps (b,))
     "Everything one step of UNet training sees."
     g = seeded(seed, "unet", step)
@@ -1211,11 +1231,12 @@ def unet_batch(
     mirror, variant = torch.randint(2, (batch_size,), generator=g), torch.randint(len(scenes[0]["captions"]), (batch_size,), generator=g)
     wordless = torch.rand(batch_size, generator=g) < dropout
     draw, noise = torch.randn(2, batch_size, *cache["mean"].shape[2:], generator=g)
-    timesteps = ((torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g))*1000/batch_size).long().clamp(max=999)
+    even = (torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g))/batch_size
+    timesteps = (1000*even**power).long().clamp(max=999)
     latents = draw_latents(cache["mean"][rows, mirror].float(), cache["std"][rows, mirror].float(), draw)
     embeds, pooled = encode_prompts(words, [scenes[row]["captions"][k]["text"] for row, k in zip(rows.tolist(), variant.tolist())])
     embeds, pooled = embeds.masked_fill(wordless.view(-1, 1, 1), 0.), pooled.masked_fill(wordless.view(-1, 1), 0.)
-    return Batch(latents, embeds, pooled, cache["time_ids"][rows, mirror]), noise, timesteps
+    return Batch(latents, embeds, pooled, cache["time_ids"][rows, mirror], cache["mask"][rows, mirror]), noise, timesteps
 
 # %% ../nbs/61_pretrain.ipynb #789523c0
 SAMPLE_PROMPTS = ("a photo of a red chair in the snow", "a photo of a blue car in the city at night", "a photo of a green house in the forest",
@@ -1273,8 +1294,8 @@ def train_unet(
     learner, first = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.), done.get("unet", 0) # a chain that goes on draws what is new
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
     def loss_of(step):
-        batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout)
-        return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma).mean(), {}
+        batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power)
+        return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean(), {}
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return
         with averaged(learner): image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(run / "unet" / f"sample-{step:06d}.png")

@@ -8,9 +8,9 @@ __all__ = ['SIZES', 'IN_MEMORY', 'NOT_FINITE', 'PUBLIC', 'TextToImageConfig', 'r
            'trained_parts', 'recompute_activations', 'inject', 'at_rest', 'draw_pictures', 'decode_pictures',
            'fixed_looks', 'validation_loss', 'Result', 'license_of', 'model_card', 'save_curve', 'save_results',
            'save_sheet', 'open_repository', 'push_folder', 'open_output', 'alone_in', 'data_fingerprint', 'run_seed',
-           'tf32', 'Run', 'prompts_of', 'beside', 'load_base', 'make_feeder', 'report_data', 'progress',
-           'read_captioned', 'hold_out', 'make_learner', 'optimizer_for', 'set_up', 'LiveView', 'keep_report',
-           'open_run', 'carry_out', 'open_text_to_image', 'train_text_to_image', 'main']
+           'tf32', 'Run', 'prompts_of', 'wished_scheduler', 'beside', 'load_base', 'make_feeder', 'report_data',
+           'progress', 'read_captioned', 'hold_out', 'make_learner', 'optimizer_for', 'set_up', 'LiveView',
+           'keep_report', 'open_run', 'carry_out', 'open_text_to_image', 'train_text_to_image', 'main']
 
 # %% ../nbs/43_text_to_image.ipynb #6781dd74
 import hashlib
@@ -44,7 +44,7 @@ from .lora import add_lora, continue_lora, load_lora_into, lora_parameters, para
 from .noise import NoiseSchedule, draw_timestep, timestep_weights
 from .objective import denoising_loss, offset_noise, prior_preservation
 from .preprocess import FitReport, at_resolution, bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin, to_tensor
-from .trainer import (Chance, Ema, Plan, TrainConfig, TrainState, accelerating, config_dict, fit, machine_precision, make_optimizer, make_schedule,
+from .trainer import (Chance, Ema, Plan, TrainConfig, TrainState, accelerating, config_dict, fit, idle_options, machine_precision, make_optimizer, make_schedule,
     prefetch, run_command, shown, unbroken, usable_tracker)
 from tqdm.auto import tqdm
 
@@ -698,6 +698,17 @@ def prompts_of(
     "Every validation prompt."
     return [prompt for prompt in (config.validation_prompt, *(config.validation_prompts or ())) if prompt]
 
+# %% ../nbs/43_text_to_image.ipynb #f1255070
+def wished_scheduler(
+    config, # TrainConfig
+    scheduler, # the model's own
+): # a scheduler that draws as the training trains
+    "What the model predicts, if the options know better, and from where drawing begins."
+    wishes = dict(prediction_type=config.prediction_type) if config.prediction_type else {}
+    if config.rescale_betas_zero_snr: wishes |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    if config.rescale_betas_zero_snr: NoiseSchedule.of(scheduler, config.prediction_type, True) # refuses epsilon
+    return type(scheduler).from_config({**scheduler.config, **wishes}) if wishes else scheduler
+
 # %% ../nbs/43_text_to_image.ipynb #ebe7d45a
 def beside(
     model:str, # as given
@@ -723,10 +734,7 @@ def load_base(
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         network = getattr(components, part)
         torch.nn.Module.to(network, device, vae_dtype(network, dtype) if part == "vae" else dtype).requires_grad_(False)
-    wishes = dict(prediction_type=config.prediction_type) if config.prediction_type else {}
-    if config.rescale_betas_zero_snr: wishes |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing") # drawing must begin where the training does
-    if config.rescale_betas_zero_snr: NoiseSchedule.of(components.scheduler, config.prediction_type, True) # refuses epsilon
-    if wishes: components.scheduler = type(components.scheduler).from_config({**components.scheduler.config, **wishes})
+    components.scheduler = wished_scheduler(config, components.scheduler)
     if config.enable_xformers_memory_efficient_attention: components.unet.enable_xformers_memory_efficient_attention()
     if config.enable_npu_flash_attention: components.unet.enable_npu_flash_attention()
     return components
@@ -991,7 +999,7 @@ def finish(self:Run)->Result:
     if main:
         with shown(self.state):
             save_lora(self.output_dir, **self.parts, dtype=precision)
-            if self.words: self.words.save(self.output_dir/f"{self.output_dir.resolve().name}_emb.safetensors")
+            if self.words: self.words.publish(self.output_dir)
             if config.output_kohya_format: save_kohya(self.output_dir/"pytorch_lora_weights_kohya.safetensors", **self.parts, dtype=precision)
     lora = self.output_dir/"pytorch_lora_weights.safetensors"
     result = Result(self.output_dir, lora, self.state.rows, self.state.seed, self.before, self.measure(), self.measured_on, report=self.report)
@@ -1030,9 +1038,11 @@ def keep_report(
     config, # TrainConfig
     write:bool, # in one process of several
     say=print, # told whether someone should look at it
+    tokenizer=None, # finds captions that are too long, as soon as there is one
 )->FitReport:
     "Write what was found in the data, usable or not."
     report = at_resolution(report, config.resolution, config.use_aspect_ratio_buckets)
+    if tokenizer: report = report.with_lengths(tokenizer, config.max_token_length)
     if write: write_json(output_dir/"data_report.json", report.values())
     if kinds := report.kinds(): say(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, or ask sdxl-course check-data")
     return report
@@ -1052,6 +1062,7 @@ def open_run(
     output_dir, stack, first = open_output(config.output_dir), ExitStack(), os.environ.get("RANK", "0") == "0"
     if not first: say = lambda text: None # one voice is enough
     try:
+        for sentence in idle_options(config): say(sentence)
         if first:
             stack.enter_context(alone_in(output_dir))
             tidy(output_dir)
@@ -1063,6 +1074,7 @@ def open_run(
         stack.enter_context(tf32(config.allow_tf32))
         repository = open_repository(config) if config.push_to_hub and accelerator.is_main_process else ""
         run = set_up(config, output_dir, records, accelerator, components, checkpoint, say, **learning)
+        if report: report = keep_report(report, output_dir, config, first, lambda text: None, run.feeder.components.tokenizer)
         run.stack, run.repository, run.trigger, run.before, run.report = stack, repository, trigger, run.measure(), report
         if live: run.live = LiveView()
         plain = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config_dict(config).items()}

@@ -174,6 +174,8 @@ def test_nested_folders_csv_sidecars_and_natural_order(tmp_path):
         ("2.png", ("two",)), ("10.png", ("ten", "10")), ("deep/3.PNG", ("three, or so",)), ("deep/er/1.png", ("one",)), ("side.png", ("from the side",))]
     assert scan(tmp_path).others == ["notes.md"]
     assert read_dataset(dataset_name=str(tmp_path)) == records                       # a folder of pictures under the other flag
+    assert check_dataset("deep", dataset_name=str(tmp_path)).files == ["3.PNG"]      # and a folder within it
+    with pytest.raises(CourseError, match="is not there"): check_dataset("shallow", dataset_name=str(tmp_path))
 
 
 def test_accents_in_two_spellings_are_one_name(tmp_path):

@@ -104,6 +104,10 @@ SOURCE = """--pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-bas
     --hub_model_id="sdxl-base-1.0-greenchair-dreambooth-lora" --push_to_hub"""
 
 
+DEFAULTS = {f.name: f.default for f in fields(DreamBoothConfig)}
+NOT_DEFAULT = {name: value for name, value in dict(learning_rate=1e-4, lr_scheduler="constant", resolution=1024, lr_warmup_steps=0).items() if DEFAULTS[name] != value}
+
+
 def words(line):
     import shlex
     return shlex.split(line)
@@ -112,7 +116,10 @@ def words(line):
 def test_the_source_documents_command_is_accepted_unchanged(capsys):
     assert main(words(SOURCE) + ["--print_config"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["learning_rate"], shown["train_text_encoder"], shown["seed"], shown["text_encoder_lr"], shown["caption_column"]) == (1e-4, True, 0, 5e-6, None)
+    assert {name: value for name, value in shown.items() if value != DEFAULTS.get(name)} == dict(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0", dataset_name="AdamLucek/green-chair",
+        pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix", output_dir="lora-trained-xl", train_text_encoder=True, instance_prompt=PROMPT, train_batch_size=1,
+        gradient_accumulation_steps=4, max_train_steps=500, validation_prompt="A photo of sks chair in an apartment", validation_epochs=5, seed=0,
+        hub_model_id="sdxl-base-1.0-greenchair-dreambooth-lora", push_to_hub=True) | NOT_DEFAULT
     assert command(["dreambooth", *words(SOURCE), "--print_config"]) == 0 and json.loads(capsys.readouterr().out) == shown
 
 
@@ -132,7 +139,7 @@ def test_the_source_documents_command_runs_with_local_paths(home, toy_model, tmp
     (["--instance_data_dir", "a", "--num_validation_images", "0"], "at least 1"), (["--instance_data_dir", "a", "--with_prior_preservation", "--class_prompt", "x", "--class_data_dir", "a/b"], "separate"),
     (["--instance_data_dir", "a", "--do_edm_style_training", "--snr_gamma", "5"], "by itself"), (["--instance_data_dir", "a", "--do_edm_style_training", "--rescale_betas_zero_snr"], "infinite"),
     (["--instance_data_dir", "a", "--prior_teacher"], "needs --class_prompt"), (["--instance_data_dir", "a", "--instace_prompt", "x"], "instance_prompt"),
-    (["--instance_data_dir", "a", "--text_encoder_lr", "1e-4"], "without --train_text_encoder"), (["--instance_data_dir", "a", "--token_abstraction", "X"], "without --train_text_encoder_ti"),
+    (["--instance_data_dir", "a", "--output_dir", "a/run"], "a folder beside it"), (["--instance_data_dir", "a", "--class_prompt", "x", "--class_data_dir", "c", "--with_prior_preservation", "--prior_teacher"], "leave one of them out"), (["--instance_data_dir", "a", "--token_abstraction", "X"], "without --train_text_encoder_ti"),
     (["--instance_data_dir", "a", "--train_text_encoder_ti", "--train_text_encoder"], "leave one of them out"), (["--instance_data_dir", "a", "--train_text_encoder_ti", "--cache_text_embeds=True"], "leave one of them out"),
     (["--instance_data_dir", "a", "--train_text_encoder_ti", "--train_text_encoder_ti_frac", "1.5"], "at most 1"), (["--instance_data_dir", "a", "--train_text_encoder_ti", "--ti_lr", "1e-3", "--optimizer", "prodigy"], "one step size")])
 def test_wrong_input_is_one_sentence_and_exit_code_2(argv, message, capsys):
@@ -308,13 +315,14 @@ def unlike(paired, toy):
     return config, components, feeder
 
 
-def weighed(config, components, **options):
+def weighed(config, components, edm=None, **options):
+    if edm: return SubjectLoss(config, subject_schedule(config, EDMEulerScheduler(prediction_type=edm)))
     schedule = NoiseSchedule.of(components.scheduler, options.get("prediction_type"))
     return SubjectLoss(replace(config, **options), schedule)
 
 
 @pytest.mark.parametrize("options", [{}, dict(snr_gamma=1.0), dict(debiased_estimation_loss=True), dict(do_edm_style_training=True), dict(snr_gamma=1.0, prediction_type="v_prediction"),
-    dict(do_edm_style_training=True, prediction_type="v_prediction")], ids=str)
+    dict(do_edm_style_training=True, prediction_type="v_prediction"), dict(edm="epsilon"), dict(edm="v_prediction")], ids=str)
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
 @torch.no_grad()
 def test_defects_1_2_3_prompts_sizes_and_weights_go_with_their_pictures_in_both_halves(unlike, b, options):
@@ -397,7 +405,8 @@ def test_class_pictures_are_lossless_and_noted(five, usual):
     assert sorted(files) == [f"class-{i:05d}.png" for i in range(5)] and all(data.startswith(b"\x89PNG") for data in files.values())
     assert len({data for data in files.values()}) == 5 and all(pixels(data).shape == (64, 64, 3) for data in files.values())
     note = json.loads((five / NOTE).read_text())
-    assert note | dict(weights="") == dict(prompt=CLASS, model=Path(usual["pretrained_model_name_or_path"]).name, weights="", precision="fp32", seed=0, size=64, steps=25, guidance=5.0)
+    assert note | dict(weights="") == dict(prompt=CLASS, model=Path(usual["pretrained_model_name_or_path"]).name, revision=None, vae=None, weights="", prediction_type=None, rescale_betas_zero_snr=False,
+        precision="fp32", seed=0, size=64, steps=25, guidance=5.0)
     assert len(note["weights"]) == 24
 
 
@@ -450,6 +459,10 @@ def test_class_pictures_of_another_request_are_refused(five, usual, toy):
     with torch.no_grad(): other.unet.conv_in.bias += 1e-3
     with pytest.raises(CourseError, match="with other weights"): class_pictures(class_config(usual, five), other)
     with pytest.raises(CourseError, match="model 'model', now 'other'"): dreambooth.refuse_note(five, dreambooth.read_note(five), dreambooth.make_note(replace(class_config(usual, five), pretrained_model_name_or_path="x/other"), "fp32"))
+    for change, what in ((dict(pretrained_vae_model_name_or_path="x/other"), "vae None, now 'other'"), (dict(revision="b"), "revision"), (dict(prediction_type="v_prediction"), "prediction_type")):
+        with pytest.raises(CourseError, match=what): dreambooth.refuse_note(five, dreambooth.read_note(five), dreambooth.make_note(replace(class_config(usual, five), **change), "bf16"))
+    said = []
+    assert len(class_pictures(class_config(usual, five, mixed_precision="bf16"), None, said.append)[0]) == 5 and "only the names" in said[0]  # nothing is loaded that could tell more
     same = class_config(usual, five, seed=3)  # another seed is no reason to draw everything again
     said = []
     assert len(class_pictures(same, toy(), said.append)[0]) == 5 and "seed 0" in said[0]
@@ -487,6 +500,57 @@ def test_prior_generation_precision(five, usual, toy, tmp_path, monkeypatch):
     assert files["no"]["class-00000.png"] == drawn(five)["class-00000.png"]
     assert {p.dtype for p in base.unet.parameters()} == {torch.float32}  # what will be trained stays what it was
     assert json.loads((tmp_path / "brain" / NOTE).read_text())["precision"] == "bf16"
+
+
+def test_missing_class_pictures_are_drawn_as_the_others_were(five, usual, toy, tmp_path):
+    shutil.copytree(five, tmp_path / "c")
+    (tmp_path / "c" / "class-00003.png").unlink()
+    said = []
+    class_pictures(class_config(usual, tmp_path / "c", prior_generation_precision="bf16"), toy(), said.append)
+    assert drawn(tmp_path / "c") == drawn(five) and "drawn in fp32" in said[0]
+    note = json.loads((five / NOTE).read_text())
+    (tmp_path / "c" / NOTE).write_text(json.dumps(note | dict(precision="fp16")))
+    (tmp_path / "c" / "class-00003.png").unlink()
+    with pytest.raises(CourseError, match="1 class pictures are missing.*drawn in fp16.*would draw in fp32"): class_pictures(class_config(usual, tmp_path / "c"), toy())
+
+
+def test_class_pictures_are_drawn_by_what_the_model_predicts(five, usual, toy, tmp_path):
+    live = toy()
+    class_pictures(class_config(usual, tmp_path / "v", 2, prediction_type="v_prediction"), live, lambda text: None)
+    told = toy()
+    told.scheduler = type(told.scheduler).from_config({**told.scheduler.config, "prediction_type": "v_prediction"})
+    class_pictures(class_config(usual, tmp_path / "own", 2), told, lambda text: None)
+    assert drawn(tmp_path / "v") == drawn(tmp_path / "own") and drawn(tmp_path / "v")["class-00000.png"] != drawn(five)["class-00000.png"]
+    assert live.scheduler.config.prediction_type == "epsilon"  # what was given is left as it was
+
+
+@pytest.mark.parametrize("size, blocks", [(1, [1] * 5), (2, [2] * 3), (4, [4] * 2)])
+def test_sample_batch_size_is_how_many_are_drawn_at_a_time(usual, toy, tmp_path, monkeypatch, size, blocks):
+    seen = []
+    monkeypatch.setattr(dreambooth, "draw_pictures", lambda components, told, nothing, seeds, *rest: seen.append(len(seeds)) or [Image.new("RGB", (64, 64), (seed % 256, 0, 0)) for seed in seeds])
+    class_pictures(class_config(usual, tmp_path / "c", sample_batch_size=size), toy(), lambda text: None)
+    assert seen == blocks
+
+
+def test_a_long_class_prompt_is_told(dream, prior):
+    for options in (dict(prior, class_prompt=CLASS + " word" * 60), dict(prior_teacher=True, class_prompt=CLASS + " word" * 60)):
+        said = []
+        dream("long", said.append, **options, max_train_steps=1)
+        assert any("--class_prompt is longer than 77 tokens" in text for text in said)
+    said = []
+    dream("short", said.append, **prior, max_train_steps=1)
+    assert not any("longer than" in text for text in said)
+
+
+def test_the_run_keeps_a_report_of_its_pictures_also_when_they_are_unusable(dream, home, prior, tmp_path):
+    result = dream("reported", max_train_steps=1)
+    report = json.loads((result.output_dir / "data_report.json").read_text())
+    assert len(report["pictures"]) == 5 and result.report is not None and report["resolution"] == 64
+    shutil.copytree(home / "thing", tmp_path / "thing")
+    (tmp_path / "thing" / "broken.png").write_bytes(b"x")
+    with pytest.raises(CourseError, match="broken.png"): dream("unusable", instance_data_dir=str(tmp_path / "thing"), **dict(prior, class_data_dir=str(tmp_path / "class")))
+    assert "broken.png" in str(json.loads((home / "unusable" / "data_report.json").read_text())["problems"])
+    assert not (tmp_path / "class").exists()  # nothing was drawn for a run that cannot be
 
 
 def test_several_processes_share_the_work_and_draw_nothing_twice(five, toy, tmp_path, monkeypatch):
@@ -691,6 +755,12 @@ def test_the_pooled_vector_is_that_of_the_end_and_not_of_a_new_word(usual, upstr
     with torch.no_grad(): assert torch.allclose(out.text_embeds[0], live.text_encoder_2.text_projection(out.last_hidden_state[0, -1]), atol=1e-6)
 
 
+def test_several_placeholders_get_a_file_each(dream):
+    folder = dream("two words", train_text_encoder_ti=True, token_abstraction="TOK, <new one>", instance_prompt="a TOK <new one> chair", max_train_steps=1).output_dir
+    whole, parts = load_file(folder / "two words_emb.safetensors"), [load_file(folder / f"two words_{name}_emb.safetensors") for name in ("TOK", "_new_one_")]
+    for name in ("clip_l", "clip_g"): assert len(whole[name]) == 4 and torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+
+
 def test_new_words_need_a_place_in_a_prompt(dream):
     with pytest.raises(CourseError, match="nothing to learn"): dream("wordless", train_text_encoder_ti=True)
 
@@ -711,7 +781,7 @@ def lasting(folder):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(optimizer="prodigy", learning_rate=1.0), dict(train_text_encoder=True, text_encoder_lr=1e-2, lora_dropout=0.2), dict(do_edm_style_training=True, prediction_type="v_prediction"),
-    dict(edm=True), dict(optimizer="prodigy", learning_rate=1.0, train_text_encoder=True, do_edm_style_training=True, snr=False, use_ema=True), dict(teacher=True, train_text_encoder=True, lora_dropout=0.2),
+    dict(edm=True), dict(edm=True, train_text_encoder=True, text_encoder_lr=1e-2), dict(optimizer="prodigy", learning_rate=1.0, train_text_encoder=True, do_edm_style_training=True, snr=False, use_ema=True), dict(teacher=True, train_text_encoder=True, lora_dropout=0.2),
     dict(optimizer="prodigy", learning_rate=1.0, edm=True, gradient_accumulation_steps=2, repeats=2, use_dora=True, random_flip=True), dict(words=True), dict(words=True, teacher=True, optimizer="prodigy", learning_rate=1.0, use_ema=True)], ids=str)
 def test_every_k_plus_the_rest_equals_n_byte_for_byte(dream, prior, home, toy, options):
     options = dict(options)

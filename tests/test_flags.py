@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sdxl_course.core import CourseError, load_tensors
 from sdxl_course.lora import read_lora
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
-from sdxl_course.trainer import CONTRADICTIONS
+from sdxl_course.trainer import CONTRADICTIONS, idle_options
 from toy import files_of, load_toy, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
@@ -488,9 +488,9 @@ STRUCK = [  # (options that cannot be together, a neighbour that can), in the or
     (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")), (dict(keep_tags=1), dict(keep_tags=1, shuffle_tags=True)),
     (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)),
     (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
-    (dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, train_text_encoder=True)), (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
+    (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
     (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),
-    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(prodigy_beta3=0.5), dict(prodigy_beta3=0.5, optimizer="prodigy")),
+    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(output_dir="d/run"), dict(output_dir="d-run")),
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
@@ -506,6 +506,17 @@ def test_every_contradiction_is_struck_once_and_its_neighbour_is_allowed():
         build(right)
         assert any(f"--{name}" in str(caught.value) for name in wrong), caught.value
     assert hit == [why for _, why in CONTRADICTIONS]
+
+
+@pytest.mark.parametrize("idle, busy", [(dict(text_encoder_lr=1e-5), dict(train_text_encoder=True)), (dict(adam_weight_decay_text_encoder=0.1), dict(train_text_encoder=True)),
+    (dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(optimizer="adamw")), (dict(prodigy_beta3=0.5), dict(optimizer="prodigy"))], ids=str)
+def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, busy):
+    build = lambda options: TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", **options)
+    (sentence,) = idle_options(build(idle))
+    assert f"--{next(iter(idle))}" in sentence and "nothing" in sentence and idle_options(build({**idle, **busy})) == []
+
+
+def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said
 
 
 def test_every_option_has_a_place_in_this_file():

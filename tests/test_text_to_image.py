@@ -342,8 +342,10 @@ def test_a_broken_number_stops_the_run_with_names_and_keeps_the_checkpoint(train
 def test_long_captions_are_reported(train, make_pictures):
     "trainers.md 2.14 number 11: captions were cut at 77 tokens without a word."
     said = []
-    train(train_data_dir=str(make_pictures(2, "long", captions=["short", "word " * 60])), max_train_steps=1, say=said.append)
+    folder = train(train_data_dir=str(make_pictures(2, "long", captions=["short", "word " * 60])), max_train_steps=1, say=said.append).output_dir
     assert any("longer than 77 tokens" in text for text in said)
+    (remark,) = [row for row in json.loads((folder / "data_report.json").read_text())["remarks"] if "tokens" in str(row)]
+    assert "over 77 tokens" in str(remark) and "not heard" in str(remark)
 
 
 # ---------------------------------------------------------------- how it refuses
