@@ -99,12 +99,12 @@ class PretrainConfig(RunConfig):
     clip_batch_size:int = 128
     clip_lr:float = 1e-3
     reframed_share:float = 0.15 # of the pictures that are really cropped or enlarged
-    unet_steps:int = 12000 # where UNet training ends
+    unet_steps:int = 16000 # where UNet training ends
     unet_schedule_steps:int = 0 # length of its learning-rate plan; 0: unet_steps
-    unet_batch_size:int = 16
-    unet_lr:float = 8e-4
+    unet_batch_size:int = 32
+    unet_lr:float = 1e-3
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
-    unet_ema:float = 0.9995 # of the weights that are kept
+    unet_ema:float = 0.999 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
     unmasked_weight:float = 0.33 # weight of the picture outside its object; 1: the same as the object's
     timestep_power:float = 0.67 # noise levels are 1000*u**power, u even; below 1: fewer nearly clean latents
