@@ -107,7 +107,7 @@ class PretrainConfig(RunConfig):
     unet_ema:float = 0.999 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
     unmasked_weight:float = 0.33 # weight of the picture outside its object; 1: the same as the object's
-    timestep_power:float = 0.67 # noise levels are 1000*u**power, u even; below 1: fewer nearly clean latents
+    timestep_power:float = 1.5 # noise levels are 1000*u**power, u even; above 1: more of the low ones, where shapes are drawn
     snr_gamma:float = 0. # cap of the min-SNR weight; 0: debiased estimation
     sample_every:int = 400 # steps between two sample grids; 0: none
 
