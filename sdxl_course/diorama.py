@@ -14,7 +14,7 @@ __all__ = ['OBJECTS', 'COLORS', 'PLACES', 'STYLES', 'HELD_OUT_STYLE', 'VIEWS', '
            'prop_sofa', 'prop_plant', 'prop_crate', 'prop_buoy', 'Place', 'Group', 'part_reach', 'make_group', 'Stage',
            'scene_random', 'main_tint', 'prop_groups', 'set_stage', 'noise2', 'mix', 'step', 'paint_ground',
            'paint_backdrop', 'paint_skyline', 'paint_fair', 'paint_wall', 'ball_span', 'march', 'surface_normal',
-           'shadow', 'Buffers', 'camera_rays', 'paint_part', 'see_solids', 'trace', 'silhouette', 'light_points',
+           'shadow', 'Buffers', 'camera_rays', 'paint_part', 'see_solids', 'trace', 'light_points', 'silhouette',
            'soften', 'halve', 'spread', 'ink_lines', 'photo', 'tone', 'watercolour', 'blueprint', 'hatch', 'pencil',
            'old_book', 'render_styles', 'render_array', 'render', 'held_out_combinations', 'is_held_out',
            'sample_scene', 'with_article', 'place_words', 'caption', 'caption_words', 'write_troublesome',
@@ -754,16 +754,6 @@ def trace(stage, size=128):
     return Buffers(color.reshape(*shape, 3), normal.T.reshape(*shape, 3), t.reshape(shape), part.reshape(shape), sun.reshape(shape),
                    occlusion.reshape(shape), glow.reshape(shape), np.where(which == 0, 1, np.where(which > 0, 2, 0)).reshape(shape))
 
-# %% ../nbs/01_diorama.ipynb #7532a421
-def silhouette(
-    scene:Scene,
-    side:int=128, # pixels of one edge
-)->np.ndarray: # bool (side, side)
-    "Where the scene's object is seen, with what it wears; the pixel's middle decides."
-    stage = set_stage(scene)
-    origin, rays, *_ = camera_rays(stage.camera, side)
-    return (see_solids(stage, origin, rays, side*side)[-1] == 0).reshape(side, side)
-
 # %% ../nbs/01_diorama.ipynb #9fb0bac8
 def light_points(stage, x, y, z, normal, solid, which):
     "Direct light and openness of every point that is not sky."
@@ -780,6 +770,16 @@ def light_points(stage, x, y, z, normal, solid, which):
     d = distance(group.parts, *group.local(*(a[ids] + step_out*normal[i, ids] for i, a in enumerate((x, y, z)))))*group.scale
     openness[ids] = np.clip(.42 + .58*d/step_out, 0, 1)
     return light, openness
+
+# %% ../nbs/01_diorama.ipynb #7532a421
+def silhouette(
+    scene:Scene,
+    side:int=128, # pixels of one edge
+)->np.ndarray: # bool (side, side)
+    "Where the scene's object is seen, with what it wears; the pixel's middle decides."
+    stage = set_stage(scene)
+    origin, rays, *_ = camera_rays(stage.camera, side)
+    return (see_solids(stage, origin, rays, side*side)[-1] == 0).reshape(side, side)
 
 # %% ../nbs/01_diorama.ipynb #c6b79268
 def soften(a, times=1):
