@@ -240,26 +240,29 @@ def make_note(
     config, # DreamBoothConfig
     precision:str, # fp32, fp16 or bf16
     weights:str="", # see `weights_name`
+    predicts:str=None, # what the scheduler that draws takes the network's answer for, where it is known
 )->dict: # plain values
     "All that a class picture depends on, besides its number."
     vae = config.pretrained_vae_model_name_or_path
-    return dict(prompt=config.class_prompt, model=model_name(config), revision=config.revision, vae=vae and Path(vae).name, weights=weights, prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr, precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
+    return dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config), revision=config.revision, vae=vae and Path(vae).name, weights=weights,
+        prediction_type=predicts or config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr, precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
 
 def refuse_note(
     folder, # of class pictures
     note:dict, # that lies there
     wanted:dict, # that this run would write; without weights where they are not known
-):
+)->bool: # whether the weights themselves were compared
     "Stop if the pictures are others than those we need."
-    asked = ("prompt", "size", "vae", "revision", "prediction_type", "rescale_betas_zero_snr")
-    differs = [(name, repr(note[name]), repr(wanted[name])) for name in asked if note.get(name, wanted[name]) != wanted[name]]
-    comparable = note.get("weights") and wanted["weights"] and note["precision"] == wanted["precision"]
+    comparable = bool(note.get("weights") and wanted["weights"] and note["precision"] == wanted["precision"])
+    asked = dict(prompt=None, size=None, max_token_length=75, rescale_betas_zero_snr=False) | ({} if comparable else dict(vae=wanted["vae"], revision=wanted["revision"]))
+    if note.get("prediction_type") and wanted["prediction_type"]: asked["prediction_type"] = None
+    differs = [(name, repr(was), repr(wanted[name])) for name, default in asked.items() if (was := note.get(name, default)) != wanted[name]]
     if note["weights"] != wanted["weights"] if comparable else note["model"] != wanted["model"]:
         differs.append(("model", repr(note["model"]), repr(wanted["model"]) + " with other weights"*(note["model"] == wanted["model"])))
     if differs:
         raise CourseError(f"{folder} holds class pictures made for another request: " + "; ".join(f"{name} {made}, now {now}" for name, made, now in differs)
             + "; give another --class_data_dir, or remove that folder")
+    return comparable
 
 # %% ../nbs/44_dreambooth.ipynb #a67f4d16
 def make_folder(
@@ -363,16 +366,16 @@ def complete_class(
     say=print, # gets sentences
 ): # SDXLComponents that may be trained afterwards, or None
     "See to it that every class picture is there, and that it is the right one."
-    group, note, lacking = processes(), read_note(folder), missing_pictures(folder, config.num_class_images)
+    group, lacking = processes(), missing_pictures(folder, config.num_class_images)
+    note = read_note(folder) if any(Path(folder).glob("class-*.png")) else {} # of pictures that are there
     precision = drawing_precision(config, note, lacking, group.device, say)
     trains_so = FORMATS[precision] == weight_dtype(machine_precision(config.mixed_precision, say=lambda text: None), group.device)
     at_hand = trains_so if components is None else components.unet.dtype == FORMATS[precision]
     base = drawing_components(config, components, precision, group.device) if lacking or at_hand else None
-    wanted = make_note(config, precision, weights_name(base) if base else "")
-    if note: refuse_note(folder, note, wanted)
+    wanted = make_note(config, precision, weights_name(base), base.scheduler.config.prediction_type) if base else make_note(config, precision)
+    if note and not refuse_note(folder, note, wanted): say(f"the class pictures in {folder} were drawn in {note['precision']} by {note['model']}: only the names of the models could be compared")
     for name in ("seed", "precision"):
         if note and note[name] != wanted[name]: say(f"the class pictures in {folder} were drawn with {name} {note[name]}, now it is {wanted[name]}: they are used all the same")
-    if note and not base: say(f"the class pictures in {folder} were drawn in {note['precision']} by {note['model']}: this training uses another number format, so only the names of the models were compared")
     group.wait_for_everyone() # all have looked before anyone writes
     if group.is_main_process and not note: write_json(Path(folder)/NOTE, wanted)
     if lacking:
@@ -580,14 +583,16 @@ class NewWords:
     def learn(self, step:int, updates:int): # before each update
         for p in self.named.values(): p.requires_grad_(step < round(self.share*updates))
 
-    def save(self, path, rows=slice(None)): save_tensors(path, {name: table.new[rows].detach().float().cpu().contiguous() for name, table in self.tables.items()}, {"format": "pt"})
+    def save(self, path, first=0, number=None): # rows from the first on
+        rows = slice(first, number and first + number)
+        save_tensors(path, {name: table.new[rows].detach().float().cpu().contiguous() for name, table in self.tables.items()}, {"format": "pt", "first": str(first)})
 
     def publish(self, folder): # all words in one file, and each placeholder's in one of its own where there are several
         stem, each = Path(folder).resolve().name, len(next(iter(self.tables.values())).new)//len(self.placeholders)
         self.save(Path(folder)/f"{stem}_emb.safetensors")
         for k, word in enumerate(self.placeholders if len(self.placeholders) > 1 else ()):
             plain = re.sub(r"[^-\w]", "_", word)
-            self.save(Path(folder)/f"{stem}_{plain}_emb.safetensors", slice(k*each, (k + 1)*each))
+            self.save(Path(folder)/f"{stem}_{k}_{plain}_emb.safetensors", k*each, each)
 
     def load(self, path):
         kept = load_tensors(path)[0]
@@ -614,11 +619,12 @@ def load_words(
     where, # the _emb.safetensors file
 ): # the same pipeline; prompts say <s0><s1>
     "Give a stock pipeline the words that a run has learnt."
-    try: kept = {name: load_tensors(Path(where).expanduser())[0][name] for name in ("clip_l", "clip_g")}
+    try: (kept, notes) = load_tensors(Path(where).expanduser()); kept = {name: kept[name] for name in ("clip_l", "clip_g")}
     except (KeyError, OSError) as error: raise CourseError(f"{where} holds no new words ({error}): wanted a file that ends in _emb.safetensors, with clip_l and clip_g") from error
+    first = int(notes.get("first", 0))
     for name, part in (("clip_l", ""), ("clip_g", "_2")):
         tokenizer, encoder = getattr(pipeline, f"tokenizer{part}"), getattr(pipeline, f"text_encoder{part}")
-        pipeline.load_textual_inversion(kept[name], token=[f"<s{i}>" for i in range(len(kept[name]))], tokenizer=tokenizer, text_encoder=encoder)
+        pipeline.load_textual_inversion(kept[name], token=[f"<s{first + i}>" for i in range(len(kept[name]))], tokenizer=tokenizer, text_encoder=encoder)
         end_at_the_end(encoder, tokenizer)
     return pipeline
 

@@ -126,6 +126,8 @@ def parse_pretrain(
     if wrong: raise CourseError(f"stage {wrong[0]!r} is unknown: wanted all, or some of {', '.join(STAGES)}")
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)) and value < 0: raise CourseError(f"{name} is {value}: wanted 0 or more")
+    if config.unmasked_weight > 1: raise CourseError(f"unmasked_weight is {config.unmasked_weight}: wanted 0 (only the object counts) to 1 (all counts the same)")
+    if not config.timestep_power: raise CourseError("timestep_power is 0, which leaves the last noise level only: wanted a number above 0; 1 visits all alike")
     return config
 
 # %% ../nbs/61_pretrain.ipynb #21ab1b7f

@@ -869,6 +869,7 @@ def set_up(
     feeder = make_feeder(config, records, components, seed, device, partners)
     pictures, texts = feeder.keeping_pictures(config.cache_latents), feeder.keeping_texts(config.train_text_encoder or bool(words), config.cache_text_embeds)
     feeder.choose_place(pictures[0], texts[0], output_dir)
+    for sentence in idle_options(config): say(sentence)
     report_data(feeder, pictures, texts, say)
     plan = Plan(len(records), config.train_batch_size, config.gradient_accumulation_steps, seed, accelerator.num_processes, tuple(feeder.targets) if feeder.buckets else ())
     updates = config.max_train_steps or config.num_train_epochs*plan.updates_per_epoch
@@ -1062,7 +1063,6 @@ def open_run(
     output_dir, stack, first = open_output(config.output_dir), ExitStack(), os.environ.get("RANK", "0") == "0"
     if not first: say = lambda text: None # one voice is enough
     try:
-        for sentence in idle_options(config): say(sentence)
         if first:
             stack.enter_context(alone_in(output_dir))
             tidy(output_dir)

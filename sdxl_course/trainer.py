@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'LIMITS', 'CONTRADICTIONS', 'IDLE', 'PATIENCE', 'SHARDED', 'REFUSED', 'option',
            'ModelOptions', 'DataOptions', 'CaptionOptions', 'ImageOptions', 'CacheOptions', 'ValidationOptions',
            'RunOptions', 'OptimizerOptions', 'LossOptions', 'LoraOptions', 'HardwareOptions', 'SharingOptions',
-           'within', 'check_limits', 'inside', 'changed', 'idle_options', 'TrainConfig', 'config_dict',
+           'within', 'check_limits', 'inside', 'among', 'changed', 'idle_options', 'TrainConfig', 'config_dict',
            'read_config_file', 'file_flags', 'parse_config', 'heard', 'run_command', 'Chance', 'seeded_world', 'Micro',
            'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema', 'TrainState', 'shown', 'set_values',
            'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'unbroken', 'fit', 'wished',
@@ -278,6 +278,15 @@ def inside(
     "Whether a folder lies in another."
     return bool(folder and other) and Path(folder).expanduser().resolve().is_relative_to(Path(other).expanduser().resolve())
 
+def among(
+    folder, # or None
+    pictures, # folder of pictures, or None
+)->bool: # hidden folders are not read
+    "Whether pictures written to a folder would be read with the others."
+    if not inside(folder, pictures): return False
+    way = Path(folder).expanduser().resolve().relative_to(Path(pictures).expanduser().resolve())
+    return not any(part.startswith(".") for part in way.parts)
+
 # %% ../nbs/41_trainer.ipynb #b6975b6b
 def changed(
     config, # a config dataclass
@@ -292,7 +301,7 @@ CONTRADICTIONS += (
         "--optimizer schedulefree replaces the schedule: wanted --lr_scheduler constant or constant_with_warmup"),
     (lambda c: c.optimizer.lower() == "schedulefree" and c.use_ema, "--optimizer schedulefree averages by itself: leave --use_ema out"),
     (lambda c: c.optimizer.lower() == "prodigy" and c.loraplus_lr_ratio is not None, "--optimizer prodigy finds one step size for all: leave --loraplus_lr_ratio out"),
-    (lambda c: any(inside(c.output_dir, getattr(c, name, None)) for name in ("train_data_dir", "dataset_name", "instance_data_dir", "validation_data_dir", "class_data_dir", "mask_data_dir")),
+    (lambda c: any(among(c.output_dir, getattr(c, name, None)) for name in ("instance_data_dir", "validation_data_dir", *(() if c.dataset_name else ("train_data_dir",)))),
         "--output_dir lies in a folder of pictures, where the next run would take the pictures of this one for its data: wanted a folder beside it"),
     (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")), "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
     (lambda c: not c.use_ema and changed(c, "ema_decay"), "--ema_decay does nothing without --use_ema: add it, or leave it out"),

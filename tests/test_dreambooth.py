@@ -405,7 +405,7 @@ def test_class_pictures_are_lossless_and_noted(five, usual):
     assert sorted(files) == [f"class-{i:05d}.png" for i in range(5)] and all(data.startswith(b"\x89PNG") for data in files.values())
     assert len({data for data in files.values()}) == 5 and all(pixels(data).shape == (64, 64, 3) for data in files.values())
     note = json.loads((five / NOTE).read_text())
-    assert note | dict(weights="") == dict(prompt=CLASS, model=Path(usual["pretrained_model_name_or_path"]).name, revision=None, vae=None, weights="", prediction_type=None, rescale_betas_zero_snr=False,
+    assert note | dict(weights="") == dict(prompt=CLASS, model=Path(usual["pretrained_model_name_or_path"]).name, revision=None, vae=None, weights="", max_token_length=75, prediction_type="epsilon", rescale_betas_zero_snr=False,
         precision="fp32", seed=0, size=64, steps=25, guidance=5.0)
     assert len(note["weights"]) == 24
 
@@ -459,10 +459,11 @@ def test_class_pictures_of_another_request_are_refused(five, usual, toy):
     with torch.no_grad(): other.unet.conv_in.bias += 1e-3
     with pytest.raises(CourseError, match="with other weights"): class_pictures(class_config(usual, five), other)
     with pytest.raises(CourseError, match="model 'model', now 'other'"): dreambooth.refuse_note(five, dreambooth.read_note(five), dreambooth.make_note(replace(class_config(usual, five), pretrained_model_name_or_path="x/other"), "fp32"))
-    for change, what in ((dict(pretrained_vae_model_name_or_path="x/other"), "vae None, now 'other'"), (dict(revision="b"), "revision"), (dict(prediction_type="v_prediction"), "prediction_type")):
+    for change, what in ((dict(pretrained_vae_model_name_or_path="x/other"), "vae None, now 'other'"), (dict(revision="b"), "revision"), (dict(prediction_type="v_prediction"), "prediction_type"), (dict(max_token_length=150), "max_token_length")):
         with pytest.raises(CourseError, match=what): dreambooth.refuse_note(five, dreambooth.read_note(five), dreambooth.make_note(replace(class_config(usual, five), **change), "bf16"))
     said = []
     assert len(class_pictures(class_config(usual, five, mixed_precision="bf16"), None, said.append)[0]) == 5 and "only the names" in said[0]  # nothing is loaded that could tell more
+    class_pictures(class_config(usual, five, revision="main", prediction_type="epsilon"), toy(), lambda text: pytest.fail(text))  # other words for the same weights
     same = class_config(usual, five, seed=3)  # another seed is no reason to draw everything again
     said = []
     assert len(class_pictures(same, toy(), said.append)[0]) == 5 and "seed 0" in said[0]
@@ -511,6 +512,10 @@ def test_missing_class_pictures_are_drawn_as_the_others_were(five, usual, toy, t
     note = json.loads((five / NOTE).read_text())
     (tmp_path / "c" / NOTE).write_text(json.dumps(note | dict(precision="fp16")))
     (tmp_path / "c" / "class-00003.png").unlink()
+    note_alone = tmp_path / "alone"
+    note_alone.mkdir()
+    (note_alone / NOTE).write_text(json.dumps(note | dict(precision="fp16", prompt="x")))  # a run that ended before its first picture binds nobody
+    assert len(class_pictures(class_config(usual, note_alone), toy(), lambda text: None)[0]) == 5 and json.loads((note_alone / NOTE).read_text())["precision"] == "fp32"
     with pytest.raises(CourseError, match="1 class pictures are missing.*drawn in fp16.*would draw in fp32"): class_pictures(class_config(usual, tmp_path / "c"), toy())
 
 
@@ -755,10 +760,15 @@ def test_the_pooled_vector_is_that_of_the_end_and_not_of_a_new_word(usual, upstr
     with torch.no_grad(): assert torch.allclose(out.text_embeds[0], live.text_encoder_2.text_projection(out.last_hidden_state[0, -1]), atol=1e-6)
 
 
-def test_several_placeholders_get_a_file_each(dream):
+def test_several_placeholders_get_a_file_each(dream, toy_model):
     folder = dream("two words", train_text_encoder_ti=True, token_abstraction="TOK, <new one>", instance_prompt="a TOK <new one> chair", max_train_steps=1).output_dir
-    whole, parts = load_file(folder / "two words_emb.safetensors"), [load_file(folder / f"two words_{name}_emb.safetensors") for name in ("TOK", "_new_one_")]
+    whole, parts = load_file(folder / "two words_emb.safetensors"), [load_file(folder / f"two words_{name}_emb.safetensors") for name in ("0_TOK", "1__new_one_")]
     for name in ("clip_l", "clip_g"): assert len(whole[name]) == 4 and torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+    pipeline = DiffusionPipeline.from_pretrained(str(toy_model))
+    for name in ("0_TOK", "1__new_one_"): dreambooth.load_words(pipeline, folder / f"two words_{name}_emb.safetensors")
+    for name, part in (("clip_l", ""), ("clip_g", "_2")):
+        ids, table = getattr(pipeline, f"tokenizer{part}").convert_tokens_to_ids([f"<s{i}>" for i in range(4)]), getattr(pipeline, f"text_encoder{part}").get_input_embeddings().weight
+        assert torch.equal(table[ids].detach(), whole[name])
 
 
 def test_new_words_need_a_place_in_a_prompt(dream):

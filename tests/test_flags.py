@@ -490,7 +490,7 @@ STRUCK = [  # (options that cannot be together, a neighbour that can), in the or
     (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
     (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
     (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),
-    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(output_dir="d/run"), dict(output_dir="d-run")),
+    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
