@@ -619,7 +619,9 @@ def load_words(
     where, # the _emb.safetensors file
 ): # the same pipeline; prompts say <s0><s1>
     "Give a stock pipeline the words that a run has learnt."
-    try: (kept, notes) = load_tensors(Path(where).expanduser()); kept = {name: kept[name] for name in ("clip_l", "clip_g")}
+    try:
+        tensors, notes = load_tensors(Path(where).expanduser())
+        kept = {name: tensors[name] for name in ("clip_l", "clip_g")}
     except (KeyError, OSError) as error: raise CourseError(f"{where} holds no new words ({error}): wanted a file that ends in _emb.safetensors, with clip_l and clip_g") from error
     first = int(notes.get("first", 0))
     for name, part in (("clip_l", ""), ("clip_g", "_2")):

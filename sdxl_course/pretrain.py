@@ -1196,10 +1196,10 @@ def make_cache(
     notes = dict(holds=" ".join(CACHED), vae=fingerprint(encoding_part(vae)), share=str(config.reframed_share))
     for path in sorted((run / "data").glob("shard-*.safetensors")):
         if stop is not None and stop.asked: return
-        target, pixels, shard = run / "cache" / path.name, load_tensors(path)[0]["pixels"], json.loads(path.with_suffix(".json").read_text())
+        target, pixels = run / "cache" / path.name, load_tensors(path)[0]["pixels"]
         wanted = dict(notes, pictures=str(len(pixels)))
         if target.exists() and load_tensors(target)[1] == wanted: continue
-        began = time.time()
+        began, shard = time.time(), json.loads(path.with_suffix(".json").read_text())
         save_tensors(target, encode_pictures(vae, pixels, shard["scenes"], shard["first"], config.reframed_share, config.seed), wanted)
         say("cache", shard=path.stem, pictures_per_second=2*len(pixels)/(time.time() - began))
 
