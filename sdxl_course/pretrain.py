@@ -15,9 +15,9 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part',
            'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair',
            'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'object_mask',
-           'encode_pictures', 'make_cache', 'read_cache', 'unet_batch', 'sample_pictures', 'load_parts', 'train_unet',
-           'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model',
-           'run_stages', 'main']
+           'encode_pictures', 'make_cache', 'read_cache', 'unet_batch', 'sample_pictures', 'load_parts', 'renew',
+           'ablation', 'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts',
+           'stage_logs', 'export_model', 'run_stages', 'main']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -103,6 +103,7 @@ class PretrainConfig(RunConfig):
     unet_schedule_steps:int = 0 # length of its learning-rate plan; 0: unet_steps
     unet_batch_size:int = 32
     unet_lr:float = 1e-3
+    unet_renewed:str = "" # parts of the UNet that begin with new random weights: beginnings of their names, commas between
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
     unet_ema:float = 0.999 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
@@ -1281,6 +1282,44 @@ def load_parts(
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
+# %% ../nbs/61_pretrain.ipynb #1cf0881a
+@torch.no_grad()
+def renew(
+    unet, # UNet2DConditionModel, changed in place
+    fresh, # the same architecture with random weights
+    beginnings:list, # of the names of parameters
+    look, # function without arguments that runs the UNet on a batch
+):
+    "Replace parts of a UNet; a new layer that no norm precedes is scaled to give numbers of size one (LSUV, Mishkin and Matas, 2016)."
+    wrong = [start for start in beginnings if not any(name.startswith(start) for name, _ in unet.named_parameters())]
+    if wrong: raise CourseError(f"unet_renewed names {wrong[0]!r}, which the UNet lacks: wanted beginnings of parameter names, such as mid_block.")
+    begins = tuple(beginnings)
+    for (name, p), new in zip(unet.named_parameters(), fresh.parameters()):
+        if name.startswith(begins): p.copy_(new)
+    def level(layer, _, out):
+        size = out.square().mean().sqrt()
+        layer.weight.div_(size)
+        layer.bias.div_(size)
+        return out/size
+    hooks = [layer.register_forward_hook(level) for name, layer in unet.named_modules() if name.startswith(begins) and name.endswith(("conv_shortcut", "samplers.0.conv"))]
+    look()
+    for hook in hooks: hook.remove()
+
+# %% ../nbs/61_pretrain.ipynb #be0a9489
+@torch.no_grad()
+def ablation(
+    unet, # UNet2DConditionModel
+    loss_of, # function without arguments: the UNet's error on some batch
+)->dict: # name of a block -> how much the error grows, as a share, when the block adds nothing
+    "Silence one residual or transformer block after the other (Meyes et al., 2019)."
+    def without(block):
+        layer, answer = (block.conv2, lambda _, __, out: torch.zeros_like(out)) if hasattr(block, "conv2") else (block, lambda _, given, __: given[0])
+        hook = layer.register_forward_hook(answer)
+        try: return float(loss_of())
+        finally: hook.remove()
+    whole = float(loss_of())
+    return {name: without(block)/whole - 1 for name, block in unet.named_modules() if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
+
 # %% ../nbs/61_pretrain.ipynb #97967d86
 def train_unet(
     config:PretrainConfig,
@@ -1298,6 +1337,7 @@ def train_unet(
     def loss_of(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power)
         return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean(), {}
+    if config.unet_renewed: renew(unet, tiny_architecture(config.seed).unet, config.unet_renewed.split(","), lambda: loss_of(0)) # a checkpoint overwrites it
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return
         with averaged(learner): image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(run / "unet" / f"sample-{step:06d}.png")

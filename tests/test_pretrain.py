@@ -199,6 +199,49 @@ def test_a_chain_that_goes_on_draws_what_is_new(straight, tmp_path, monkeypatch)
     assert outside == 0 and (times < 125).sum() == 4 and seen.mask.shape == (8, 1, 16, 16) and 0 < seen.mask.mean() < 0.7
 
 
+def test_parts_of_the_unet_can_begin_anew(straight, tmp_path):
+    run, folder = fresh_run(tmp_path, straight), "unet/diffusion_pytorch_model.safetensors"
+    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=1, unet_lr=1e-13, unet_renewed="mid_block.,up_blocks.0.resnets.1.", seed=1)
+    before, after = (load_tensors(source / folder)[0] for source in (straight / "export", run / "export"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key for key in changed if not key.startswith(("mid_block.", "up_blocks.0.resnets.1."))} == set()
+    assert {"mid_block.resnets.0.conv1.weight", "up_blocks.0.resnets.1.conv_shortcut.weight"} <= changed
+    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["history"][-1]["flags"]["unet_renewed"] == "mid_block.,up_blocks.0.resnets.1."
+    began = load_tensors(run / "unet" / "state.safetensors")[0]["average/unet.mid_block.resnets.0.conv1.weight"]
+    chain(run, "unet", unet_steps=2, unet_lr=1e-13, unet_renewed="mid_block.", seed=2) # its checkpoint is there: nothing begins anew
+    assert torch.allclose(load_tensors(run / "unet" / "state.safetensors")[0]["average/unet.mid_block.resnets.0.conv1.weight"], began, atol=1e-6)
+
+
+def test_new_layers_give_numbers_of_size_one():
+    parts = pretrain.tiny_architecture(0)
+    unet, fresh, sizes = parts.unet.requires_grad_(False), pretrain.tiny_architecture(1).unet, {}
+    for p in unet.down_blocks[0].downsamplers[0].parameters(): p.mul_(40.) # a stream that has grown
+    given = dict(sample=torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), timestep=torch.tensor([9, 900]), encoder_hidden_states=torch.zeros(2, 77, 192),
+        added_cond_kwargs=dict(text_embeds=torch.zeros(2, unet.config.projection_class_embeddings_input_dim - 6*unet.config.addition_time_embed_dim), time_ids=torch.zeros(2, 6)))
+    kept = {name: p.clone() for name, p in unet.named_parameters()}
+    pretrain.renew(unet, fresh, ["down_blocks.1.", "mid_block."], lambda: unet(**given))
+    layers = [unet.down_blocks[1].resnets[0].conv_shortcut, unet.down_blocks[1].downsamplers[0].conv]
+    for layer in layers: layer.register_forward_hook(lambda layer, _, out: sizes.__setitem__(layer, float(out.square().mean().sqrt())))
+    unet(**given)
+    assert list(sizes.values()) == pytest.approx([1., 1.], rel=1e-4)
+    for name, p in unet.named_parameters():
+        renewed, streams = name.startswith(("down_blocks.1.", "mid_block.")), name.startswith(("down_blocks.1.resnets.0.conv_shortcut", "down_blocks.1.downsamplers"))
+        assert streams or torch.equal(p, dict(fresh.named_parameters())[name] if renewed else kept[name]), name
+    with pytest.raises(pretrain.CourseError, match="'midblock'"): pretrain.renew(unet, fresh, ["midblock"], lambda: unet(**given))
+
+
+def test_ablation_finds_the_block_that_does_nothing():
+    unet, x = pretrain.tiny_architecture(0).unet.requires_grad_(False), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = dict(timestep=torch.tensor([9, 900]), encoder_hidden_states=torch.ones(2, 77, 192),
+        added_cond_kwargs=dict(text_embeds=torch.zeros(2, unet.config.projection_class_embeddings_input_dim - 6*unet.config.addition_time_embed_dim), time_ids=torch.zeros(2, 6)))
+    for p in unet.up_blocks[2].resnets[0].conv2.parameters(): p.zero_()
+    for p in (*(block := unet.up_blocks[1].attentions[1].transformer_blocks[0]).attn1.to_out[0].parameters(), *block.attn2.to_out[0].parameters(), *block.ff.net[2].parameters()): p.zero_()
+    before = unet(x, **given).sample
+    found = pretrain.ablation(unet, lambda: (unet(x, **given).sample - 1).square().mean())
+    assert {name for name, rise in found.items() if rise == 0} == {"up_blocks.2.resnets.0", "up_blocks.1.attentions.1.transformer_blocks.0"}
+    assert len(found) == 22 and torch.equal(unet(x, **given).sample, before) # and every hook is gone
+
+
 def test_new_judges_take_the_place_of_the_old(straight, tmp_path):
     run = fresh_run(tmp_path, straight)
     chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=2)
