@@ -1332,12 +1332,13 @@ def train_unet(
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
     unet, schedule = parts.unet.to(memory_format=torch.channels_last).train().requires_grad_(True), NoiseSchedule.of(parts.scheduler)
-    learner, first = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.), done.get("unet", 0) # a chain that goes on draws what is new
+    first = done.get("unet", 0) # a chain that goes on draws what is new
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
     def loss_of(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power)
         return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean(), {}
     if config.unet_renewed: renew(unet, tiny_architecture(config.seed).unet, config.unet_renewed.split(","), lambda: loss_of(0)) # a checkpoint overwrites it
+    learner = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.)
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return
         with averaged(learner): image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(run / "unet" / f"sample-{step:06d}.png")
