@@ -110,7 +110,7 @@ TINY = dict( # the sizes of sdxl-tiny: the same plan, about a hundredth of the p
     text_encoder_2=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
         projection_dim=128),
     unet=dict(sample_size=16, block_out_channels=(64, 128, 192), layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 4, 6), cross_attention_dim=64 + 128,
+        transformer_layers_per_block=(1, 3, 1), attention_head_dim=(2, 4, 6), cross_attention_dim=64 + 128,
         addition_time_embed_dim=32, projection_class_embeddings_input_dim=6*32 + 128),
     vae=dict(sample_size=128, block_out_channels=(8, 24, 48, 96), layers_per_block=1, norm_num_groups=2))
 

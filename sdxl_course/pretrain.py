@@ -641,13 +641,15 @@ def start_weights(
     run, # run folder
     part:str, # folder of the part in the model
     module, # receives the weights
+    renewed:tuple = (), # beginnings of the names of parameters that keep what they have
 )->bool: # False: the run starts from nothing
     "Weights of one part of the model that a run starts from."
     path = next((Path(run) / "start" / part).glob("*model.safetensors"), None)
     if path is None: return False
     prefix = "" if hasattr(module, "text_model") else "text_model." # the name on disk, whatever transformers calls it
     tensors = {key.removeprefix(prefix): tensor.float() for key, tensor in load_tensors(path)[0].items()}
-    lacking = [key for key, p in module.named_parameters() if key not in tensors or tensors[key].shape != p.shape]
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(renewed)}
+    lacking = [key for key, p in module.named_parameters() if not key.startswith(renewed) and (key not in tensors or tensors[key].shape != p.shape)]
     if lacking: raise CourseError(f"{path} does not fit at {lacking[0]}: it belongs to another architecture; choose another start_from")
     module.load_state_dict(tensors, strict=False) # strict would ask for position ids, which are no weights
     return True
@@ -1265,6 +1267,7 @@ def load_parts(
     run, # run folder
     seed:int, # of the run
     unet=True, # False: leave the UNet as its training begins
+    renewed:tuple = (), # see `start_weights`, of the UNet
 ): # SDXLComponents with the averaged weights that exist, steps of each stage, those of a former chain included
     "sdxl-tiny as far as a run has come."
     run, parts, before = Path(run), tiny_architecture(seed), former(run)["steps"]
@@ -1278,7 +1281,7 @@ def load_parts(
     for name in ("vae", "decoder"):
         if (run / name / "measured.json").exists(): steps[name] = total(name, json.loads((run / name / "measured.json").read_text())["step"])
     if unet and (run / "unet" / "state.safetensors").exists(): steps["unet"] = total("unet", load_average(run / "unet" / "state.safetensors", "unet", parts.unet))
-    else: start_weights(run, "unet", parts.unet)
+    else: start_weights(run, "unet", parts.unet, renewed)
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
@@ -1286,22 +1289,23 @@ def load_parts(
 @torch.no_grad()
 def renew(
     unet, # UNet2DConditionModel, changed in place
-    fresh, # the same architecture with random weights
-    beginnings:list, # of the names of parameters
+    beginnings:tuple, # of the names of parameters that are fresh random numbers
     look, # function without arguments that runs the UNet on a batch
 ):
-    "Replace parts of a UNet; a new layer that no norm precedes is scaled to give numbers of size one (LSUV, Mishkin and Matas, 2016)."
+    "Make fresh parts a good start: blocks that add nothing yet, and streams of size one where no norm looks after them (LSUV, Mishkin and Matas, 2016)."
     wrong = [start for start in beginnings if not any(name.startswith(start) for name, _ in unet.named_parameters())]
     if wrong: raise CourseError(f"unet_renewed names {wrong[0]!r}, which the UNet lacks: wanted beginnings of parameter names, such as mid_block.")
-    begins = tuple(beginnings)
-    for (name, p), new in zip(unet.named_parameters(), fresh.parameters()):
-        if name.startswith(begins): p.copy_(new)
+    fresh = {name: module for name, module in unet.named_modules() if f"{name}.".startswith(beginnings)}
+    for module in fresh.values():
+        kind = type(module).__name__
+        last = [module.conv2] if kind == "ResnetBlock2D" else [module.attn1.to_out[0], module.attn2.to_out[0], module.ff.net[-1]] if kind == "BasicTransformerBlock" else []
+        for p in (p for layer in last for p in layer.parameters()): p.zero_()
     def level(layer, _, out):
         size = out.square().mean().sqrt()
         layer.weight.div_(size)
         layer.bias.div_(size)
         return out/size
-    hooks = [layer.register_forward_hook(level) for name, layer in unet.named_modules() if name.startswith(begins) and name.endswith(("conv_shortcut", "samplers.0.conv"))]
+    hooks = [layer.register_forward_hook(level) for name, layer in fresh.items() if name.endswith(("conv_shortcut", "samplers.0.conv"))]
     look()
     for hook in hooks: hook.remove()
 
@@ -1327,7 +1331,8 @@ def train_unet(
 ):
     "Train the UNet on cached latents and frozen text encoders; draw a grid now and then."
     run, plan = Path(config.output_dir), config.unet_schedule_steps or config.unet_steps
-    scenes, (parts, done) = read_scenes(run), load_parts(run, config.seed, unet=False)
+    renewed = tuple(config.unet_renewed.split(",")) if config.unet_renewed else ()
+    scenes, (parts, done) = read_scenes(run), load_parts(run, config.seed, unet=False, renewed=renewed)
     for needed in ("clip_1", "clip_2", "vae"):
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
@@ -1337,7 +1342,7 @@ def train_unet(
     def loss_of(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power)
         return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean(), {}
-    if config.unet_renewed: renew(unet, tiny_architecture(config.seed).unet, config.unet_renewed.split(","), lambda: loss_of(0)) # a checkpoint overwrites it
+    if renewed: renew(unet, renewed, lambda: loss_of(0)) # a checkpoint overwrites it
     learner = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.)
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return

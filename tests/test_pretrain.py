@@ -212,34 +212,53 @@ def test_parts_of_the_unet_can_begin_anew(straight, tmp_path):
     assert torch.allclose(load_tensors(run / "unet" / "state.safetensors")[0]["average/unet.mid_block.resnets.0.conv1.weight"], began, atol=1e-6)
 
 
-def test_new_layers_give_numbers_of_size_one():
-    parts = pretrain.tiny_architecture(0)
-    unet, fresh, sizes = parts.unet.requires_grad_(False), pretrain.tiny_architecture(1).unet, {}
+@pytest.fixture
+def unet(): return pretrain.tiny_architecture(0).unet.requires_grad_(False)
+
+
+def ask(unet, x):
+    "One answer of a UNet of sdxl-tiny's sizes."
+    pooled = unet.config.projection_class_embeddings_input_dim - 6*unet.config.addition_time_embed_dim
+    return unet(x, torch.tensor([9, 900]), torch.ones(2, 77, unet.config.cross_attention_dim), added_cond_kwargs=dict(text_embeds=torch.zeros(2, pooled), time_ids=torch.zeros(2, 6))).sample
+
+
+X = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_new_parts_add_nothing_and_keep_streams_at_size_one(unet):
     for p in unet.down_blocks[0].downsamplers[0].parameters(): p.mul_(40.) # a stream that has grown
-    given = dict(sample=torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), timestep=torch.tensor([9, 900]), encoder_hidden_states=torch.zeros(2, 77, 192),
-        added_cond_kwargs=dict(text_embeds=torch.zeros(2, unet.config.projection_class_embeddings_input_dim - 6*unet.config.addition_time_embed_dim), time_ids=torch.zeros(2, 6)))
-    kept = {name: p.clone() for name, p in unet.named_parameters()}
-    pretrain.renew(unet, fresh, ["down_blocks.1.", "mid_block."], lambda: unet(**given))
-    layers = [unet.down_blocks[1].resnets[0].conv_shortcut, unet.down_blocks[1].downsamplers[0].conv]
-    for layer in layers: layer.register_forward_hook(lambda layer, _, out: sizes.__setitem__(layer, float(out.square().mean().sqrt())))
-    unet(**given)
-    assert list(sizes.values()) == pytest.approx([1., 1.], rel=1e-4)
-    for name, p in unet.named_parameters():
-        renewed, streams = name.startswith(("down_blocks.1.", "mid_block.")), name.startswith(("down_blocks.1.resnets.0.conv_shortcut", "down_blocks.1.downsamplers"))
-        assert streams or torch.equal(p, dict(fresh.named_parameters())[name] if renewed else kept[name]), name
-    with pytest.raises(pretrain.CourseError, match="'midblock'"): pretrain.renew(unet, fresh, ["midblock"], lambda: unet(**given))
+    kept, anew, sizes = {name: p.clone() for name, p in unet.named_parameters()}, ("down_blocks.1.", "mid_block."), []
+    pretrain.renew(unet, anew, lambda: ask(unet, X))
+    for layer in (unet.down_blocks[1].resnets[0].conv_shortcut, unet.down_blocks[1].downsamplers[0].conv):
+        layer.register_forward_hook(lambda _, __, out: sizes.append(float(out.square().mean().sqrt())))
+    ask(unet, X)
+    assert sizes == pytest.approx([1., 1.], rel=1e-4)
+    assert {name for name, p in unet.named_parameters() if not torch.equal(p, kept[name])} <= {name for name in kept if name.startswith(anew)}
+    silent = {name for name, rise in pretrain.ablation(unet, lambda: ask(unet, X).square().mean()).items() if rise == 0}
+    assert silent == {name for name, block in unet.named_modules() if name.startswith(anew) and type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
+    with pytest.raises(pretrain.CourseError, match="'midblock'"): pretrain.renew(unet, ("midblock",), lambda: ask(unet, X))
 
 
-def test_ablation_finds_the_block_that_does_nothing():
-    unet, x = pretrain.tiny_architecture(0).unet.requires_grad_(False), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    given = dict(timestep=torch.tensor([9, 900]), encoder_hidden_states=torch.ones(2, 77, 192),
-        added_cond_kwargs=dict(text_embeds=torch.zeros(2, unet.config.projection_class_embeddings_input_dim - 6*unet.config.addition_time_embed_dim), time_ids=torch.zeros(2, 6)))
+def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
+    from sdxl_course.core import save_tensors
+    save_tensors(tmp_path / "start" / "unet" / "diffusion_pytorch_model.safetensors", unet.state_dict())
+    depth = [1, unet.config.transformer_layers_per_block[1] + 1, 1]
+    deeper, before = type(unet).from_config(dict(unet.config, transformer_layers_per_block=depth)).requires_grad_(False), ask(unet, X)
+    added = tuple(f"{place}.transformer_blocks.{depth[1] - 1}." for place in ("down_blocks.1.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"))
+    with pytest.raises(pretrain.CourseError, match="another architecture"): pretrain.start_weights(tmp_path, "unet", deeper)
+    assert pretrain.start_weights(tmp_path, "unet", deeper, added)
+    assert not torch.allclose(ask(deeper, X), before, atol=1e-4)
+    pretrain.renew(deeper, added, lambda: None)
+    assert torch.allclose(ask(deeper, X), before, atol=1e-6)
+
+
+def test_ablation_finds_the_block_that_does_nothing(unet):
     for p in unet.up_blocks[2].resnets[0].conv2.parameters(): p.zero_()
     for p in (*(block := unet.up_blocks[1].attentions[1].transformer_blocks[0]).attn1.to_out[0].parameters(), *block.attn2.to_out[0].parameters(), *block.ff.net[2].parameters()): p.zero_()
-    before = unet(x, **given).sample
-    found = pretrain.ablation(unet, lambda: (unet(x, **given).sample - 1).square().mean())
+    before = ask(unet, X)
+    found = pretrain.ablation(unet, lambda: (ask(unet, X) - 1).square().mean())
     assert {name for name, rise in found.items() if rise == 0} == {"up_blocks.2.resnets.0", "up_blocks.1.attentions.1.transformer_blocks.0"}
-    assert len(found) == 22 and torch.equal(unet(x, **given).sample, before) # and every hook is gone
+    assert len(found) == 11 + 13 and torch.equal(ask(unet, X), before) # and every hook is gone
 
 
 def test_new_judges_take_the_place_of_the_old(straight, tmp_path):
