@@ -15,9 +15,10 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part',
            'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair',
            'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'object_mask',
-           'encode_pictures', 'make_cache', 'read_cache', 'unet_batch', 'sample_pictures', 'load_parts', 'renew',
-           'ablation', 'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts',
-           'stage_logs', 'export_model', 'run_stages', 'main']
+           'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures',
+           'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'ablation', 'train_unet', 'save_towers',
+           'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages',
+           'main']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -47,7 +48,7 @@ from .conditioning import encode_prompts, make_time_ids
 from .core import CourseError, guarded, image_grid, load_tensors, nearest, provenance, save_tensors, seeded, write_atomic, write_json
 from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, SEEN, STYLES, VIEWS, WHERE, Scene, caption, caption_words,
     is_held_out, render_array, render_styles, sample_scene, silhouette)
-from .evaluate import ATTRIBUTES, COLORED, AttributeJudge, InstanceJudge, name_attributes, right_answers, save_judge, to_pixels
+from .evaluate import ATTRIBUTES, COLORED, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, to_pixels
 from .noise import NoiseSchedule
 from .objective import denoising_loss
 
@@ -108,6 +109,7 @@ class PretrainConfig(RunConfig):
     unet_ema:float = 0.999 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
     unmasked_weight:float = 0.33 # weight of the picture outside its object; 1: the same as the object's
+    alignment_weight:float = 0. # of REPA's loss: the UNet's hidden states should tell what the judge sees in the clean picture
     timestep_power:float = 1.5 # noise levels are 1000*u**power, u even; above 1: more of the low ones, where shapes are drawn
     snr_gamma:float = 0. # cap of the min-SNR weight; 0: debiased estimation
     sample_every:int = 400 # steps between two sample grids; 0: none
@@ -1219,6 +1221,16 @@ def read_cache(
     return {key: torch.cat([tensors[key] for tensors, _ in loaded]) for key in CACHED}
 
 # %% ../nbs/61_pretrain.ipynb #47a6705a
+def drawn_pictures(
+    number:int, # of pictures
+    step:int, # from 0
+    seed:int, # of the run
+    batch_size:int, # how many
+)->tuple: # generator for what else is drawn, rows (b,), mirror (b,)
+    "Which pictures one step sees."
+    g = seeded(seed, "unet", step)
+    return g, torch.randint(number, (batch_size,), generator=g), torch.randint(2, (batch_size,), generator=g)
+
 @torch.no_grad()
 def unet_batch(
     words, # has the tokenizers and text encoders
@@ -1231,9 +1243,8 @@ def unet_batch(
     power:float=1., # of the evenly spread numbers that become noise levels
 )->tuple: # (Batch, noise (b, 4, 16, 16), timesteps (b,))
     "Everything one step of UNet training sees."
-    g = seeded(seed, "unet", step)
-    rows = torch.randint(len(scenes), (batch_size,), generator=g)
-    mirror, variant = torch.randint(2, (batch_size,), generator=g), torch.randint(len(scenes[0]["captions"]), (batch_size,), generator=g)
+    g, rows, mirror = drawn_pictures(len(scenes), step, seed, batch_size)
+    variant = torch.randint(len(scenes[0]["captions"]), (batch_size,), generator=g)
     wordless = torch.rand(batch_size, generator=g) < dropout
     draw, noise = torch.randn(2, batch_size, *cache["mean"].shape[2:], generator=g)
     even = (torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g))/batch_size
@@ -1309,6 +1320,54 @@ def renew(
     look()
     for hook in hooks: hook.remove()
 
+# %% ../nbs/61_pretrain.ipynb #5c09c869
+@torch.no_grad()
+def clean_features(
+    judge, # AttributeJudge
+    pictures, # (n, 128, 128, 3) uint8
+    share:float, # of the pictures that are reframed
+    seed:int, # of the run
+)->torch.Tensor: # (n, 2, 128, 8, 8) float16, every channel with mean 0 and spread 1
+    "What the judge's third stage makes of clean pictures and their mirror images."
+    frames, parts = torch.stack([framed(picture, k, share, seed)[0] for k, picture in enumerate(pictures)]), []
+    for part in frames.split(32):
+        pixels = to_pixels(part)
+        seen = judge.body(torch.cat([pixels, pixels.flip(-1)]), output_hidden_states=True).hidden_states[3]
+        parts.append(torch.stack(seen.chunk(2), 1).half())
+    features = torch.cat(parts)
+    few = features[:2000].float()
+    mean, spread = few.mean((0, 1, 3, 4)), few.std((0, 1, 3, 4)).clamp(min=1e-3)
+    for part in features.split(500): part.sub_(mean.half().view(-1, 1, 1)).div_(spread.half().view(-1, 1, 1))
+    return features
+
+class Aligner(torch.nn.Module):
+    "A head that reads the clean picture's features out of hidden states at 8 by 8 positions (REPA, Yu et al., 2024)."
+    def __init__(self, unet, width:int = 128): # UNet2DConditionModel to listen to, channels of the features
+        super().__init__()
+        inner = unet.config.block_out_channels[1]
+        self.head = torch.nn.Sequential(torch.nn.Conv2d(inner, 2*inner, 1), torch.nn.SiLU(), torch.nn.Conv2d(2*inner, width, 1))
+        unet.up_blocks[1].attentions[0].register_forward_hook(self.listen)
+
+    def listen(self, _, __, out): self.hidden = out[0]
+
+    def forward(self, wanted, mask, outside): # (b, 128, 8, 8), (b, 1, 16, 16), weight where the mask is 0 -> scalar
+        weight = outside + (1 - outside)*F.avg_pool2d(mask, 2)[:, 0]
+        return ((1 - F.cosine_similarity(self.head(self.hidden), wanted, dim=1))*weight).sum()/weight.sum()
+
+# %% ../nbs/61_pretrain.ipynb #6ad0fa19
+def make_aligner(
+    config:PretrainConfig,
+    unet, # UNet2DConditionModel to listen to
+)->tuple: # Aligner with new weights, (n, 2, 128, 8, 8) float16
+    "The head, and what it should find."
+    run = Path(config.output_dir)
+    folder = next((one / "judges" / "attributes" for one in (run, run / "start") if (one / "judges" / "attributes").is_dir()), None)
+    if folder is None: raise CourseError(f"{run} has no judge to align with: run the stage `judges` first, or set alignment_weight to 0")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded("aligner", config.seed).initial_seed())
+        aligner = Aligner(unet)
+    return aligner, clean_features(load_judge(folder), read_pictures(run).pixels, config.reframed_share, config.seed)
+
 # %% ../nbs/61_pretrain.ipynb #be0a9489
 @torch.no_grad()
 def ablation(
@@ -1339,11 +1398,17 @@ def train_unet(
     unet, schedule = parts.unet.to(memory_format=torch.channels_last).train().requires_grad_(True), NoiseSchedule.of(parts.scheduler)
     first = done.get("unet", 0) # a chain that goes on draws what is new
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
+    extra = {}
+    if config.alignment_weight: extra["aligner"], features = make_aligner(config, unet)
     def loss_of(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power)
-        return denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean(), {}
+        loss = denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean()
+        if not config.alignment_weight: return loss, {}
+        _, rows, mirror = drawn_pictures(len(scenes), first + step, config.seed, config.unet_batch_size)
+        apart = extra["aligner"](features[rows, mirror].float(), batch.mask, config.unmasked_weight)
+        return loss + config.alignment_weight*apart, dict(apart=float(apart.detach()))
     if renewed: renew(unet, renewed, lambda: loss_of(0)) # a checkpoint overwrites it
-    learner = Learner(dict(unet=unet), config.unet_ema, matrix_rate=0.)
+    learner = Learner(dict(unet=unet, **extra), config.unet_ema, matrix_rate=0.)
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return
         with averaged(learner): image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(run / "unet" / f"sample-{step:06d}.png")
