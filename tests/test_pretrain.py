@@ -252,6 +252,44 @@ def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
     assert torch.allclose(ask(deeper, X), before, atol=1e-6)
 
 
+def test_hidden_states_learn_what_the_judge_sees(straight, tmp_path, capsys):
+    run = fresh_run(tmp_path, straight)
+    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=3, alignment_weight=0.5)
+    rows = [json.loads(line) for line in (run / "unet" / "training_log.jsonl").read_text().splitlines()]
+    assert all(0 < row["apart"] < 2 and row["loss"] > 0.5*row["apart"] for row in rows)
+    state = load_tensors(run / "unet" / "state.safetensors")[0]
+    assert {key.split(".")[0] for key in state if key.startswith("weight/")} == {"weight/unet", "weight/aligner"}
+    assert differing(straight / "export", run / "export") == {"unet/diffusion_pytorch_model.safetensors"} # the head is thrown away
+    whole = (run / "unet" / "state.safetensors").read_bytes()
+    shutil.rmtree(run / "unet")
+    for steps in (2, 3): chain(run, "unet", unet_steps=steps, alignment_weight=0.5)
+    assert (run / "unet" / "state.safetensors").read_bytes() == whole
+    shutil.rmtree(run / "start" / "judges")
+    assert pretrain.main(["--output_dir", str(run), "--stage", "unet", "--alignment_weight", "0.5", *SMALL]) == 2
+    assert "no judge to align with" in capsys.readouterr().err
+
+
+def test_features_of_a_mirror_image_are_those_of_the_mirrored_picture(straight):
+    from sdxl_course.evaluate import load_judge
+    pictures, judge = pretrain.read_pictures(straight).pixels, load_judge("attributes")
+    plain, flipped = pretrain.clean_features(judge, pictures, 0., 0).float(), pretrain.clean_features(judge, pictures.flip(2), 0., 0).float()
+    assert plain.shape == (len(pictures), 2, 128, 8, 8) and torch.allclose(plain[:, 0], flipped[:, 1], atol=0.05)
+    alive = plain.std((0, 1, 3, 4)) > 0.5
+    assert alive.float().mean() > 0.8 and torch.allclose(plain.mean((0, 1, 3, 4)), torch.zeros(128), atol=0.01)
+    assert torch.allclose(plain.std((0, 1, 3, 4))[alive], torch.ones(int(alive.sum())), atol=0.01)
+
+
+def test_alignment_is_a_cosine_where_the_object_is(unet):
+    aligner = pretrain.Aligner(unet)
+    ask(unet, X)
+    assert aligner.hidden.shape == (2, 128, 8, 8)
+    said, mask = aligner.head(aligner.hidden).detach(), torch.zeros(2, 1, 16, 16)
+    mask[:, :, :8] = 1.
+    half = torch.cat([said[:, :, :4], -said[:, :, 4:]], 2) # right in the object, opposite elsewhere
+    for wanted, outside, loss in ((said, 1., 0.), (3*said, 0.2, 0.), (-said, 1., 2.), (half, 0., 0.), (half, 1., 1.), (half, 0.25, 2*0.25/1.25)):
+        assert float(aligner(wanted, mask, outside)) == pytest.approx(loss, abs=1e-5)
+
+
 def test_ablation_finds_the_block_that_does_nothing(unet):
     for p in unet.up_blocks[2].resnets[0].conv2.parameters(): p.zero_()
     for p in (*(block := unet.up_blocks[1].attentions[1].transformer_blocks[0]).attn1.to_out[0].parameters(), *block.attn2.to_out[0].parameters(), *block.ff.net[2].parameters()): p.zero_()
