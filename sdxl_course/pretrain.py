@@ -14,11 +14,11 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'judge_card', 'instance_batch', 'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error',
            'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part',
            'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair',
-           'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'object_mask',
+           'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline', 'object_mask',
            'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures',
-           'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'ablation', 'train_unet', 'save_towers',
+           'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet', 'save_towers',
            'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages',
-           'main']
+           'main', 'ablation']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -1154,6 +1154,13 @@ def framed(
     return reframe(picture, g)
 
 # %% ../nbs/61_pretrain.ipynb #f4e3aa2b
+def outline(
+    scene:dict, # of `Pictures`
+    side:int, # positions in a row
+)->torch.Tensor: # (side, side) bool
+    "Where a picture's object lies."
+    return torch.from_numpy(silhouette(Scene(**{field.name: scene[field.name] for field in fields(Scene)}), side))
+
 def object_mask(
     scene:dict, # of `Pictures`
     index:int, # its number
@@ -1161,8 +1168,7 @@ def object_mask(
     seed:int, # of the run
 )->torch.Tensor: # (1, 16, 16), share of each latent
     "Where the object of a framed picture lies, with a border of one thirty-second of the picture."
-    seen = torch.from_numpy(silhouette(Scene(**{field.name: scene[field.name] for field in fields(Scene)}), SIDE//4)).float()
-    wide = F.max_pool2d(seen[None], 3, 1, 1).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    wide = F.max_pool2d(outline(scene, SIDE//4).float()[None], 3, 1, 1).repeat_interleave(4, 1).repeat_interleave(4, 2)
     picture = (wide[0, ..., None]*255).byte().expand(-1, -1, 3)
     return F.avg_pool2d(framed(picture, index, share, seed)[0][None, ..., 0].float()/255, 8)
 
@@ -1367,21 +1373,6 @@ def make_aligner(
         torch.manual_seed(seeded("aligner", config.seed).initial_seed())
         aligner = Aligner(unet)
     return aligner, clean_features(load_judge(folder), read_pictures(run).pixels, config.reframed_share, config.seed)
-
-# %% ../nbs/61_pretrain.ipynb #be0a9489
-@torch.no_grad()
-def ablation(
-    unet, # UNet2DConditionModel
-    loss_of, # function without arguments: the UNet's error on some batch
-)->dict: # name of a block -> how much the error grows, as a share, when the block adds nothing
-    "Silence one residual or transformer block after the other (Meyes et al., 2019)."
-    def without(block):
-        layer, answer = (block.conv2, lambda _, __, out: torch.zeros_like(out)) if hasattr(block, "conv2") else (block, lambda _, given, __: given[0])
-        hook = layer.register_forward_hook(answer)
-        try: return float(loss_of())
-        finally: hook.remove()
-    whole = float(loss_of())
-    return {name: without(block)/whole - 1 for name, block in unet.named_modules() if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
 
 # %% ../nbs/61_pretrain.ipynb #97967d86
 def train_unet(
@@ -1588,3 +1579,18 @@ def main(
 # %% ../nbs/61_pretrain.ipynb #ee7cdaf9
 #| eval: false
 if __name__ == "__main__": sys.exit(main())
+
+# %% ../nbs/61_pretrain.ipynb #be0a9489
+@torch.no_grad()
+def ablation(
+    unet, # UNet2DConditionModel
+    loss_of, # function without arguments: the UNet's error on some batch
+)->dict: # name of a block -> how much the error grows, as a share, when the block adds nothing
+    "Silence one residual or transformer block after the other (Meyes et al., 2019)."
+    def without(block):
+        layer, answer = (block.conv2, lambda _, __, out: torch.zeros_like(out)) if hasattr(block, "conv2") else (block, lambda _, given, __: given[0])
+        hook = layer.register_forward_hook(answer)
+        try: return float(loss_of())
+        finally: hook.remove()
+    whole = float(loss_of())
+    return {name: without(block)/whole - 1 for name, block in unet.named_modules() if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}

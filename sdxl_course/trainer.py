@@ -6,11 +6,11 @@
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'LIMITS', 'CONTRADICTIONS', 'IDLE', 'PATIENCE', 'SHARDED', 'REFUSED', 'option',
            'ModelOptions', 'DataOptions', 'CaptionOptions', 'ImageOptions', 'CacheOptions', 'ValidationOptions',
            'RunOptions', 'OptimizerOptions', 'LossOptions', 'LoraOptions', 'HardwareOptions', 'SharingOptions',
-           'within', 'check_limits', 'inside', 'among', 'changed', 'idle_options', 'TrainConfig', 'config_dict',
-           'read_config_file', 'file_flags', 'parse_config', 'heard', 'run_command', 'Chance', 'seeded_world', 'Micro',
-           'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema', 'TrainState', 'shown', 'set_values',
-           'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'unbroken', 'fit', 'wished',
-           'machine_precision', 'usable_tracker', 'data_parallel', 'accelerating', 'prefetch']
+           'within', 'check_limits', 'inside', 'among', 'changed', 'learns_words', 'idle_options', 'TrainConfig',
+           'config_dict', 'read_config_file', 'file_flags', 'parse_config', 'heard', 'run_command', 'Chance',
+           'seeded_world', 'Micro', 'epoch_order', 'Plan', 'make_optimizer', 'make_schedule', 'Ema', 'TrainState',
+           'shown', 'set_values', 'forward_backward', 'mean_loss', 'ensure_finite', 'finish_update', 'unbroken', 'fit',
+           'wished', 'machine_precision', 'usable_tracker', 'data_parallel', 'accelerating', 'prefetch']
 
 # %% ../nbs/41_trainer.ipynb #cc5bed63
 import json
@@ -312,10 +312,16 @@ CONTRADICTIONS += (
 )
 
 # %% ../nbs/41_trainer.ipynb #ef206d08
+def learns_words(
+    config, # TrainConfig
+)->bool:
+    "Do the text encoders learn, or new words for them?"
+    return config.train_text_encoder or getattr(config, "train_text_encoder_ti", False)
+
 IDLE = ( # (function of a config, sentence): options of the reference scripts that wait for another one, and harm nothing
-    (lambda c: not (c.train_text_encoder or getattr(c, "train_text_encoder_ti", False)) and changed(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
+    (lambda c: not learns_words(c) and changed(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
         "--text_encoder_lr and --adam_weight_decay_text_encoder do nothing without --train_text_encoder"),
-    (lambda c: c.optimizer.lower() == "prodigy" and (c.train_text_encoder or getattr(c, "train_text_encoder_ti", False)) and changed(c, "text_encoder_lr") and c.text_encoder_lr != c.learning_rate,
+    (lambda c: c.optimizer.lower() == "prodigy" and learns_words(c) and changed(c, "text_encoder_lr") and c.text_encoder_lr != c.learning_rate,
         "--optimizer prodigy finds one step size for all: --text_encoder_lr does nothing"),
     (lambda c: c.prodigy_beta3 is not None and c.optimizer.lower() != "prodigy", "--prodigy_beta3 does nothing without --optimizer prodigy"),
 )
