@@ -287,7 +287,7 @@ def test_alignment_is_a_cosine_where_the_object_is(unet):
     mask[:, :, :8] = 1.
     half = torch.cat([said[:, :, :4], -said[:, :, 4:]], 2) # right in the object, opposite elsewhere
     for wanted, outside, loss in ((said, 1., 0.), (3*said, 0.2, 0.), (-said, 1., 2.), (half, 0., 0.), (half, 1., 1.), (half, 0.25, 2*0.25/1.25)):
-        assert float(aligner(wanted, mask, outside)) == pytest.approx(loss, abs=1e-5)
+        assert aligner(wanted, mask, outside).item() == pytest.approx(loss, abs=1e-5)
 
 
 def test_ablation_finds_the_block_that_does_nothing(unet):
