@@ -16,9 +16,9 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair',
            'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline', 'object_mask',
            'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures',
-           'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet', 'save_towers',
-           'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages',
-           'main', 'ablation']
+           'load_parts', 'named_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet',
+           'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model',
+           'run_stages', 'main', 'ablation']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -104,7 +104,7 @@ class PretrainConfig(RunConfig):
     unet_schedule_steps:int = 0 # length of its learning-rate plan; 0: unet_steps
     unet_batch_size:int = 32
     unet_lr:float = 1e-3
-    unet_renewed:str = "" # parts of the UNet that begin with new random weights: beginnings of their names, commas between
+    unet_renewed:str = "" # modules of the UNet that begin with new random weights, commas between, such as mid_block,up_blocks.0
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
     unet_ema:float = 0.999 # of the weights that are kept
     caption_dropout:float = 0.1 # pictures trained with zeros for words
@@ -481,7 +481,7 @@ def load(self:Learner,
     "Go back to where a file left off."
     tensors, notes = load_tensors(path)
     lacking = [key for key in self.parameters if f"weight/{key}" not in tensors]
-    if lacking: raise CourseError(f"{path} lacks {lacking[0]}: it belongs to another architecture; choose another output_dir")
+    if lacking: raise CourseError(f"{path} lacks {lacking[0]}: it belongs to another architecture, or to a run with other flags; choose another output_dir")
     self.step = int(notes["step"])
     with torch.no_grad():
         for key, p in self.parameters.items():
@@ -512,6 +512,8 @@ def load_average(
 )->int: # step
     "Averaged weights of one module out of a checkpoint."
     with safe_open(str(path), "pt") as file, torch.no_grad():
+        lacking = {f"average/{name}.{key}" for key, _ in module.named_parameters()} - set(file.keys())
+        if lacking: raise CourseError(f"{path} lacks {min(lacking)}: it belongs to another architecture; choose another output_dir")
         for key, p in module.named_parameters(): p.copy_(file.get_tensor(f"average/{name}.{key}"))
         return int(file.metadata()["step"])
 
@@ -643,7 +645,7 @@ def start_weights(
     run, # run folder
     part:str, # folder of the part in the model
     module, # receives the weights
-    renewed:tuple = (), # beginnings of the names of parameters that keep what they have
+    renewed:tuple = (), # beginnings of the names of parameters that stay as they are
 )->bool: # False: the run starts from nothing
     "Weights of one part of the model that a run starts from."
     path = next((Path(run) / "start" / part).glob("*model.safetensors"), None)
@@ -651,8 +653,9 @@ def start_weights(
     prefix = "" if hasattr(module, "text_model") else "text_model." # the name on disk, whatever transformers calls it
     tensors = {key.removeprefix(prefix): tensor.float() for key, tensor in load_tensors(path)[0].items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(renewed)}
-    lacking = [key for key, p in module.named_parameters() if not key.startswith(renewed) and (key not in tensors or tensors[key].shape != p.shape)]
-    if lacking: raise CourseError(f"{path} does not fit at {lacking[0]}: it belongs to another architecture; choose another start_from")
+    known = {key: p for key, p in module.state_dict().items() if not key.startswith(renewed)}
+    odd = [key for key, p in known.items() if not key.endswith("position_ids") and (key not in tensors or tensors[key].shape != p.shape)] + [key for key in tensors if key not in known]
+    if odd: raise CourseError(f"{path} does not fit at {odd[0]}: it belongs to another architecture; choose another start_from, or let that part begin anew (--unet_renewed)")
     module.load_state_dict(tensors, strict=False) # strict would ask for position ids, which are no weights
     return True
 
@@ -1204,7 +1207,7 @@ def make_cache(
     "Encode every shard that this VAE has not encoded yet."
     run = Path(config.output_dir)
     vae = load_vae(run, tiny_architecture(config.seed).vae)
-    notes = dict(holds=" ".join(CACHED), vae=fingerprint(encoding_part(vae)), share=str(config.reframed_share))
+    notes = dict(holds=" ".join(CACHED), vae=fingerprint(encoding_part(vae)), share=str(config.reframed_share), seed=str(config.seed))
     for path in sorted((run / "data").glob("shard-*.safetensors")):
         if stop is not None and stop.asked: return
         target, pixels = run / "cache" / path.name, load_tensors(path)[0]["pixels"]
@@ -1284,7 +1287,7 @@ def load_parts(
     run, # run folder
     seed:int, # of the run
     unet=True, # False: leave the UNet as its training begins
-    renewed:tuple = (), # see `start_weights`, of the UNet
+    renewed:str = "", # modules of the UNet that do not come from the model that the run starts from
 ): # SDXLComponents with the averaged weights that exist, steps of each stage, those of a former chain included
     "sdxl-tiny as far as a run has come."
     run, parts, before = Path(run), tiny_architecture(seed), former(run)["steps"]
@@ -1297,34 +1300,43 @@ def load_parts(
     if (run / "vae" / "measured.json").exists() or "vae" in before: load_vae(run, parts.vae)
     for name in ("vae", "decoder"):
         if (run / name / "measured.json").exists(): steps[name] = total(name, json.loads((run / name / "measured.json").read_text())["step"])
-    if unet and (run / "unet" / "state.safetensors").exists(): steps["unet"] = total("unet", load_average(run / "unet" / "state.safetensors", "unet", parts.unet))
-    else: start_weights(run, "unet", parts.unet, renewed)
+    state, renewed = run / "unet" / "state.safetensors", named_parts(parts.unet, renewed)
+    if not state.exists(): start_weights(run, "unet", parts.unet, renewed)
+    elif unet: steps["unet"] = total("unet", load_average(state, "unet", parts.unet))
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
 # %% ../nbs/61_pretrain.ipynb #1cf0881a
+def named_parts(
+    unet, # UNet2DConditionModel
+    names:str, # of modules, commas between
+)->tuple: # beginnings of the names of their parameters
+    "Which parts are meant."
+    found, known = [name.strip().rstrip(".") for name in names.split(",")] if names else [], dict(unet.named_modules())
+    wrong = [name for name in found if not name or name not in known]
+    if wrong: raise CourseError(f"unet_renewed names {wrong[0]!r}, which the UNet lacks: wanted modules, such as mid_block,up_blocks.0")
+    return tuple(f"{name}." for name in found)
+
 @torch.no_grad()
 def renew(
     unet, # UNet2DConditionModel, changed in place
-    beginnings:tuple, # of the names of parameters that are fresh random numbers
+    parts:tuple, # of `named_parts`, whole blocks of fresh random numbers
     look, # function without arguments that runs the UNet on a batch
 ):
-    "Make fresh parts a good start: blocks that add nothing yet, and streams of size one where no norm looks after them (LSUV, Mishkin and Matas, 2016)."
-    wrong = [start for start in beginnings if not any(name.startswith(start) for name, _ in unet.named_parameters())]
-    if wrong: raise CourseError(f"unet_renewed names {wrong[0]!r}, which the UNet lacks: wanted beginnings of parameter names, such as mid_block.")
-    fresh = {name: module for name, module in unet.named_modules() if f"{name}.".startswith(beginnings)}
-    for module in fresh.values():
-        kind = type(module).__name__
-        last = [module.conv2] if kind == "ResnetBlock2D" else [module.attn1.to_out[0], module.attn2.to_out[0], module.ff.net[-1]] if kind == "BasicTransformerBlock" else []
-        for p in (p for layer in last for p in layer.parameters()): p.zero_()
+    "Make fresh parts a good start: blocks that add nothing yet, and fresh layers behind no norm that give numbers of size one (LSUV, Mishkin and Matas, 2016)."
+    fresh = {name: module for name, module in unet.named_modules() if f"{name}.".startswith(parts)}
+    last = lambda m: dict(ResnetBlock2D=lambda: [m.conv2], Transformer2DModel=lambda: [m.proj_out],
+        BasicTransformerBlock=lambda: [m.attn1.to_out[0], m.attn2.to_out[0], m.ff.net[-1]]).get(type(m).__name__, list)()
+    for p in (p for module in fresh.values() for layer in last(module) for p in layer.parameters()): p.zero_()
     def level(layer, _, out):
         size = out.square().mean().sqrt()
         layer.weight.div_(size)
         layer.bias.div_(size)
         return out/size
     hooks = [layer.register_forward_hook(level) for name, layer in fresh.items() if name.endswith(("conv_shortcut", "samplers.0.conv"))]
-    look()
-    for hook in hooks: hook.remove()
+    try: look()
+    finally:
+        for hook in hooks: hook.remove()
 
 # %% ../nbs/61_pretrain.ipynb #5c09c869
 @torch.no_grad()
@@ -1333,31 +1345,42 @@ def clean_features(
     pictures, # (n, 128, 128, 3) uint8
     share:float, # of the pictures that are reframed
     seed:int, # of the run
-)->torch.Tensor: # (n, 2, 128, 8, 8) float16, every channel with mean 0 and spread 1
+)->torch.Tensor: # (n, 2, 128, 8, 8) float16, every channel with mean 0 and spread 1 over the first 2,000
     "What the judge's third stage makes of clean pictures and their mirror images."
-    frames, parts = torch.stack([framed(picture, k, share, seed)[0] for k, picture in enumerate(pictures)]), []
-    for part in frames.split(32):
-        pixels = to_pixels(part)
+    features = torch.empty(len(pictures), 2, 128, 8, 8, dtype=torch.float16)
+    for first in range(0, len(pictures), 32):
+        part = pictures[first:first + 32]
+        pixels = to_pixels(torch.stack([framed(picture, first + k, share, seed)[0] for k, picture in enumerate(part)]))
         seen = judge.body(torch.cat([pixels, pixels.flip(-1)]), output_hidden_states=True).hidden_states[3]
-        parts.append(torch.stack(seen.chunk(2), 1).half())
-    features = torch.cat(parts)
+        features[first:first + 32] = torch.stack(seen.chunk(2), 1)
     few = features[:2000].float()
-    mean, spread = few.mean((0, 1, 3, 4)), few.std((0, 1, 3, 4)).clamp(min=1e-3)
+    mean, spread = few.mean((0, 1, 3, 4)), few.std((0, 1, 3, 4))
+    spread[spread < 1e-3] = float("inf") # a channel that never changes says nothing
     for part in features.split(500): part.sub_(mean.half().view(-1, 1, 1)).div_(spread.half().view(-1, 1, 1))
     return features
 
 class Aligner(torch.nn.Module):
     "A head that reads the clean picture's features out of hidden states at 8 by 8 positions (REPA, Yu et al., 2024)."
-    def __init__(self, unet, width:int = 128): # UNet2DConditionModel to listen to, channels of the features
+    def __init__(self,
+        unet, # UNet2DConditionModel to listen to
+        width:int = 128, # channels of the features
+    ):
         super().__init__()
         inner = unet.config.block_out_channels[1]
         self.head = torch.nn.Sequential(torch.nn.Conv2d(inner, 2*inner, 1), torch.nn.SiLU(), torch.nn.Conv2d(2*inner, width, 1))
         unet.up_blocks[1].attentions[0].register_forward_hook(self.listen)
 
-    def listen(self, _, __, out): self.hidden = out[0]
+    def listen(self, _, __, out):
+        "Keep what the UNet's last pass made at this place."
+        self.hidden = out[0]
 
-    def forward(self, wanted, mask, outside): # (b, 128, 8, 8), (b, 1, 16, 16), weight where the mask is 0 -> scalar
-        weight = outside + (1 - outside)*F.avg_pool2d(mask, 2)[:, 0]
+    def forward(self,
+        wanted, # (b, 128, 8, 8), of `clean_features`
+        mask, # (b, 1, 16, 16), 1 where the object is
+        outside:float, # weight where it is not
+    ): # scalar from 0 to 2
+        "How far what the head reads points away from what is wanted."
+        weight = outside + (1 - outside)*F.avg_pool2d(mask.float(), 2)[:, 0]
         return ((1 - F.cosine_similarity(self.head(self.hidden), wanted, dim=1))*weight).sum()/weight.sum()
 
 # %% ../nbs/61_pretrain.ipynb #6ad0fa19
@@ -1369,6 +1392,9 @@ def make_aligner(
     run = Path(config.output_dir)
     folder = next((one / "judges" / "attributes" for one in (run, run / "start") if (one / "judges" / "attributes").is_dir()), None)
     if folder is None: raise CourseError(f"{run} has no judge to align with: run the stage `judges` first, or set alignment_weight to 0")
+    notes, mine = load_tensors(min((run / "cache").glob("shard-*.safetensors")))[1], dict(share=str(config.reframed_share), seed=str(config.seed))
+    if any(notes.get(key) != value for key, value in mine.items()):
+        raise CourseError(f"{run}/cache was framed with other values of reframed_share or seed than {config.reframed_share} and {config.seed}: run the stage `cache` again with these")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded("aligner", config.seed).initial_seed())
         aligner = Aligner(unet)
@@ -1381,8 +1407,7 @@ def train_unet(
 ):
     "Train the UNet on cached latents and frozen text encoders; draw a grid now and then."
     run, plan = Path(config.output_dir), config.unet_schedule_steps or config.unet_steps
-    renewed = tuple(config.unet_renewed.split(",")) if config.unet_renewed else ()
-    scenes, (parts, done) = read_scenes(run), load_parts(run, config.seed, unet=False, renewed=renewed)
+    scenes, (parts, done) = read_scenes(run), load_parts(run, config.seed, unet=False, renewed=config.unet_renewed)
     for needed in ("clip_1", "clip_2", "vae"):
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
@@ -1398,7 +1423,7 @@ def train_unet(
         _, rows, mirror = drawn_pictures(len(scenes), first + step, config.seed, config.unet_batch_size)
         apart = extra["aligner"](features[rows, mirror].float(), batch.mask, config.unmasked_weight)
         return loss + config.alignment_weight*apart, dict(apart=float(apart.detach()))
-    if renewed: renew(unet, renewed, lambda: loss_of(0)) # a checkpoint overwrites it
+    if config.unet_renewed: renew(unet, named_parts(unet, config.unet_renewed), lambda: loss_of(0)) # a checkpoint overwrites it
     learner = Learner(dict(unet=unet, **extra), config.unet_ema, matrix_rate=0.)
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return
@@ -1576,10 +1601,6 @@ def main(
     "`sdxl-course pretrain`: make sdxl-tiny, or continue making it."
     return guarded(lambda: run_stages(parse_pretrain(sys.argv[1:] if argv is None else argv)) and 0)
 
-# %% ../nbs/61_pretrain.ipynb #ee7cdaf9
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
-
 # %% ../nbs/61_pretrain.ipynb #be0a9489
 @torch.no_grad()
 def ablation(
@@ -1594,3 +1615,7 @@ def ablation(
         finally: hook.remove()
     whole = float(loss_of())
     return {name: without(block)/whole - 1 for name, block in unet.named_modules() if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
+
+# %% ../nbs/61_pretrain.ipynb #ee7cdaf9
+#| eval: false
+if __name__ == "__main__": sys.exit(main())

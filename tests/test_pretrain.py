@@ -201,14 +201,15 @@ def test_a_chain_that_goes_on_draws_what_is_new(straight, tmp_path, monkeypatch)
 
 def test_parts_of_the_unet_can_begin_anew(straight, tmp_path):
     run, folder = fresh_run(tmp_path, straight), "unet/diffusion_pytorch_model.safetensors"
-    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=1, unet_lr=1e-13, unet_renewed="mid_block.,up_blocks.0.resnets.1.", seed=1)
+    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=1, unet_lr=1e-13, unet_renewed="mid_block,up_blocks.0.resnets.1", seed=1)
     before, after = (load_tensors(source / folder)[0] for source in (straight / "export", run / "export"))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key for key in changed if not key.startswith(("mid_block.", "up_blocks.0.resnets.1."))} == set()
     assert {"mid_block.resnets.0.conv1.weight", "up_blocks.0.resnets.1.conv_shortcut.weight"} <= changed
-    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["history"][-1]["flags"]["unet_renewed"] == "mid_block.,up_blocks.0.resnets.1."
+    assert not after["mid_block.resnets.0.conv2.weight"].any() and not after["up_blocks.0.resnets.1.conv2.weight"].any() # they add nothing yet
+    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["history"][-1]["flags"]["unet_renewed"] == "mid_block,up_blocks.0.resnets.1"
     began = load_tensors(run / "unet" / "state.safetensors")[0]["average/unet.mid_block.resnets.0.conv1.weight"]
-    chain(run, "unet", unet_steps=2, unet_lr=1e-13, unet_renewed="mid_block.", seed=2) # its checkpoint is there: nothing begins anew
+    chain(run, "unet", unet_steps=2, unet_lr=1e-13, unet_renewed="mid_block", seed=2) # its checkpoint is there: nothing begins anew
     assert torch.allclose(load_tensors(run / "unet" / "state.safetensors")[0]["average/unet.mid_block.resnets.0.conv1.weight"], began, atol=1e-6)
 
 
@@ -236,7 +237,11 @@ def test_new_parts_add_nothing_and_keep_streams_at_size_one(unet):
     assert {name for name, p in unet.named_parameters() if not torch.equal(p, kept[name])} <= {name for name in kept if name.startswith(anew)}
     silent = {name for name, rise in pretrain.ablation(unet, lambda: ask(unet, X).square().mean()).items() if rise == 0}
     assert silent == {name for name, block in unet.named_modules() if name.startswith(anew) and type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
-    with pytest.raises(pretrain.CourseError, match="'midblock'"): pretrain.renew(unet, ("midblock",), lambda: ask(unet, X))
+    given = torch.randn(2, 192, 4, 4)
+    assert torch.equal(unet.mid_block.attentions[0](given, encoder_hidden_states=torch.ones(2, 77, unet.config.cross_attention_dim)).sample, given)
+    assert pretrain.named_parts(unet, " mid_block., up_blocks.0") == ("mid_block.", "up_blocks.0.") and pretrain.named_parts(unet, "") == ()
+    for wrong in ("midblock", "mid_block,", "mid_block,,up_blocks.0"):
+        with pytest.raises(pretrain.CourseError, match="which the UNet lacks: wanted modules"): pretrain.named_parts(unet, wrong)
 
 
 def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
@@ -246,6 +251,8 @@ def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
     deeper, before = type(unet).from_config(dict(unet.config, transformer_layers_per_block=depth)).requires_grad_(False), ask(unet, X)
     added = tuple(f"{place}.transformer_blocks.{depth[1] - 1}." for place in ("down_blocks.1.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"))
     with pytest.raises(pretrain.CourseError, match="another architecture"): pretrain.start_weights(tmp_path, "unet", deeper)
+    flatter = type(unet).from_config(dict(unet.config, transformer_layers_per_block=[1, 1, 1]))
+    with pytest.raises(pretrain.CourseError, match="does not fit at .*transformer_blocks.1"): pretrain.start_weights(tmp_path, "unet", flatter) # nothing is left out in silence
     assert pretrain.start_weights(tmp_path, "unet", deeper, added)
     assert not torch.allclose(ask(deeper, X), before, atol=1e-4)
     pretrain.renew(deeper, added, lambda: None)
@@ -254,7 +261,8 @@ def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
 
 def test_hidden_states_learn_what_the_judge_sees(straight, tmp_path, capsys):
     run = fresh_run(tmp_path, straight)
-    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=3, alignment_weight=0.5)
+    options = dict(alignment_weight=0.5, unet_lr=1e-3)
+    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=3, **options)
     rows = [json.loads(line) for line in (run / "unet" / "training_log.jsonl").read_text().splitlines()]
     assert all(0 < row["apart"] < 2 and row["loss"] > 0.5*row["apart"] for row in rows)
     state = load_tensors(run / "unet" / "state.safetensors")[0]
@@ -262,21 +270,39 @@ def test_hidden_states_learn_what_the_judge_sees(straight, tmp_path, capsys):
     assert differing(straight / "export", run / "export") == {"unet/diffusion_pytorch_model.safetensors"} # the head is thrown away
     whole = (run / "unet" / "state.safetensors").read_bytes()
     shutil.rmtree(run / "unet")
-    for steps in (2, 3): chain(run, "unet", unet_steps=steps, alignment_weight=0.5)
+    for steps in (2, 3): chain(run, "unet", unet_steps=steps, **options)
     assert (run / "unet" / "state.safetensors").read_bytes() == whole
-    shutil.rmtree(run / "start" / "judges")
+    shutil.rmtree(run / "unet")
+    chain(run, "unet", unet_steps=1, unet_lr=1e-3)
     assert pretrain.main(["--output_dir", str(run), "--stage", "unet", "--alignment_weight", "0.5", *SMALL]) == 2
-    assert "no judge to align with" in capsys.readouterr().err
+    assert "other flags" in capsys.readouterr().err # its checkpoint has no head
+    chain(run, "unet", unet_steps=3, unet_lr=1e-3)
+    alone = load_tensors(run / "unet" / "state.safetensors")[0]
+    key = "exp_avg_sq/unet.mid_block.resnets.0.conv1.weight"
+    assert state[key].mean() > 4*alone[key].mean() # it is taught below, where the noise's error hardly reaches
 
 
-def test_features_of_a_mirror_image_are_those_of_the_mirrored_picture(straight):
+def test_alignment_needs_a_judge_and_pictures_framed_alike(straight, tmp_path, capsys):
+    run = fresh_run(tmp_path, straight)
+    chain(run, "cache", start_from=straight / "export")
+    for flags, words in ((["--seed", "5"], "framed with other values"), (["--reframed_share", "0.5"], "framed with other values"), ([], "no judge to align with")):
+        if not flags: shutil.rmtree(run / "start" / "judges")
+        assert pretrain.main(["--output_dir", str(run), "--stage", "unet", "--alignment_weight", "0.5", *SMALL, *flags]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_features_are_those_of_the_framed_picture_and_its_mirror_image(straight):
     from sdxl_course.evaluate import load_judge
     pictures, judge = pretrain.read_pictures(straight).pixels, load_judge("attributes")
-    plain, flipped = pretrain.clean_features(judge, pictures, 0., 0).float(), pretrain.clean_features(judge, pictures.flip(2), 0., 0).float()
-    assert plain.shape == (len(pictures), 2, 128, 8, 8) and torch.allclose(plain[:, 0], flipped[:, 1], atol=0.05)
-    alive = plain.std((0, 1, 3, 4)) > 0.5
-    assert alive.float().mean() > 0.8 and torch.allclose(plain.mean((0, 1, 3, 4)), torch.zeros(128), atol=0.01)
-    assert torch.allclose(plain.std((0, 1, 3, 4))[alive], torch.ones(int(alive.sum())), atol=0.01)
+    for share in (0., 1.):
+        found = pretrain.clean_features(judge, pictures, share, 0).float()
+        pixels = pretrain.to_pixels(torch.stack([pretrain.framed(picture, k, share, 0)[0] for k, picture in enumerate(pictures)]))
+        with torch.no_grad(): seen = torch.stack([judge.body(part, output_hidden_states=True).hidden_states[3] for part in (pixels, pixels.flip(-1))], 1)
+        spread, mean = seen.std((0, 1, 3, 4)), seen.mean((0, 1, 3, 4))
+        alive = spread > 0.05
+        wanted = (seen - mean.view(-1, 1, 1))/spread.view(-1, 1, 1)
+        assert found.shape == (len(pictures), 2, 128, 8, 8) and alive.float().mean() > 0.8
+        assert torch.allclose(found[:, :, alive], wanted[:, :, alive], atol=0.05) and not torch.allclose(found[:, 0], found[:, 1], atol=0.5)
 
 
 def test_alignment_is_a_cosine_where_the_object_is(unet):
