@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', 'RARE', 'MOMENTS', 'TRAINED', 'THING_SEED',
-           'SHOTS', 'CACHED', 'SAMPLE_PROMPTS', 'RunConfig', 'PretrainConfig', 'parse_pretrain', 'unusual', 'say',
-           'caption_facts', 'render_shard', 'render_validation', 'one_thread', 'side_by_side', 'make_data',
-           'shard_is_whole', 'Pictures', 'read_scenes', 'read_pictures', 'byte_letters', 'join', 'learn_merges',
-           'make_tokenizers', 'word_parts', 'read_tokenizers', 'rate_at', 'ema_decay', 'orthogonal', 'Muon', 'Learner',
-           'averaged', 'load_average', 'Log', 'read_log', 'Stop', 'polite_stop', 'train_stage', 'begin_from', 'former',
-           'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'thing_scenes', 'render_things',
-           'same_thing_loss', 'settle', 'make_judge', 'attribute_batch', 'train_attribute_judge', 'measure_attributes',
-           'judge_card', 'instance_batch', 'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error',
-           'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part',
-           'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair',
-           'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline', 'object_mask',
-           'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures',
-           'load_parts', 'named_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet',
-           'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model',
-           'run_stages', 'main', 'ablation']
+           'SHOTS', 'CACHED', 'SAMPLE_PROMPTS', 'RunConfig', 'PartsConfig', 'PretrainConfig', 'parse_pretrain',
+           'unusual', 'say', 'caption_facts', 'render_shard', 'render_validation', 'one_thread', 'side_by_side',
+           'make_data', 'shard_is_whole', 'Pictures', 'read_scenes', 'read_pictures', 'byte_letters', 'join',
+           'learn_merges', 'make_tokenizers', 'word_parts', 'read_tokenizers', 'rate_at', 'ema_decay', 'orthogonal',
+           'Muon', 'Learner', 'averaged', 'load_average', 'Log', 'read_log', 'Stop', 'polite_stop', 'train_stage',
+           'begin_from', 'former', 'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'thing_scenes',
+           'render_things', 'same_thing_loss', 'settle', 'make_judge', 'attribute_batch', 'train_attribute_judge',
+           'measure_attributes', 'judge_card', 'instance_batch', 'train_instance_judge', 'measure_instances',
+           'train_judges', 'picture_error', 'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured',
+           'load_vae', 'decoding_part', 'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes',
+           'caption_ids', 'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed',
+           'outline', 'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch',
+           'sample_pictures', 'named_parts', 'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner',
+           'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs',
+           'export_model', 'run_stages', 'main', 'ablation']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -72,8 +72,8 @@ class RunConfig:
 
 # %% ../nbs/61_pretrain.ipynb #07a655ff
 @dataclass(frozen=True)
-class PretrainConfig(RunConfig):
-    "The chain that makes sdxl-tiny; every field is a flag of `sdxl-course pretrain`."
+class PartsConfig(RunConfig):
+    "How pictures, judges, the autoencoder and the CLIPs are made."
     num_scenes:int = 20000 # pictures of the known styles
     held_out_share:float = 0.15 # of the scenes also drawn in the held-out style, for the VAE only
     num_validation:int = 128 # scenes drawn in every style for measuring
@@ -100,6 +100,11 @@ class PretrainConfig(RunConfig):
     clip_batch_size:int = 128
     clip_lr:float = 1e-3
     reframed_share:float = 0.15 # of the pictures that are really cropped or enlarged
+
+# %% ../nbs/61_pretrain.ipynb #11c52fba
+@dataclass(frozen=True)
+class PretrainConfig(PartsConfig):
+    "The chain that makes sdxl-tiny; every field is a flag of `sdxl-course pretrain`."
     unet_steps:int = 16000 # where UNet training ends
     unet_schedule_steps:int = 0 # length of its learning-rate plan; 0: unet_steps
     unet_batch_size:int = 32
@@ -1282,6 +1287,17 @@ def sample_pictures(
     return pipeline(prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, height=SIDE, width=SIDE,
         generator=[seeded("pretrain sample", k) for k in range(len(prompts))]).images
 
+# %% ../nbs/61_pretrain.ipynb #8f278af1
+def named_parts(
+    unet, # UNet2DConditionModel
+    names:str, # of modules, commas between
+)->tuple: # beginnings of the names of their parameters
+    "Which parts are meant."
+    found, known = [name.strip().rstrip(".") for name in names.split(",")] if names else [], dict(unet.named_modules())
+    wrong = [name for name in found if not name or name not in known]
+    if wrong: raise CourseError(f"unet_renewed names {wrong[0]!r}, which the UNet lacks: wanted modules, such as mid_block,up_blocks.0")
+    return tuple(f"{name}." for name in found)
+
 # %% ../nbs/61_pretrain.ipynb #0485ca04
 def load_parts(
     run, # run folder
@@ -1307,16 +1323,6 @@ def load_parts(
     return parts, steps
 
 # %% ../nbs/61_pretrain.ipynb #1cf0881a
-def named_parts(
-    unet, # UNet2DConditionModel
-    names:str, # of modules, commas between
-)->tuple: # beginnings of the names of their parameters
-    "Which parts are meant."
-    found, known = [name.strip().rstrip(".") for name in names.split(",")] if names else [], dict(unet.named_modules())
-    wrong = [name for name in found if not name or name not in known]
-    if wrong: raise CourseError(f"unet_renewed names {wrong[0]!r}, which the UNet lacks: wanted modules, such as mid_block,up_blocks.0")
-    return tuple(f"{name}." for name in found)
-
 @torch.no_grad()
 def renew(
     unet, # UNet2DConditionModel, changed in place
