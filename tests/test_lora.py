@@ -67,17 +67,18 @@ def test_stock_diffusers_draws_the_same(tmp_path, layers, encoders, options):
     parts, text = adapted(layers, encoders, **options)
     file = save_lora(tmp_path, parts.unet, **text)
     ours, base = predict(parts), predict(fresh_parts())
-    apart = 0 if options["rank"] > 1 else 1e-5  # a matrix of one row has no stride of its own, so BLAS may add in another order
     assert (ours - base).abs().max() > 1e-2
     fresh = fresh_parts()
     fresh.pipeline().load_lora_weights(tmp_path, weight_name=file.name)  # offline, diffusers 0.39 wants the name
-    assert (predict(fresh) - ours).abs().max() <= apart
+    for part in ("unet", *encoders):  # values lie where they lay in the file: at an address off 64 bytes BLAS adds in another order
+        for p in getattr(fresh, part).parameters(): p.data = p.data.clone()
+    assert (predict(fresh) - ours).abs().max() == 0
     again = fresh_parts()
     for part in ("unet", *encoders):
         wanted = layers if part == "unet" or layers.startswith("attention") else "attention"
         add_lora(getattr(again, part), layers=wanted, **options)
     load_lora_into(again.unet, *(getattr(again, p) if p in encoders else None for p in BOTH), file)
-    assert (predict(again) - ours).abs().max() <= apart
+    assert (predict(again) - ours).abs().max() == 0
     tensors, settings = read_lora(file)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert set(settings) == {"unet", *encoders} and settings["unet"]["r"] == options["rank"]
