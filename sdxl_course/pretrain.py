@@ -9,16 +9,16 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'make_data', 'shard_is_whole', 'Pictures', 'read_scenes', 'read_pictures', 'byte_letters', 'join',
            'learn_merges', 'make_tokenizers', 'word_parts', 'read_tokenizers', 'rate_at', 'ema_decay', 'orthogonal',
            'Muon', 'Learner', 'averaged', 'load_average', 'Log', 'read_log', 'Stop', 'polite_stop', 'train_stage',
-           'begin_from', 'former', 'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'thing_scenes',
-           'render_things', 'same_thing_loss', 'settle', 'make_judge', 'attribute_batch', 'train_attribute_judge',
-           'measure_attributes', 'judge_card', 'instance_batch', 'train_instance_judge', 'measure_instances',
-           'train_judges', 'picture_error', 'vae_loss', 'vae_batch', 'measure_vae', 'train_vae', 'write_measured',
-           'load_vae', 'decoding_part', 'encoding_part', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes',
-           'caption_ids', 'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed',
-           'outline', 'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch',
-           'sample_pictures', 'named_parts', 'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner',
-           'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs',
-           'export_model', 'run_stages', 'main', 'ablation']
+           'begin_from', 'former', 'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'numbers_of_styles',
+           'evenly', 'pick', 'picture_codes', 'thing_scenes', 'render_things', 'same_thing_loss', 'settle',
+           'make_judge', 'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card',
+           'instance_batch', 'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error', 'vae_loss',
+           'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
+           'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair', 'make_clip_pair',
+           'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline', 'object_mask', 'encode_pictures',
+           'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures', 'named_parts', 'load_parts',
+           'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet', 'save_towers', 'score_section',
+           'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages', 'main', 'ablation']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -51,6 +51,7 @@ from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, SEEN
 from .evaluate import ATTRIBUTES, COLORED, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, to_pixels
 from .noise import NoiseSchedule
 from .objective import denoising_loss
+from .trainer import seeded_world
 
 # %% ../nbs/61_pretrain.ipynb #d16ae8c6
 STAGES = ("data", "tokenizer", "judges", "vae", "decoder", "clip", "cache", "unet", "export")
@@ -78,8 +79,8 @@ class PartsConfig(RunConfig):
     held_out_share:float = 0.15 # of the scenes also drawn in the held-out style, for the VAE only
     num_validation:int = 128 # scenes drawn in every style for measuring
     captions_per_scene:int = 3 # phrasings of each picture
-    judge_steps:int = 4000 # of the attribute judge
-    instance_steps:int = 750 # of the instance judge
+    judge_steps:int = 4000 # of the attribute judge; 0: keep the one there is
+    instance_steps:int = 750 # of the instance judge; 0: keep the one there is
     judge_batch_size:int = 64
     judge_lr:float = 1e-3
     num_things:int = 320 # individual objects, each in eight scenes, for the instance judge
@@ -93,7 +94,7 @@ class PartsConfig(RunConfig):
     vae_kl_weight:float = 1e-3 # on the mean KL of one latent number
     vae_gradient_weight:float = 0.5 # on the error of differences between neighbours
     vae_square_weight:float = 5. # on the mean squared error
-    decoder_steps:int = 1200 # of the decoder alone, on whole pictures, half of them in the held-out style
+    decoder_steps:int = 1200 # of the decoder alone, on whole pictures, all styles alike
     decoder_lr:float = 1e-3
     clip_steps:int = 800 # of each CLIP
     clip_schedule_steps:int = 0 # length of their learning-rate plan; 0: clip_steps
@@ -690,13 +691,47 @@ def attribute_loss(
     inked = ~torch.isin(codes[:, 3], torch.tensor([ATTRIBUTES["style"].index(style) for style in COLORED]))
     wanted = codes.clone()
     wanted[inked, 1] = -100 # what cross_entropy leaves out
-    return sum(F.cross_entropy(logits[name], wanted[:, k]) for k, name in enumerate(ATTRIBUTES) if name != "color" or not inked.all())
+    return sum(F.cross_entropy(logits[name], wanted[:, k], reduction="sum")/(wanted[:, k] >= 0).sum().clamp(min=1) for k, name in enumerate(ATTRIBUTES))
 
 def scene_codes(
     scenes:list, # dicts of `Pictures`
 )->torch.Tensor: # (n, 6) int64
     "What each picture shows, as numbers."
     return torch.tensor([[words.index(scene[name]) for name, words in ATTRIBUTES.items()] for scene in scenes])
+
+# %% ../nbs/61_pretrain.ipynb #898a29d7
+def numbers_of_styles(
+    pictures:Pictures,
+)->list: # for each style that occurs: (m,) int64, as in `pick`
+    "Which pictures are drawn in which style."
+    styles = [scene["style"] for scene in pictures.scenes] + [HELD_OUT_STYLE]*len(pictures.held_out_style)
+    return [torch.tensor([k for k, one in enumerate(styles) if one == style]) for style in dict.fromkeys(styles)]
+
+def evenly(
+    groups:list, # (m,) tensors of numbers, as in `numbers_of_styles`
+    number:int, # how many are wanted
+    generator, # torch.Generator
+)->torch.Tensor: # (number,)
+    "Random members; a small group is asked as often as a large one."
+    which, where = torch.randint(len(groups), (number,), generator=generator), torch.rand(number, generator=generator)
+    return torch.stack([groups[k][int(share*len(groups[k]))] for k, share in zip(which.tolist(), where.tolist())])
+
+def pick(
+    pictures:Pictures,
+    index, # (b,) int64: numbers of known pictures, and after their end of those in the held-out style
+)->torch.Tensor: # (b, 128, 128, 3) uint8
+    "Some of all pictures."
+    known, other = pictures.pixels, pictures.held_out_style
+    return torch.stack([known[k] if k < len(known) else other[k - len(known)] for k in index.tolist()])
+
+def picture_codes(
+    pictures:Pictures,
+)->torch.Tensor: # (n, 6) int64, numbered as in `pick`
+    "What each picture shows, those in the held-out style after the others."
+    known = scene_codes(pictures.scenes)
+    other = known[torch.tensor(pictures.held_out_rows, dtype=torch.long)]
+    other[:, 3] = ATTRIBUTES["style"].index(HELD_OUT_STYLE)
+    return torch.cat([known, other])
 
 # %% ../nbs/61_pretrain.ipynb #d8973029
 THING_SEED, SHOTS = 2_500_000_000, 8 # pictures of each thing
@@ -748,25 +783,20 @@ def make_judge(
     seed:int, # of the run
 ):
     "An untrained judge, its weights drawn from the seed alone."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded("judge", kind.__name__, seed).initial_seed())
-        return kind()
+    with seeded_world("judge", kind.__name__, seed): return kind()
 
 # %% ../nbs/61_pretrain.ipynb #10593f57
 def attribute_batch(
     pictures:Pictures,
-    codes, # (n, 6) of its scenes
+    codes, # of `picture_codes`
+    styles, # of `numbers_of_styles`
     step:int, # from 0
     config:PretrainConfig,
 )->tuple: # pixels (b, 3, 128, 128), codes (b, 6)
-    "Disturbed pictures of all styles, a fifth of them in the held-out style."
+    "Disturbed pictures of all styles alike."
     g = seeded(config.seed, "attribute judge", step)
-    other = int(round(config.judge_batch_size*0.2)) if len(pictures.held_out_style) else 0
-    rows = torch.randint(len(pictures.pixels), (config.judge_batch_size - other,), generator=g)
-    more = torch.randint(max(1, len(pictures.held_out_style)), (other,), generator=g)
-    wanted = torch.cat([codes[rows], codes[torch.tensor(pictures.held_out_rows, dtype=torch.long)[more] if other else rows[:0]]])
-    wanted[len(rows):, 3] = ATTRIBUTES["style"].index(HELD_OUT_STYLE)
-    return disturb(to_pixels(torch.cat([pictures.pixels[rows], pictures.held_out_style[more]])), g), wanted
+    index = evenly(styles, config.judge_batch_size, g)
+    return disturb(to_pixels(pick(pictures, index)), g), codes[index]
 
 def train_attribute_judge(
     config:PretrainConfig,
@@ -774,16 +804,17 @@ def train_attribute_judge(
 ):
     "Train on renders of the run."
     run, pictures, judge = Path(config.output_dir), read_pictures(config.output_dir), make_judge(AttributeJudge, config.seed)
-    codes, learner = scene_codes(pictures.scenes), Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
+    codes, styles = picture_codes(pictures), numbers_of_styles(pictures)
+    learner = Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
     def loss_of(step):
-        pixels, wanted = attribute_batch(pictures, codes, step, config)
+        pixels, wanted = attribute_batch(pictures, codes, styles, step, config)
         logits = judge(pixels)
         return attribute_loss(logits, wanted), {"right_" + name: float((logits[name].argmax(1) == wanted[:, k]).float().mean()) for k, name in enumerate(ATTRIBUTES)}
     plan = config.judge_steps
     judge.train()
     if not train_stage("judge attributes", run / "judge_attributes", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
     load_average(run / "judge_attributes" / "state.safetensors", "judge", judge)
-    settle(judge, (attribute_batch(pictures, codes, -1 - k, config)[0] for k in range(20)))
+    settle(judge, (attribute_batch(pictures, codes, styles, -1 - k, config)[0] for k in range(20)))
     save_judge(judge, run / "judges" / "attributes", judge_card("attributes", config, learner.step, measure_attributes(judge, run)))
 
 # %% ../nbs/61_pretrain.ipynb #3da98a79
@@ -862,9 +893,9 @@ def measure_instances(
         nearest_is_same=float((things[nearest_one] == things).float().mean()))
 
 def train_judges(config, stop=None):
-    "Both judges, one after the other."
-    train_attribute_judge(config, stop)
-    if stop is None or not stop.asked: train_instance_judge(config, stop)
+    "Both judges, one after the other; none that is given no steps."
+    if config.judge_steps: train_attribute_judge(config, stop)
+    if config.instance_steps and (stop is None or not stop.asked): train_instance_judge(config, stop)
 
 # %% ../nbs/61_pretrain.ipynb #df2d91f0
 def picture_error(
@@ -900,25 +931,20 @@ def vae_loss(
 
 # %% ../nbs/61_pretrain.ipynb #0f47ef62
 def vae_batch(
-    pictures, # tuple of (n, 128, 128, 3) uint8 tensors
+    pictures:Pictures,
     step:int, # from 0
     seed:int, # of the run
     batch_size:int, # pictures
     side:int, # of the window that is cut out
-    share:float = -1., # of the second pictures; below 0: as many as there are
+    styles=None, # of `numbers_of_styles`: every style as often as another; None: as often as it occurs
 )->tuple: # pixels (b, 3, side, side), noise (b, 4, side/8, side/8)
     "Random windows of random pictures, some of them mirrored."
     g = seeded(seed, "vae", step)
-    known, other = pictures
-    index = torch.randint(len(known) + len(other), (batch_size,), generator=g)
-    if share >= 0 and len(other):
-        second = torch.rand(batch_size, generator=g) < share
-        index = torch.where(second, len(known) + index % len(other), index % len(known))
-    index = index.tolist()
+    total = len(pictures.pixels) + len(pictures.held_out_style)
+    index = evenly(styles, batch_size, g) if styles else torch.randint(total, (batch_size,), generator=g)
     corner = torch.randint(SIDE - side + 1, (batch_size, 2), generator=g).tolist()
     mirror = torch.rand(batch_size, generator=g) < 0.5
-    cut = torch.stack([(known[k] if k < len(known) else other[k - len(known)])[y:y + side, x:x + side] for k, (y, x) in zip(index, corner)])
-    pixels = to_pixels(cut)
+    pixels = to_pixels(torch.stack([picture[y:y + side, x:x + side] for picture, (y, x) in zip(pick(pictures, index), corner)]))
     pixels = torch.where(mirror.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
     return pixels, torch.randn(batch_size, 4, side//8, side//8, generator=g)
 
@@ -958,7 +984,7 @@ def train_vae(
     def loss_of(step):
         whole = step >= plan*(1 - config.vae_full_share)
         side, number = (SIDE, max(1, config.vae_batch_size//2)) if whole else (config.vae_crop, config.vae_batch_size)
-        pixels, noise = vae_batch((pictures.pixels, pictures.held_out_style), first + step, config.seed, number, side)
+        pixels, noise = vae_batch(pictures, first + step, config.seed, number, side)
         return vae_loss(vae, pixels, noise, config.vae_kl_weight, config.vae_gradient_weight, config.vae_square_weight)
     rate_of = lambda step: rate_at(step, config.vae_lr, min(200, plan//10), plan)
     train_stage("vae", run / "vae", learner, loss_of, rate_of, config.vae_steps, config, stop)
@@ -1004,12 +1030,13 @@ def train_decoder(
 ):
     "Go on with the decoder alone; then measure again."
     run, pictures, plan = Path(config.output_dir), read_pictures(config.output_dir), config.decoder_steps
+    styles = numbers_of_styles(pictures)
     first = config.vae_steps + former(run)["steps"].get("decoder", 0) # no window is drawn twice
     vae = load_vae(run, tiny_architecture(config.seed).vae).train()
     decoder = decoding_part(vae).requires_grad_(True)
     learner = Learner(dict(decoder=decoder), ema=0.99, weight_decay=1e-4, matrix_rate=config.matrix_rate)
     def loss_of(step):
-        pixels, noise = vae_batch((pictures.pixels, pictures.held_out_style), first + step, config.seed, max(1, config.vae_batch_size//2), SIDE, 0.5)
+        pixels, noise = vae_batch(pictures, first + step, config.seed, max(1, config.vae_batch_size//2), SIDE, styles)
         return vae_loss(vae, pixels, noise, 0., config.vae_gradient_weight, config.vae_square_weight)
     if not train_stage("decoder", run / "decoder", learner, loss_of, lambda step: rate_at(step, config.decoder_lr, min(50, plan//10), plan), plan, config, stop): return
     with averaged(learner): write_measured("decoder", vae, run, pictures, learner.step)
@@ -1078,9 +1105,7 @@ def make_clip_pair(
 )->ClipPair:
     "An untrained pair, its weights drawn from the seed alone."
     parts = tiny_architecture(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded("vision", seed, number).initial_seed())
-        return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
+    with seeded_world("vision", seed, number): return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
 
 # %% ../nbs/61_pretrain.ipynb #9331e5e4
 def first_clip(
@@ -1396,14 +1421,12 @@ def make_aligner(
 )->tuple: # Aligner with new weights, (n, 2, 128, 8, 8) float16
     "The head, and what it should find."
     run = Path(config.output_dir)
-    folder = next((one / "judges" / "attributes" for one in (run, run / "start") if (one / "judges" / "attributes").is_dir()), None)
+    folder = next((one / "judges" / "attributes" for one in (run / "start", run) if (one / "judges" / "attributes").is_dir()), None) # not the one that will judge, if there is another
     if folder is None: raise CourseError(f"{run} has no judge to align with: run the stage `judges` first, or set alignment_weight to 0")
     notes, mine = load_tensors(min((run / "cache").glob("shard-*.safetensors")))[1], dict(share=str(config.reframed_share), seed=str(config.seed))
     if any(notes.get(key) != value for key, value in mine.items()):
         raise CourseError(f"{run}/cache was framed with other values of reframed_share or seed than {config.reframed_share} and {config.seed}: run the stage `cache` again with these")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded("aligner", config.seed).initial_seed())
-        aligner = Aligner(unet)
+    with seeded_world("aligner", config.seed): aligner = Aligner(unet)
     return aligner, clean_features(load_judge(folder), read_pictures(run).pixels, config.reframed_share, config.seed)
 
 # %% ../nbs/61_pretrain.ipynb #97967d86

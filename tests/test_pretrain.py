@@ -1,12 +1,15 @@
 "The chain that makes sdxl-tiny, in miniature: every stage, exact resume, and a folder that stock diffusers draws with."
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 from sdxl_course import pretrain
-from sdxl_course.core import load_tensors
+from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.diorama import HELD_OUT_STYLE
+from sdxl_course.evaluate import ATTRIBUTES
 
 SMALL = ("--num_scenes 9 --shard_size 5 --num_workers 1 --num_validation 1 --judge_batch_size 8 --num_things 4 --vae_batch_size 2 --clip_batch_size 4 --unet_batch_size 2 "
          "--vae_schedule_steps 6 --decoder_steps 6 --clip_schedule_steps 6 --unet_schedule_steps 6 --log_every 1 --sample_every 0").split()
@@ -287,6 +290,40 @@ def test_alignment_needs_a_judge_and_pictures_framed_alike(straight, tmp_path, c
         assert words in capsys.readouterr().err
 
 
+def test_the_judge_that_aligns_is_not_the_one_that_will_judge(straight, tmp_path, unet):
+    run = fresh_run(tmp_path, straight)
+    chain(run, "cache", start_from=straight / "export")
+    (run / "judges" / "attributes").mkdir(parents=True)
+    config = pretrain.parse_pretrain(["--output_dir", str(run), *SMALL])
+    assert pretrain.make_aligner(config, unet)[1].shape == (9, 2, 128, 8, 8) # the new judge is not asked, even though it is there
+    shutil.rmtree(run / "start" / "judges")
+    with pytest.raises(CourseError, match="there is no judge"): pretrain.make_aligner(config, unet) # it is, where there is no other
+
+
+def test_every_style_is_met_as_often_as_another(straight):
+    pictures = pretrain.read_pictures(straight)
+    groups, codes = pretrain.numbers_of_styles(pictures), pretrain.picture_codes(pictures)
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(codes))) == list(range(len(pictures.pixels) + len(pictures.held_out_style)))
+    for k, row in enumerate(pictures.held_out_rows):
+        one, other = codes[len(pictures.pixels) + k], codes[row]
+        assert one[3] == ATTRIBUTES["style"].index(HELD_OUT_STYLE) and torch.equal(one[[0, 1, 2, 4, 5]], other[[0, 1, 2, 4, 5]])
+        assert torch.equal(pretrain.pick(pictures, torch.tensor([len(pictures.pixels) + k]))[0], pictures.held_out_style[k])
+    drawn = pretrain.evenly([torch.tensor([7]), torch.arange(100, 200)], 4000, torch.Generator().manual_seed(0))
+    assert (drawn == 7).float().mean() == pytest.approx(0.5, abs=0.04) and drawn[drawn != 7].unique().tolist() == list(range(100, 200))
+    some = lambda step: pretrain.vae_batch(pictures, step, 0, 4, pretrain.SIDE, groups)[0]
+    assert torch.equal(some(3), some(3)) and not torch.equal(some(3), some(4))
+
+
+def test_drawings_in_one_ink_teach_nothing_about_colour():
+    logits = {name: torch.zeros(2, len(words), requires_grad=True) for name, words in ATTRIBUTES.items()}
+    codes = torch.zeros(2, 6, dtype=torch.long)
+    codes[:, 3] = ATTRIBUTES["style"].index("pencil")
+    loss = pretrain.attribute_loss(logits, codes)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(math.log(len(words)) for name, words in ATTRIBUTES.items() if name != "color"), abs=1e-5)
+    assert not logits["color"].grad.any() and logits["place"].grad.any() # zero, but there: every weight moves on
+
+
 def test_features_are_those_of_the_framed_picture_and_its_mirror_image(straight):
     from sdxl_course.evaluate import load_judge
     pictures, judge = pretrain.read_pictures(straight).pixels, load_judge("attributes")
@@ -334,6 +371,13 @@ def test_new_judges_take_the_place_of_the_old(straight, tmp_path):
     log = json.loads((run / "export" / "training_log.json").read_text())
     assert log["facts"]["steps"] == dict(FORMER, judge_attributes=2, judge_instances=2, unet=6) and log["judge_attributes"]["step"] == [1, 2]
     assert "2 steps of up to 8" in (run / "export" / "judges" / "attributes" / "README.md").read_text()
+
+
+def test_a_judge_that_is_given_no_steps_is_kept(straight, tmp_path):
+    run = fresh_run(tmp_path, straight)
+    chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=0)
+    assert differing(straight / "export", run / "export") == {"judges/attributes/model.safetensors"}
+    assert not (run / "judges" / "instances").exists() and not (run / "judge_instances").exists()
 
 
 def test_starts_that_cannot_be_are_refused(straight, tmp_path, capsys):
