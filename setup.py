@@ -49,7 +49,7 @@ setup(
         *[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: package_files("tiny") + package_files("data")},
+    package_data={cfg["lib_path"]: package_files("tiny") + package_files("studies")},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

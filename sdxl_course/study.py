@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['APPLICATIONS', 'ASKED', 'CLASS', 'VARIANTS', 'CLAIMS', 'NO_DIFFERENCE', 'scenes_of', 'as_often', 'ask', 'Yardstick',
            'StudyConfig', 'draw_all', 'unrelated', 'measure', 'Variant', 'chosen', 'marks_of', 'training_of', 'numbers',
-           'two_level_interval', 'compare', 'verdicts', 'verdict', 'run_one', 'rounded', 'circumstances', 'run_study',
-           'gather', 'likeness_of', 'main']
+           'two_level_interval', 'compare', 'verdicts', 'verdict', 'run_one', 'strip', 'rounded', 'circumstances',
+           'run_study', 'gather', 'likeness_of', 'read_study', 'summary', 'summary_table', 'main']
 
 # %% ../nbs/81_study.ipynb #23139051
 import json
@@ -14,13 +14,15 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from .cache import fingerprint
 from .components import load_components
-from .core import CourseError, plain, provenance, seeded, write_json
+from .core import CourseError, image_grid, plain, provenance, seeded, write_json
 from .data import open_image
 from .diorama import MEDIUM, PLACES, SUBJECT, WORN, Scene, render, sample_dir, with_article
 from .dreambooth import DreamBoothConfig, train_dreambooth, weights_name
@@ -102,7 +104,7 @@ class Yardstick:
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     "Train in many ways on one chair, and measure what became of it."
-    output_dir: str = option("study", "folder for LoRAs, a row of numbers for each training, and study.json")
+    output_dir: str = option("study", "folder for LoRAs, a row of numbers and of pictures for each training, study.json and study.jpg")
     model: str = option("tiny", "tiny, a folder or a hub id")
     variants: str = option("", "names with commas between them; not given: all")
     seeds: int = option(3, "trainings of each variant")
@@ -292,8 +294,16 @@ def run_one(
     seconds, marks = time.perf_counter() - began, {}
     for step in marks_of(name, config):
         folder = result.output_dir if step == training.max_train_steps else result.output_dir/f"checkpoint-{step}"
-        marks[str(step)] = measure(draw_all(load_pipeline(config.model, str(folder)), VARIANTS[name].call, config, seed), before, yardstick)
+        drawn = draw_all(load_pipeline(config.model, str(folder)), VARIANTS[name].call, config, seed)
+        marks[str(step)] = measure(drawn, before, yardstick)
+    strip(drawn).save(Path(config.output_dir)/"rows"/f"{name}-{seed}.png")
     return dict(variant=name, seed=seed, seconds=seconds, losses=result.losses, marks=marks)
+
+def strip(
+    drawn:dict, # of `draw_all`
+)->Image.Image: # one row
+    "One picture of each application, and one of any chair, at three quarters of their size."
+    return image_grid([drawn[name][0].resize((96, 96), Image.Resampling.LANCZOS) for name in (*APPLICATIONS, "class")], columns=6)
 
 def rounded(values): # the same, four digits after the point
     "Plain numbers that are short to write."
@@ -329,18 +339,22 @@ def run_study(
                 path, wanted = folder/"rows"/f"{name}-{seed}.json", dict(settings, variant=plain(VARIANTS.get(name, Variant("chair"))))
                 if path.exists() and json.loads(path.read_text())["settings"] == wanted: continue
                 if seed not in base: base[seed] = draw_all(load_pipeline(config.model), "chair", config, seed)
+                if name == "base": strip(base[seed]).save(folder/"rows"/f"base-{seed}.png")
                 row = dict(variant="base", seed=seed, seconds=0., losses=[], marks={"0": measure(base[seed], base[seed], yardstick)}) if name == "base" else run_one(name, seed, config, base[seed], yardstick)
                 write_json(path, rounded(row) | dict(settings=wanted, provenance=provenance()))
                 say(f"{name}, seed {seed}: {len(row['losses'])} updates in {row['seconds']:.0f} s; likeness {likeness_of(row):.2f}")
         return gather(folder, settings, yardstick, say)
 
 def gather(folder, settings, yardstick, say)->dict: # see `run_study`
-    "All rows that were made in the same circumstances, and what they say."
+    "All rows that were made in the same circumstances, what they say, and a contact sheet of the first seed."
     rows = [json.loads(path.read_text()) for path in sorted((folder/"rows").glob("*.json"))]
     rows = [row for row in rows if {key: value for key, value in row["settings"].items() if key != "variant"} == settings]
     study = dict(settings=settings, provenance=[row["provenance"] for row in rows][-1], yardstick=rounded(yardstick.ends), rows=[{key: value for key, value in row.items() if key not in ("settings", "provenance")} for row in rows])
     study["verdicts"] = rounded(verdicts(study))
     write_json(folder/"study.json", study)
+    strips = {name: Image.open(path) for name in ["base", *VARIANTS] if (path := folder/"rows"/f"{name}-0.png").exists()}
+    truth = strip({name: [render(scene) for scene in scenes_of(name)[:1]] for name in APPLICATIONS} | {"class": [render(Scene("chair", "red", "desert"))]})
+    image_grid([truth, *strips.values()], columns=1, titles=["what is wanted", *strips]).save(folder/"study.jpg", quality=85)
     for row in study["verdicts"]: say(f"{row['verdict']:<12} {row['claim']}: {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] in {row['measure']}")
     return study
 
@@ -348,6 +362,39 @@ def likeness_of(row)->float: # after the last update, over all applications
     "One number for a training."
     last = row["marks"][max(row["marks"], key=int)]
     return float(np.mean([np.mean(last[name]["likeness"]) for name in APPLICATIONS]))
+
+# %% ../nbs/81_study.ipynb #e5663f98
+def read_study(
+    path=None, # study.json; None: the one that ships with the course
+)->dict: # see `run_study`
+    "Open a study that was made before."
+    path = Path(path or Path(str(files("sdxl_course"))) / "studies" / "dreambooth.json")
+    try: study = json.loads(path.read_text())
+    except (OSError, ValueError) as error: raise CourseError(f"{path} is no study ({error}): wanted a study.json as `python -m sdxl_course.study` writes it") from error
+    if not (isinstance(study, dict) and {"settings", "rows", "verdicts"} <= study.keys()): raise CourseError(f"{path} is no study: wanted a study.json with settings, rows and verdicts")
+    return study
+
+def summary(
+    study:dict, # of `run_study`
+)->list: # dicts: variant, trainings, seconds, likeness, low, high, obeyed, clip_t (share of the base model's), pres, div, drift, unrelated, copied
+    "Means over all trainings of each variant, the base model first."
+    known, found = {row["variant"] for row in study["rows"]}, []
+    mean = lambda name, key: float(numbers(study, name, key).mean())
+    for name in ["base", *VARIANTS]:
+        if name not in known: continue
+        likeness, seconds = numbers(study, name, "likeness"), [row["seconds"] for row in study["rows"] if row["variant"] == name]
+        low, high = two_level_interval(likeness, seeded("study", name))
+        found.append(dict(variant=name, trainings=len(likeness), seconds=float(np.median(seconds)), likeness=float(likeness.mean()), low=low, high=high,
+            **{key: mean(name, key) for key in ("obeyed", "pres", "div", "drift", "unrelated", "copied")}, clip_t=mean(name, "clip_t")/mean("base", "clip_t")))
+    return found
+
+def summary_table(
+    study:dict, # of `run_study`
+)->str: # lines for a terminal
+    "`summary`, aligned."
+    keys = ("obeyed", "clip_t", "pres", "div", "drift", "unrelated", "copied")
+    lines = [f"{row['variant']:<13} {row['trainings']:>2} x {row['seconds']:>4.0f} s   {row['likeness']:5.2f} [{row['low']:5.2f}, {row['high']:5.2f}] " + "".join(f"{row[key]:>10.2f}" for key in keys) for row in summary(study)]
+    return "\n".join([f"{'':<26} {'likeness':<20}" + "".join(f"{key:>10}" for key in keys), *lines])
 
 # %% ../nbs/81_study.ipynb #e401430c
 def main(
