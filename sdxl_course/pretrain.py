@@ -76,7 +76,7 @@ class RunConfig:
 class PartsConfig(RunConfig):
     "How pictures, judges, the autoencoder and the CLIPs are made."
     num_scenes:int = 20000 # pictures of the known styles
-    held_out_share:float = 0.15 # of the scenes also drawn in the held-out style, for the VAE only
+    held_out_share:float = 0.15 # of the scenes also drawn in the held-out style, for VAE and judges only
     num_validation:int = 128 # scenes drawn in every style for measuring
     captions_per_scene:int = 3 # phrasings of each picture
     judge_steps:int = 4000 # of the attribute judge; 0: keep the one there is
@@ -809,7 +809,8 @@ def train_attribute_judge(
     def loss_of(step):
         pixels, wanted = attribute_batch(pictures, codes, styles, step, config)
         logits = judge(pixels)
-        return attribute_loss(logits, wanted), {"right_" + name: float((logits[name].argmax(1) == wanted[:, k]).float().mean()) for k, name in enumerate(ATTRIBUTES)}
+        right = {"right_" + name: float((logits[name].argmax(1) == wanted[:, k]).float().mean()) for k, name in enumerate(ATTRIBUTES) if name != "color"}
+        return attribute_loss(logits, wanted), right
     plan = config.judge_steps
     judge.train()
     if not train_stage("judge attributes", run / "judge_attributes", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
@@ -894,6 +895,8 @@ def measure_instances(
 
 def train_judges(config, stop=None):
     "Both judges, one after the other; none that is given no steps."
+    for name, steps in (("attributes", config.judge_steps), ("instances", config.instance_steps)):
+        if not steps and not any((Path(config.output_dir) / part / "judges" / name).is_dir() for part in ("", "start")): raise CourseError(f"{config.output_dir} has no judge of {name} to keep: wanted some steps for it")
     if config.judge_steps: train_attribute_judge(config, stop)
     if config.instance_steps and (stop is None or not stop.asked): train_instance_judge(config, stop)
 

@@ -310,8 +310,13 @@ def test_every_style_is_met_as_often_as_another(straight):
         assert torch.equal(pretrain.pick(pictures, torch.tensor([len(pictures.pixels) + k]))[0], pictures.held_out_style[k])
     drawn = pretrain.evenly([torch.tensor([7]), torch.arange(100, 200)], 4000, torch.Generator().manual_seed(0))
     assert (drawn == 7).float().mean() == pytest.approx(0.5, abs=0.04) and drawn[drawn != 7].unique().tolist() == list(range(100, 200))
-    some = lambda step: pretrain.vae_batch(pictures, step, 0, 4, pretrain.SIDE, groups)[0]
-    assert torch.equal(some(3), some(3)) and not torch.equal(some(3), some(4))
+    wanted = pretrain.to_pixels(pretrain.pick(pictures, pretrain.evenly(groups, 6, pretrain.seeded(0, "vae", 3))))
+    even, any_ = (pretrain.vae_batch(pictures, 3, 0, 6, pretrain.SIDE, styles)[0] for styles in (groups, None))
+    same = lambda drawn: all(torch.equal(one, other) or torch.equal(one.flip(-1), other) for one, other in zip(drawn, wanted))
+    assert same(even) and not same(any_)
+    config = pretrain.parse_pretrain(["--output_dir", str(straight), *SMALL])
+    met = torch.cat([pretrain.attribute_batch(pictures, codes, groups, step, config)[1][:, 3] for step in range(50)])
+    assert all((met == codes[group[0], 3]).float().mean() == pytest.approx(1/len(groups), abs=0.08) for group in groups)
 
 
 def test_drawings_in_one_ink_teach_nothing_about_colour():
@@ -373,11 +378,14 @@ def test_new_judges_take_the_place_of_the_old(straight, tmp_path):
     assert "2 steps of up to 8" in (run / "export" / "judges" / "attributes" / "README.md").read_text()
 
 
-def test_a_judge_that_is_given_no_steps_is_kept(straight, tmp_path):
+def test_a_judge_that_is_given_no_steps_is_kept(straight, tmp_path, capsys):
     run = fresh_run(tmp_path, straight)
     chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=0)
     assert differing(straight / "export", run / "export") == {"judges/attributes/model.safetensors"}
     assert not (run / "judges" / "instances").exists() and not (run / "judge_instances").exists()
+    other = fresh_run(tmp_path / "other", straight)
+    assert pretrain.main(["--output_dir", str(other), "--stage", "judges", "--judge_steps", "0", "--instance_steps", "2", *SMALL]) == 2
+    assert "no judge of attributes to keep" in capsys.readouterr().err
 
 
 def test_starts_that_cannot_be_are_refused(straight, tmp_path, capsys):

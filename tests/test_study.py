@@ -1,10 +1,14 @@
 "The study of one chair: what is compared with what, and how it answers mistakes."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from sdxl_course.core import CourseError, plain, write_json
 from sdxl_course.dreambooth import DreamBoothConfig
-from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, compare, main, marks_of, training_of, verdicts
+from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, compare, gather, main, marks_of, read_study, student_interval, training_of, verdict, verdicts
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
@@ -44,6 +48,49 @@ def test_pairs_of_the_same_seed_and_picture_are_compared():
     found = compare(study, "prior", "plain", "pres")
     assert found == pytest.approx(dict(difference=-.1, low=-.1, high=-.1))
     shows = {row["claim"]: row["verdict"] == "shows" for row in verdicts(study)}
-    assert len(shows) == sum({one, other} <= {"plain", "prior", "base"} for _, one, other, _, _ in CLAIMS) and shows["prior preservation keeps other chairs from becoming ours"]
+    assert len(shows) == sum({claim.one, claim.other} <= {"plain", "prior", "base", None} for claim in CLAIMS) and shows["prior preservation keeps other chairs from becoming ours"]
     assert not shows["training makes it our chair"] and not shows["prior preservation keeps other chairs different"]
     json.dumps(verdicts(study))
+
+
+def test_only_seeds_that_both_have_are_compared():
+    rows = [dict(variant=name, seed=seed, marks={"5": made_up(seed, shift)}) for name, shift, seeds in (("plain", 0., (0, 1, 2, 3)), ("tok", .05, (3, 1)), ("rank_1", 0., (9,))) for seed in seeds]
+    assert compare(dict(rows=rows), "tok", "plain", "likeness") == pytest.approx(dict(difference=.05, low=.05, high=.05))
+    assert {row["claim"]: row["verdict"] for row in verdicts(dict(rows=rows))}["another rare identifier makes no difference"] == "shows"
+    with pytest.raises(CourseError, match="no seed that both"): compare(dict(rows=rows), "rank_1", "plain", "likeness")
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    "Three trainings with six pictures each, which share what their training got: the mean of 0 lies inside 95 times in a hundred."
+    rng = np.random.default_rng(0)
+    inside = [low < 0 < high for low, high in (student_interval(rng.normal(size=(3, 1)) + .3 * rng.normal(size=(3, 6))) for _ in range(400))]
+    assert np.mean(inside) == pytest.approx(.95, abs=.03)
+
+
+@pytest.mark.parametrize("claimed, low, high, said", [((0, np.inf), .1, .2, "shows"), ((0, np.inf), -.1, .2, "undecided"), ((0, np.inf), -.2, -.1, "opposite"), ((-np.inf, 0), -.2, -.1, "shows"),
+    ((-np.inf, 0), .1, .2, "opposite"), ((-.1, .1), -.05, .05, "shows"), ((-.1, .1), .05, .2, "undecided"), ((-.1, .1), .2, .3, "opposite"), ((-.1, .1), -.3, -.2, "opposite"), ((-.1, np.inf), -.05, .4, "shows")])
+def test_a_verdict_is_where_the_interval_lies(claimed, low, high, said): assert verdict(claimed, low, high) == said
+
+
+def test_rows_of_other_settings_are_left_out(tmp_path):
+    "Weights, judges and the meaning of a variant belong to a row."
+    (tmp_path / "rows").mkdir()
+    settings = dict(weights="new")
+    def row(name, seed, **other):
+        written = dict(settings, variant=plain(VARIANTS.get(name, Variant("chair")))) | other
+        write_json(tmp_path / "rows" / f"{name}-{seed}.json", dict(variant=name, seed=seed, seconds=1., marks={"0": made_up(seed, 0.)}, settings=written, provenance=dict(time=str(seed), device="cpu")))
+        Image.new("RGB", (596, 96)).save(tmp_path / "rows" / f"{name}-{seed}.png")
+    for seed in (0, 1): row("base", seed)
+    row("plain", 0)
+    row("tok", 0, weights="old")
+    row("prior", 0, variant=plain(Variant("sofa")))
+    study = gather(tmp_path, settings, SimpleNamespace(ends={}))
+    assert sorted((one["variant"], one["seed"]) for one in study["rows"]) == [("base", 0), ("base", 1), ("plain", 0)]
+    assert study["provenance"] == [dict(time="0", device="cpu")] and read_study(tmp_path / "study.json") == study
+    assert Image.open(tmp_path / "study.jpg").height == 3 * (96 + 14) + 2 * 4  # what is wanted, base and plain
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": []}'])
+def test_a_file_that_is_no_study_is_refused(tmp_path, text):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(CourseError, match="is no study"): read_study(tmp_path / "study.json")
