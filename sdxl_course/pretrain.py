@@ -16,9 +16,10 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
            'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair', 'make_clip_pair',
            'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline', 'object_mask', 'encode_pictures',
-           'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures', 'named_parts', 'load_parts',
-           'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet', 'save_towers', 'score_section',
-           'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages', 'main', 'ablation']
+           'make_cache', 'read_cache', 'often', 'drawn_pictures', 'unet_batch', 'sample_pictures', 'named_parts',
+           'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet', 'save_towers',
+           'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages',
+           'main', 'ablation']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -113,6 +114,7 @@ class PretrainConfig(PartsConfig):
     unet_renewed:str = "" # modules of the UNet that begin with new random weights, commas between, such as mid_block,up_blocks.0
     unet_decay_share:float = 0.3 # last part of the plan, in which the rate falls to zero
     unet_ema:float = 0.999 # of the weights that are kept
+    unet_more:str = "" # words whose pictures are drawn so many times as often as others, such as duck:4,pencil:1.5
     caption_dropout:float = 0.1 # pictures trained with zeros for words
     unmasked_weight:float = 0.33 # weight of the picture outside its object; 1: the same as the object's
     alignment_weight:float = 0. # of REPA's loss: the UNet's hidden states should tell what the judge sees in the clean picture
@@ -1262,16 +1264,29 @@ def read_cache(
         raise CourseError(f"{run}/cache holds {count} of {scenes} pictures with their masks, or was made by another VAE: run the stage `cache` first")
     return {key: torch.cat([tensors[key] for tensors, _ in loaded]) for key in CACHED}
 
+# %% ../nbs/61_pretrain.ipynb #3c270daa
+def often(
+    scenes:list, # dicts of `Pictures`
+    more:str, # words and how many times as often pictures with them are drawn, such as duck:4,pencil:1.5
+)->torch.Tensor: # (n,) how often each picture is drawn, compared with others
+    "Which pictures are met more often."
+    times, known = {}, {word for words in ATTRIBUTES.values() for word in words if word}
+    for part in filter(None, (part.strip() for part in more.split(","))):
+        word, _, value = (piece.strip() for piece in part.partition(":"))
+        if word not in known or not re.fullmatch(r"\d+(\.\d+)?", value) or not float(value): raise CourseError(f"unet_more says {part!r}: wanted a word of the diorama world and a number above 0, such as duck:4")
+        times[word] = float(value)
+    return torch.tensor([math.prod(times.get(scene[name], 1.) for name in ATTRIBUTES) for scene in scenes])
+
 # %% ../nbs/61_pretrain.ipynb #47a6705a
 def drawn_pictures(
-    number:int, # of pictures
+    weights, # (n,) of `often`
     step:int, # from 0
     seed:int, # of the run
     batch_size:int, # how many
 )->tuple: # generator for what else is drawn, rows (b,), mirror (b,)
     "Which pictures one step sees."
     g = seeded(seed, "unet", step)
-    return g, torch.randint(number, (batch_size,), generator=g), torch.randint(2, (batch_size,), generator=g)
+    return g, torch.multinomial(weights, batch_size, replacement=True, generator=g), torch.randint(2, (batch_size,), generator=g)
 
 @torch.no_grad()
 def unet_batch(
@@ -1283,9 +1298,10 @@ def unet_batch(
     batch_size:int, # latents
     dropout:float, # share of pictures without words
     power:float=1., # of the evenly spread numbers that become noise levels
+    weights=None, # (n,) of `often`; None: all pictures alike
 )->tuple: # (Batch, noise (b, 4, 16, 16), timesteps (b,))
     "Everything one step of UNet training sees."
-    g, rows, mirror = drawn_pictures(len(scenes), step, seed, batch_size)
+    g, rows, mirror = drawn_pictures(torch.ones(len(scenes)) if weights is None else weights, step, seed, batch_size)
     variant = torch.randint(len(scenes[0]["captions"]), (batch_size,), generator=g)
     wordless = torch.rand(batch_size, generator=g) < dropout
     draw, noise = torch.randn(2, batch_size, *cache["mean"].shape[2:], generator=g)
@@ -1444,15 +1460,15 @@ def train_unet(
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
     unet, schedule = parts.unet.to(memory_format=torch.channels_last).train().requires_grad_(True), NoiseSchedule.of(parts.scheduler)
-    first = done.get("unet", 0) # a chain that goes on draws what is new
+    first, weights = done.get("unet", 0), often(scenes, config.unet_more) # a chain that goes on draws what is new
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
     extra = {}
     if config.alignment_weight: extra["aligner"], features = make_aligner(config, unet)
     def loss_of(step):
-        batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power)
+        batch, noise, timesteps = unet_batch(parts, scenes, cache, first + step, config.seed, config.unet_batch_size, config.caption_dropout, config.timestep_power, weights)
         loss = denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean()
         if not config.alignment_weight: return loss, {}
-        _, rows, mirror = drawn_pictures(len(scenes), first + step, config.seed, config.unet_batch_size)
+        _, rows, mirror = drawn_pictures(weights, first + step, config.seed, config.unet_batch_size)
         apart = extra["aligner"](features[rows, mirror].float(), batch.mask, config.unmasked_weight)
         return loss + config.alignment_weight*apart, dict(apart=float(apart.detach()))
     if config.unet_renewed: renew(unet, named_parts(unet, config.unet_renewed), lambda: loss_of(0)) # a checkpoint overwrites it

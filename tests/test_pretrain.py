@@ -329,6 +329,24 @@ def test_drawings_in_one_ink_teach_nothing_about_colour():
     assert not logits["color"].grad.any() and logits["place"].grad.any() # zero, but there: every weight moves on
 
 
+def test_some_words_are_drawn_more_often(straight, tmp_path, capsys):
+    scenes = pretrain.read_scenes(straight)
+    thing = scenes[0]["object"]
+    weights = pretrain.often(scenes, f"{thing}:3, {scenes[0]['style']}:1.5")
+    assert weights[0] == 4.5 and torch.equal(pretrain.often(scenes, ""), torch.ones(len(scenes)))
+    rows = torch.cat([pretrain.drawn_pictures(weights, step, 0, 100)[1] for step in range(40)])
+    assert torch.allclose(torch.bincount(rows, minlength=len(scenes))/len(rows), weights/weights.sum(), atol=0.03)
+    run = fresh_run(tmp_path, straight)
+    chain(run, "cache", start_from=straight / "export")
+    for more in ("", f"{thing}:50"):
+        chain(run, "unet", unet_steps=1, unet_more=more)
+        shutil.move(run / "unet", tmp_path / f"unet{len(more)}")
+    assert (tmp_path / "unet0" / "state.safetensors").read_bytes() != (tmp_path / f"unet{len(thing) + 3}" / "state.safetensors").read_bytes()
+    for more in ("sofa:2", "duck", "duck:0", "duck:-1", "duck:many"):
+        assert pretrain.main(["--output_dir", str(run), "--stage", "unet", "--unet_more", more, *SMALL]) == 2
+        assert f"{more!r}: wanted a word" in capsys.readouterr().err
+
+
 def test_features_are_those_of_the_framed_picture_and_its_mirror_image(straight):
     from sdxl_course.evaluate import load_judge
     pictures, judge = pretrain.read_pictures(straight).pixels, load_judge("attributes")
