@@ -6,7 +6,8 @@
 __all__ = ['APPLICATIONS', 'ASKED', 'CLASS', 'VARIANTS', 'NO_DIFFERENCE', 'CLAIMS', 'scenes_of', 'as_often', 'ask', 'Yardstick',
            'StudyConfig', 'draw_all', 'unrelated', 'measure', 'Variant', 'chosen', 'marks_of', 'training_of', 'numbers',
            'student_interval', 'Claim', 'seeds_of', 'compare', 'verdict', 'verdicts', 'run_one', 'strip', 'rounded',
-           'circumstances', 'run_study', 'gather', 'likeness_of', 'read_study', 'summary', 'summary_table', 'main']
+           'circumstances', 'run_study', 'gather', 'likeness_of', 'read_study', 'summary', 'summary_table',
+           'application_table', 'main']
 
 # %% ../nbs/81_study.ipynb #23139051
 import json
@@ -426,6 +427,22 @@ def summary_table(
     keys = ("obeyed", "clip_t", "pres", "div", "drift", "unrelated", "copied")
     lines = [f"{row['variant']:<13} {row['trainings']:>2} x {row['seconds']:>4.0f} s   {row['likeness']:5.2f} [{row['low']:5.2f}, {row['high']:5.2f}] " + "".join(f"{row[key]:>10.2f}" for key in keys) for row in summary(study)]
     return "\n".join([f"{'':<26} {'likeness':<20}" + "".join(f"{key:>10}" for key in keys), *lines])
+
+# %% ../nbs/81_study.ipynb #1f1060b2
+def application_table(
+    study:dict, # of `run_study`
+    variants:tuple = ("base", "plain", "prior"), # columns
+)->str: # lines for a terminal
+    "Likeness with its interval, and obedience beside that of the truth, application by application."
+    lines = [f"{'':<20}" + "".join(f"{name:<29}" for name in variants) + "obeyed by the truth"]
+    for application in APPLICATIONS:
+        shown = []
+        for name in variants:
+            likeness = numbers(study, name, f"{application}.likeness")
+            low, high = student_interval(likeness)
+            shown.append(f"{likeness.mean():5.2f} [{low:5.2f}, {high:5.2f}]  {numbers(study, name, f'{application}.obeyed').mean():.2f}    ")
+        lines.append(f"{application:<20}" + "".join(shown) + f"{study['yardstick'][application]['obeyed']:.2f}")
+    return "\n".join(lines)
 
 # %% ../nbs/81_study.ipynb #e401430c
 def main(
