@@ -9,17 +9,17 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'make_data', 'shard_is_whole', 'Pictures', 'read_scenes', 'read_pictures', 'byte_letters', 'join',
            'learn_merges', 'make_tokenizers', 'word_parts', 'read_tokenizers', 'rate_at', 'ema_decay', 'orthogonal',
            'Muon', 'Learner', 'averaged', 'load_average', 'Log', 'read_log', 'Stop', 'polite_stop', 'train_stage',
-           'begin_from', 'former', 'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'numbers_of_styles',
-           'evenly', 'pick', 'picture_codes', 'thing_scenes', 'render_things', 'same_thing_loss', 'settle',
-           'make_judge', 'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card',
-           'instance_batch', 'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error', 'vae_loss',
-           'vae_batch', 'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
-           'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids', 'ClipPair', 'make_clip_pair',
-           'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline', 'object_mask', 'encode_pictures',
-           'make_cache', 'read_cache', 'often', 'drawn_pictures', 'unet_batch', 'sample_pictures', 'named_parts',
-           'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner', 'train_unet', 'save_towers',
-           'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages',
-           'main', 'ablation']
+           'begin_from', 'former', 'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'evenly', 'pick',
+           'picture_codes', 'thing_scenes', 'render_things', 'same_thing_loss', 'settle', 'make_judge',
+           'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card', 'instance_batch',
+           'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error', 'vae_loss', 'vae_batch',
+           'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
+           'numbers_of_styles', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids',
+           'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline',
+           'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'often', 'drawn_pictures', 'unet_batch',
+           'sample_pictures', 'named_parts', 'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner',
+           'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs',
+           'export_model', 'run_stages', 'main', 'ablation']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -702,13 +702,6 @@ def scene_codes(
     return torch.tensor([[words.index(scene[name]) for name, words in ATTRIBUTES.items()] for scene in scenes])
 
 # %% ../nbs/61_pretrain.ipynb #898a29d7
-def numbers_of_styles(
-    pictures:Pictures,
-)->list: # for each style that occurs: (m,) int64, as in `pick`
-    "Which pictures are drawn in which style."
-    styles = [scene["style"] for scene in pictures.scenes] + [HELD_OUT_STYLE]*len(pictures.held_out_style)
-    return [torch.tensor([k for k, one in enumerate(styles) if one == style]) for style in dict.fromkeys(styles)]
-
 def evenly(
     groups:list, # (m,) tensors of numbers, as in `numbers_of_styles`
     number:int, # how many are wanted
@@ -791,13 +784,12 @@ def make_judge(
 def attribute_batch(
     pictures:Pictures,
     codes, # of `picture_codes`
-    styles, # of `numbers_of_styles`
     step:int, # from 0
     config:PretrainConfig,
 )->tuple: # pixels (b, 3, 128, 128), codes (b, 6)
-    "Disturbed pictures of all styles alike."
-    g = seeded(config.seed, "attribute judge", step)
-    index = evenly(styles, config.judge_batch_size, g)
+    "Disturbed pictures of all styles, a fifth of them in the held-out style."
+    g, known = seeded(config.seed, "attribute judge", step), len(pictures.pixels)
+    index = evenly([torch.arange(known)]*4 + [torch.arange(known, len(codes))][:len(codes) - known], config.judge_batch_size, g)
     return disturb(to_pixels(pick(pictures, index)), g), codes[index]
 
 def train_attribute_judge(
@@ -806,10 +798,9 @@ def train_attribute_judge(
 ):
     "Train on renders of the run."
     run, pictures, judge = Path(config.output_dir), read_pictures(config.output_dir), make_judge(AttributeJudge, config.seed)
-    codes, styles = picture_codes(pictures), numbers_of_styles(pictures)
-    learner = Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
+    codes, learner = picture_codes(pictures), Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
     def loss_of(step):
-        pixels, wanted = attribute_batch(pictures, codes, styles, step, config)
+        pixels, wanted = attribute_batch(pictures, codes, step, config)
         logits = judge(pixels)
         right = {"right_" + name: float((logits[name].argmax(1) == wanted[:, k]).float().mean()) for k, name in enumerate(ATTRIBUTES) if name != "color"}
         return attribute_loss(logits, wanted), right
@@ -817,7 +808,7 @@ def train_attribute_judge(
     judge.train()
     if not train_stage("judge attributes", run / "judge_attributes", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
     load_average(run / "judge_attributes" / "state.safetensors", "judge", judge)
-    settle(judge, (attribute_batch(pictures, codes, styles, -1 - k, config)[0] for k in range(20)))
+    settle(judge, (attribute_batch(pictures, codes, -1 - k, config)[0] for k in range(20)))
     save_judge(judge, run / "judges" / "attributes", judge_card("attributes", config, learner.step, measure_attributes(judge, run)))
 
 # %% ../nbs/61_pretrain.ipynb #3da98a79
@@ -1028,6 +1019,13 @@ def encoding_part(
 )->torch.nn.Module: # its layers before the latents
     "What decides the latents."
     return torch.nn.ModuleList([vae.encoder, vae.quant_conv])
+
+def numbers_of_styles(
+    pictures:Pictures,
+)->list: # for each style that occurs: (m,) int64, as in `pick`
+    "Which pictures are drawn in which style."
+    styles = [scene["style"] for scene in pictures.scenes] + [HELD_OUT_STYLE]*len(pictures.held_out_style)
+    return [torch.tensor([k for k, one in enumerate(styles) if one == style]) for style in dict.fromkeys(styles)]
 
 def train_decoder(
     config:PretrainConfig,

@@ -300,7 +300,7 @@ def test_the_judge_that_aligns_is_not_the_one_that_will_judge(straight, tmp_path
     with pytest.raises(CourseError, match="there is no judge"): pretrain.make_aligner(config, unet) # it is, where there is no other
 
 
-def test_every_style_is_met_as_often_as_another(straight):
+def test_rare_styles_are_met_more_often(straight):
     pictures = pretrain.read_pictures(straight)
     groups, codes = pretrain.numbers_of_styles(pictures), pretrain.picture_codes(pictures)
     assert sorted(torch.cat(groups).tolist()) == list(range(len(codes))) == list(range(len(pictures.pixels) + len(pictures.held_out_style)))
@@ -315,8 +315,8 @@ def test_every_style_is_met_as_often_as_another(straight):
     same = lambda drawn: all(torch.equal(one, other) or torch.equal(one.flip(-1), other) for one, other in zip(drawn, wanted))
     assert same(even) and not same(any_)
     config = pretrain.parse_pretrain(["--output_dir", str(straight), *SMALL])
-    met = torch.cat([pretrain.attribute_batch(pictures, codes, groups, step, config)[1][:, 3] for step in range(50)])
-    assert all((met == codes[group[0], 3]).float().mean() == pytest.approx(1/len(groups), abs=0.08) for group in groups)
+    met = torch.cat([pretrain.attribute_batch(pictures, codes, step, config)[1][:, 3] for step in range(50)])
+    assert (met == ATTRIBUTES["style"].index(HELD_OUT_STYLE)).float().mean() == pytest.approx(0.2, abs=0.06) # the judge meets it in a fifth of its pictures
 
 
 def test_drawings_in_one_ink_teach_nothing_about_colour():
