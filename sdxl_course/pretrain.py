@@ -16,10 +16,10 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
            'numbers_of_styles', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids',
            'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline',
-           'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'often', 'drawn_pictures', 'unet_batch',
-           'sample_pictures', 'named_parts', 'load_parts', 'renew', 'clean_features', 'Aligner', 'make_aligner',
-           'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes', 'gather_facts', 'stage_logs',
-           'export_model', 'run_stages', 'main', 'ablation']
+           'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch',
+           'sample_pictures', 'named_parts', 'load_parts', 'ablation', 'renew', 'clean_features', 'Aligner',
+           'make_aligner', 'often', 'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes',
+           'gather_facts', 'stage_logs', 'export_model', 'run_stages', 'main']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -1262,19 +1262,6 @@ def read_cache(
         raise CourseError(f"{run}/cache holds {count} of {scenes} pictures with their masks, or was made by another VAE: run the stage `cache` first")
     return {key: torch.cat([tensors[key] for tensors, _ in loaded]) for key in CACHED}
 
-# %% ../nbs/61_pretrain.ipynb #3c270daa
-def often(
-    scenes:list, # dicts of `Pictures`
-    more:str, # words and how many times as often pictures with them are drawn, such as duck:4,pencil:1.5
-)->torch.Tensor: # (n,) how often each picture is drawn, compared with others
-    "Which pictures are met more often."
-    times, known = {}, {word for words in ATTRIBUTES.values() for word in words if word}
-    for part in filter(None, (part.strip() for part in more.split(","))):
-        word, _, value = (piece.strip() for piece in part.partition(":"))
-        if word not in known or not re.fullmatch(r"\d+(\.\d+)?", value) or not float(value): raise CourseError(f"unet_more says {part!r}: wanted a word of the diorama world and a number above 0, such as duck:4")
-        times[word] = float(value)
-    return torch.tensor([math.prod(times.get(scene[name], 1.) for name in ATTRIBUTES) for scene in scenes])
-
 # %% ../nbs/61_pretrain.ipynb #47a6705a
 def drawn_pictures(
     weights, # (n,) of `often`
@@ -1364,6 +1351,21 @@ def load_parts(
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
+# %% ../nbs/61_pretrain.ipynb #be0a9489
+@torch.no_grad()
+def ablation(
+    unet, # UNet2DConditionModel
+    loss_of, # function without arguments: the UNet's error on some batch
+)->dict: # name of a block -> how much the error grows, as a share, when the block adds nothing
+    "Silence one residual or transformer block after the other (Meyes et al., 2019)."
+    def without(block):
+        layer, answer = (block.conv2, lambda _, __, out: torch.zeros_like(out)) if hasattr(block, "conv2") else (block, lambda _, given, __: given[0])
+        hook = layer.register_forward_hook(answer)
+        try: return float(loss_of())
+        finally: hook.remove()
+    whole = float(loss_of())
+    return {name: without(block)/whole - 1 for name, block in unet.named_modules() if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
+
 # %% ../nbs/61_pretrain.ipynb #1cf0881a
 @torch.no_grad()
 def renew(
@@ -1445,6 +1447,19 @@ def make_aligner(
         raise CourseError(f"{run}/cache was framed with other values of reframed_share or seed than {config.reframed_share} and {config.seed}: run the stage `cache` again with these")
     with seeded_world("aligner", config.seed): aligner = Aligner(unet)
     return aligner, clean_features(load_judge(folder), read_pictures(run).pixels, config.reframed_share, config.seed)
+
+# %% ../nbs/61_pretrain.ipynb #3c270daa
+def often(
+    scenes:list, # dicts of `Pictures`
+    more:str, # words and how many times as often pictures with them are drawn, such as duck:4,pencil:1.5
+)->torch.Tensor: # (n,) how often each picture is drawn, compared with others
+    "Which pictures are met more often."
+    times, known = {}, {word for words in ATTRIBUTES.values() for word in words if word}
+    for part in filter(None, (part.strip() for part in more.split(","))):
+        word, _, value = (piece.strip() for piece in part.partition(":"))
+        if word not in known or not re.fullmatch(r"\d+(\.\d+)?", value) or not float(value): raise CourseError(f"unet_more says {part!r}: wanted a word of the diorama world and a number above 0, such as duck:4")
+        times[word] = float(value)
+    return torch.tensor([math.prod(times.get(scene[name], 1.) for name in ATTRIBUTES) for scene in scenes])
 
 # %% ../nbs/61_pretrain.ipynb #97967d86
 def train_unet(
@@ -1538,8 +1553,8 @@ pipeline_tag: text-to-image
 ---
 # sdxl-tiny
 
-A small but complete SDXL, trained from scratch on {facts['scenes']:,} scenes of the diorama world ({facts['held_out']:,} also drawn in the held-out style, which only the VAE and the judges saw).
-Made by `sdxl-course pretrain`, seed {config.seed}, on {here['system']} with torch {here['versions']['torch']}, diffusers {here['versions']['diffusers']}
+A small but complete SDXL, trained from scratch on {facts['scenes']:,} scenes of the diorama world, {facts['held_out']:,} of them also drawn in the held-out style, which the CLIPs and the UNet never saw.
+Each seed draws other scenes, and a part saw those of its own sessions. Made by `sdxl-course pretrain` on {here['system']} with torch {here['versions']['torch']}, diffusers {here['versions']['diffusers']}
 and transformers {here['versions']['transformers']}; exported {here['time']}. The sessions, each continuing the one before; `--start_from` begins a new run folder with the exported weights of the one before:
 
 ```
@@ -1646,21 +1661,6 @@ def main(
 )->int: # exit code
     "`sdxl-course pretrain`: make sdxl-tiny, or continue making it."
     return guarded(lambda: run_stages(parse_pretrain(sys.argv[1:] if argv is None else argv)) and 0)
-
-# %% ../nbs/61_pretrain.ipynb #be0a9489
-@torch.no_grad()
-def ablation(
-    unet, # UNet2DConditionModel
-    loss_of, # function without arguments: the UNet's error on some batch
-)->dict: # name of a block -> how much the error grows, as a share, when the block adds nothing
-    "Silence one residual or transformer block after the other (Meyes et al., 2019)."
-    def without(block):
-        layer, answer = (block.conv2, lambda _, __, out: torch.zeros_like(out)) if hasattr(block, "conv2") else (block, lambda _, given, __: given[0])
-        hook = layer.register_forward_hook(answer)
-        try: return float(loss_of())
-        finally: hook.remove()
-    whole = float(loss_of())
-    return {name: without(block)/whole - 1 for name, block in unet.named_modules() if type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
 
 # %% ../nbs/61_pretrain.ipynb #ee7cdaf9
 #| eval: false
