@@ -156,7 +156,7 @@ def save_loss_plot(
 # %% ../nbs/62_cli.ipynb #3e2c24d5
 def demo(
     output_dir="sdxl-course-demo", # folder for what it makes
-    steps:int=200,                 # of training
+    steps:int=140,                 # of training
     seed:int=0,                    # decides every draw
 )->dict: # the report
     "Teach the small model a style, and show it before and after."
@@ -212,7 +212,7 @@ def run_demo(
     from sdxl_course.core import CourseError, nearest
     parser = argparse.ArgumentParser("sdxl-course demo", description="Teach the small model a style: before and after.", allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="sdxl-course-demo", help="folder for what it makes")
-    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--steps", type=int, default=140, help="of training")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
     def refuse(message): raise CourseError(f"{message}; see sdxl-course demo --help")
     parser.error = refuse
