@@ -6,8 +6,8 @@
 __all__ = ['APPLICATIONS', 'ASKED', 'CLASS', 'VARIANTS', 'NO_DIFFERENCE', 'CLAIMS', 'scenes_of', 'as_often', 'ask', 'packed',
            'Yardstick', 'StudyConfig', 'draw_all', 'unrelated', 'measure', 'Variant', 'chosen', 'marks_of',
            'training_of', 'numbers', 'student_interval', 'Claim', 'seeds_of', 'compare', 'verdict', 'verdicts',
-           'run_one', 'strip', 'rounded', 'circumstances', 'run_study', 'gather', 'likeness_of', 'read_study',
-           'summary', 'summary_table', 'application_table', 'main']
+           'run_one', 'strip', 'rounded', 'circumstances', 'settings_of', 'run_study', 'gather', 'likeness_of',
+           'read_study', 'summary', 'summary_table', 'application_table', 'main']
 
 # %% ../nbs/81_study.ipynb #23139051
 import json
@@ -367,6 +367,11 @@ def circumstances(
     prompts = {name: [ask(scene, "sks chair") for scene in scenes_of(name)] for name in APPLICATIONS}
     return plain({key: value for key, value in asdict(config).items() if key not in ("output_dir", "variants", "seeds")} | dict(weights=weights_name(components), judges=judges, prompts=prompts))
 
+# %% ../nbs/81_study.ipynb #1cc801b4
+def settings_of(name, settings)->dict: # with what `name` means
+    "What one row was made with."
+    return dict(settings, variant=plain(VARIANTS.get(name, Variant("chair"))))
+
 # %% ../nbs/81_study.ipynb #fc6087ae
 def run_study(
     config:StudyConfig,
@@ -380,7 +385,7 @@ def run_study(
     with alone_in(folder):
         yardstick, base = yardstick or Yardstick(load_components(config.model).vae), {}
         for seed, name in product(range(config.seeds), ["base", *names]):
-            path, wanted = folder/"rows"/f"{name}-{seed}.json", dict(settings, variant=plain(VARIANTS.get(name, Variant("chair"))))
+            path, wanted = folder/"rows"/f"{name}-{seed}.json", settings_of(name, settings)
             if path.exists() and json.loads(path.read_text())["settings"] == wanted: continue
             if seed not in base: base[seed] = draw_all(load_pipeline(config.model), "chair", config, seed)
             if name == "base": strip(base[seed]).save(folder/"rows"/f"base-{seed}.png")
@@ -395,7 +400,7 @@ def run_study(
 def gather(folder, settings, yardstick)->dict: # see `run_study`
     "All rows that belong to these settings, what they say, and a contact sheet of the first seed."
     rows = [json.loads(path.read_text()) for path in sorted((folder/"rows").glob("*.json"))]
-    rows = [row for row in rows if row["settings"] == dict(settings, variant=plain(VARIANTS.get(row["variant"], Variant("chair"))))]
+    rows = [row for row in rows if row["settings"] == settings_of(row["variant"], settings)]
     machines = {json.dumps({key: value for key, value in row["provenance"].items() if key != "time"}): row["provenance"] for row in rows} # one of each kind
     study = dict(settings=settings, provenance=list(machines.values()), yardstick=rounded(yardstick.ends), rows=[{key: value for key, value in row.items() if key not in ("settings", "provenance")} for row in rows])
     study["verdicts"] = rounded(verdicts(study))
@@ -424,10 +429,10 @@ def summary(
     study:dict, # of `run_study`
 )->list: # dicts: variant, trainings, seconds, likeness, low, high, obeyed, clip_t (share of the base model's), pres, div, drift, unrelated, copied
     "Means over all trainings of each variant, the base model first."
-    known, found = {row["variant"] for row in study["rows"]}, []
+    found = []
     mean = lambda name, key: float(numbers(study, name, key).mean())
     for name in ["base", *VARIANTS]:
-        if name not in known: continue
+        if not seeds_of(study, name): continue
         likeness, seconds = numbers(study, name, "likeness"), [row["seconds"] for row in study["rows"] if row["variant"] == name]
         low, high = student_interval(likeness)
         found.append(dict(variant=name, trainings=len(likeness), seconds=float(np.median(seconds)), likeness=float(likeness.mean()), low=low, high=high,
