@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'COLORED', 'BODY', 'JUDGES', 'PROMPT_SEED', 'SUBJECT_SEED', 'SUBJECT_COLOR', 'WORDS_OF', 'to_pixels',
-           'AttributeJudge', 'InstanceJudge', 'save_judge', 'load_judge', 'name_attributes', 'is_colored',
+           'to_bytes', 'AttributeJudge', 'InstanceJudge', 'save_judge', 'load_judge', 'name_attributes', 'is_colored',
            'right_answers', 'bootstrap_interval', 'prompt_of', 'evaluation_scenes', 'ClipJudge', 'mean_similarity',
            'normalised', 'SubjectJudge', 'prior_metrics', 'drift', 'shrunk', 'nearest_neighbours', 'memorised',
-           'vae_report', 'vae_scores', 'vae_table', 'EvaluateConfig', 'draw_scenes', 'scene_of', 'read_judged',
-           'save_judged', 'score_columns', 'summarise', 'score_pictures', 'score_table', 'save_grid', 'evaluate',
-           'main']
+           'reconstruct', 'vae_report', 'vae_scores', 'vae_table', 'EvaluateConfig', 'draw_scenes', 'scene_of',
+           'read_judged', 'save_judged', 'score_columns', 'summarise', 'score_pictures', 'score_table', 'save_grid',
+           'evaluate', 'main']
 
 # %% ../nbs/51_evaluate.ipynb #2ae74e8f
 import io
@@ -45,6 +45,12 @@ def to_pixels(
     "What every judge takes."
     if not torch.is_tensor(pictures): pictures = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
     return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+def to_bytes(
+    pixels, # (b, 3, h, w) in [-1, 1]
+)->torch.Tensor: # (b, h, w, 3) uint8
+    "Back from `to_pixels`; what lies outside is clipped."
+    return pixels.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
 
 # %% ../nbs/51_evaluate.ipynb #390accd6
 BODY = dict(embedding_size=32, hidden_sizes=[32, 64, 128, 192], depths=[1, 1, 1, 1], layer_type="basic")
@@ -276,6 +282,15 @@ def memorised(
 
 # %% ../nbs/51_evaluate.ipynb #28960bb1
 @torch.no_grad()
+def reconstruct(
+    vae, # AutoencoderKL
+    pictures, # as in `to_pixels`, or (b, 3, h, w) in [-1, 1]
+    batch_size:int = 16, # at a time
+)->torch.Tensor: # (b, 3, h, w) in [-1, 1]
+    "Pictures that went through latents and back: no model that draws with this VAE does better."
+    pixels = pictures if torch.is_tensor(pictures) and pictures.is_floating_point() else to_pixels(pictures)
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in pixels.split(batch_size)])
+
 def vae_report(
     vae, # AutoencoderKL
     judge, # AttributeJudge
@@ -283,11 +298,10 @@ def vae_report(
     scenes:list, # Scene of each
 )->dict: # psnr in dB; accuracy of the judge on originals and on reconstructions, attribute by attribute
     "What a picture loses on the way through latents and back."
-    as_bytes = lambda x: ((x.clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1)
-    drawn = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in pixels.split(16)]).clamp(-1, 1)
+    drawn = reconstruct(vae, pixels)
     report = dict(psnr=float(-10*torch.log10(((drawn - pixels)/2).square().mean((1, 2, 3))).mean()))
     for kind, shown in dict(original=pixels, reconstructed=drawn).items():
-        right = right_answers(name_attributes(judge, as_bytes(shown)), scenes)
+        right = right_answers(name_attributes(judge, to_bytes(shown)), scenes)
         report |= {f"{name}_{kind}": float(np.nanmean(values)) for name, values in right.items() if not np.isnan(values).all()}
     return report
 

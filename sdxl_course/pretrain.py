@@ -9,14 +9,14 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'make_data', 'shard_is_whole', 'Pictures', 'read_scenes', 'read_pictures', 'byte_letters', 'join',
            'learn_merges', 'make_tokenizers', 'word_parts', 'read_tokenizers', 'rate_at', 'ema_decay', 'orthogonal',
            'Muon', 'Learner', 'averaged', 'load_average', 'Log', 'read_log', 'Stop', 'polite_stop', 'train_stage',
-           'begin_from', 'former', 'start_weights', 'disturb', 'attribute_loss', 'scene_codes', 'evenly', 'pick',
-           'picture_codes', 'thing_scenes', 'render_things', 'same_thing_loss', 'settle', 'make_judge',
-           'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card', 'instance_batch',
-           'train_instance_judge', 'measure_instances', 'train_judges', 'picture_error', 'vae_loss', 'vae_batch',
+           'begin_from', 'former', 'start_weights', 'picture_error', 'vae_loss', 'evenly', 'pick', 'vae_batch',
            'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
-           'numbers_of_styles', 'train_decoder', 'contrastive_loss', 'also_fits', 'said_codes', 'caption_ids',
-           'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed', 'outline',
-           'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch',
+           'numbers_of_styles', 'train_decoder', 'disturb', 'attribute_loss', 'scene_codes', 'picture_codes',
+           'thing_scenes', 'render_things', 'same_thing_loss', 'settle', 'first_judge', 'packer', 'some_packed',
+           'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card', 'instance_batch',
+           'train_instance_judge', 'measure_instances', 'train_judges', 'contrastive_loss', 'also_fits', 'said_codes',
+           'caption_ids', 'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed',
+           'outline', 'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch',
            'sample_pictures', 'named_parts', 'load_parts', 'ablation', 'renew', 'clean_features', 'Aligner',
            'make_aligner', 'often', 'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes',
            'gather_facts', 'stage_logs', 'export_model', 'run_stages', 'main']
@@ -49,13 +49,13 @@ from .conditioning import encode_prompts, make_time_ids
 from .core import CourseError, guarded, image_grid, load_tensors, nearest, provenance, save_tensors, seeded, write_atomic, write_json
 from .diorama import (ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, SEEN, STYLES, VIEWS, WHERE, Scene, caption, caption_words,
     is_held_out, render_array, render_styles, sample_scene, silhouette)
-from .evaluate import ATTRIBUTES, COLORED, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, to_pixels
+from .evaluate import ATTRIBUTES, COLORED, JUDGES, load_judge, name_attributes, reconstruct, right_answers, save_judge, to_bytes, to_pixels
 from .noise import NoiseSchedule
 from .objective import denoising_loss
 from .trainer import seeded_world
 
 # %% ../nbs/61_pretrain.ipynb #d16ae8c6
-STAGES = ("data", "tokenizer", "judges", "vae", "decoder", "clip", "cache", "unet", "export")
+STAGES = ("data", "tokenizer", "vae", "decoder", "judges", "clip", "cache", "unet", "export")
 SIDE = 128 # pixels of a training picture
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class PartsConfig(RunConfig):
     instance_steps:int = 750 # of the instance judge; 0: keep the one there is
     judge_batch_size:int = 64
     judge_lr:float = 1e-3
+    judge_vae_share:float = 0.5 # of the judges' pictures go through the VAE first, as all do that the model draws
     num_things:int = 320 # individual objects, each in eight scenes, for the instance judge
     vae_steps:int = 6000 # where VAE training ends
     vae_schedule_steps:int = 0 # length of its learning-rate plan; 0: vae_steps
@@ -640,14 +641,14 @@ def begin_from(
 # %% ../nbs/61_pretrain.ipynb #07985156
 def former(
     run, # run folder
-)->dict: # steps, logs, history and more of what `export` wrote; steps is empty if the run starts from nothing
-    "What the model that a run starts from says of the stages that go on from it."
+)->dict: # stages, steps, logs, history and more of what `export` wrote; empty if the run starts from nothing
+    "What the model that a run starts from says of the `stages` that go on from it."
     folder = Path(run) / "start"
-    if not folder.is_dir(): return dict(steps={}, logs={}, history=[], psnr={}, seen={})
+    if not folder.is_dir(): return dict(stages=[], steps={}, logs={}, history=[], psnr={}, seen={})
     logs, stages = json.loads((folder / "training_log.json").read_text()), json.loads((folder / "start.json").read_text())["stages"]
     facts = logs.pop("facts")
     seen = facts.get("seen", {"0": [facts["scenes"], facts["held_out"]]})
-    return dict(facts, seen=seen, steps={name: steps for name, steps in facts["steps"].items() if name in stages}, logs={name: log for name, log in logs.items() if name in stages})
+    return dict(facts, stages=stages, seen=seen, steps={name: steps for name, steps in facts["steps"].items() if name in stages}, logs={name: log for name, log in logs.items() if name in stages})
 
 def start_weights(
     run, # run folder
@@ -666,232 +667,6 @@ def start_weights(
     if odd: raise CourseError(f"{path} does not fit at {odd[0]}: it belongs to another architecture; choose another start_from, or let that part begin anew (--unet_renewed)")
     module.load_state_dict(tensors, strict=False) # strict would ask for position ids, which are no weights
     return True
-
-# %% ../nbs/61_pretrain.ipynb #f0961225
-def disturb(
-    pixels, # (b, 3, h, w) in [-1, 1]
-    generator, # torch.Generator
-): # the same shape
-    "Mirror, move, scale, blur, add noise, change the light; at random for each picture."
-    b, draw = len(pixels), lambda low, high: torch.rand(len(pixels), 1, 1, 1, generator=generator)*(high - low) + low
-    mirror, size, dx, dy = draw(0, 1).round()*2 - 1, draw(0.86, 1.1), draw(-0.1, 0.1), draw(-0.1, 0.1)
-    zero = torch.zeros(b)
-    rows = [torch.stack([(size*mirror).view(b), zero, dx.view(b)], 1), torch.stack([zero, size.view(b), dy.view(b)], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
-    pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    soft = F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
-    pixels = torch.where(draw(0, 1) < 0.5, pixels + (soft - pixels)*draw(0.3, 1.3), pixels)
-    noisy = pixels + draw(0, 0.12)*torch.randn(pixels.shape, generator=generator)
-    return (torch.where(draw(0, 1) < 0.4, noisy, pixels)*draw(0.9, 1.1) + draw(-0.06, 0.06)).clamp(-1, 1)
-
-# %% ../nbs/61_pretrain.ipynb #56bb6c4a
-def attribute_loss(
-    logits:dict, # attribute -> (b, words)
-    codes, # (b, 6) int64, as in `scene_codes`
-)->torch.Tensor: # scalar
-    "Cross-entropy of every attribute; the colour's only where the style shows it."
-    inked = ~torch.isin(codes[:, 3], torch.tensor([ATTRIBUTES["style"].index(style) for style in COLORED]))
-    wanted = codes.clone()
-    wanted[inked, 1] = -100 # what cross_entropy leaves out
-    return sum(F.cross_entropy(logits[name], wanted[:, k], reduction="sum")/(wanted[:, k] >= 0).sum().clamp(min=1) for k, name in enumerate(ATTRIBUTES))
-
-def scene_codes(
-    scenes:list, # dicts of `Pictures`
-)->torch.Tensor: # (n, 6) int64
-    "What each picture shows, as numbers."
-    return torch.tensor([[words.index(scene[name]) for name, words in ATTRIBUTES.items()] for scene in scenes])
-
-# %% ../nbs/61_pretrain.ipynb #898a29d7
-def evenly(
-    groups:list, # (m,) tensors of numbers, as in `numbers_of_styles`
-    number:int, # how many are wanted
-    generator, # torch.Generator
-)->torch.Tensor: # (number,)
-    "Random members; a small group is asked as often as a large one."
-    which, where = torch.randint(len(groups), (number,), generator=generator), torch.rand(number, generator=generator)
-    return torch.stack([groups[k][int(share*len(groups[k]))] for k, share in zip(which.tolist(), where.tolist())])
-
-def pick(
-    pictures:Pictures,
-    index, # (b,) int64: numbers of known pictures, and after their end of those in the held-out style
-)->torch.Tensor: # (b, 128, 128, 3) uint8
-    "Some of all pictures."
-    known, other = pictures.pixels, pictures.held_out_style
-    return torch.stack([known[k] if k < len(known) else other[k - len(known)] for k in index.tolist()])
-
-def picture_codes(
-    pictures:Pictures,
-)->torch.Tensor: # (n, 6) int64, numbered as in `pick`
-    "What each picture shows, those in the held-out style after the others."
-    known = scene_codes(pictures.scenes)
-    other = known[torch.tensor(pictures.held_out_rows, dtype=torch.long)]
-    other[:, 3] = ATTRIBUTES["style"].index(HELD_OUT_STYLE)
-    return torch.cat([known, other])
-
-# %% ../nbs/61_pretrain.ipynb #d8973029
-THING_SEED, SHOTS = 2_500_000_000, 8 # pictures of each thing
-
-def thing_scenes(
-    thing:int, # its number; even ones are chairs
-    seed:int, # of the run
-)->list: # SHOTS scenes
-    "One individual thing in several scenes."
-    words = [sample_scene(THING_SEED + seed*10_000_000 + thing*SHOTS + k) for k in range(SHOTS)]
-    kind, color = ("chair", list(COLORS)[thing//2 % len(COLORS)]) if thing % 2 == 0 else (words[0].object, words[0].color)
-    return [Scene(kind, color, w.place, w.style if w.style in COLORED else "photo", w.view, w.accessory, w.seed, build=THING_SEED + thing) for w in words]
-
-def render_things(
-    job:tuple, # (folder, shard number, first thing, end, seed)
-)->int: # shard number
-    "Render some things."
-    folder, number, first, end, seed = job
-    pixels = np.stack([[render_array(scene, SIDE) for scene in thing_scenes(thing, seed)] for thing in range(first, end)])
-    save_tensors(folder / f"things-{number:03d}.safetensors", dict(pixels=torch.from_numpy(pixels)))
-    return number
-
-def same_thing_loss(
-    embeds, # (b, d), of length 1
-    things, # (b,) which thing each picture shows
-    temperature:float = 0.1,
-)->torch.Tensor: # scalar
-    "Supervised contrastive loss (Khosla et al., 2020, equation 2)."
-    itself = torch.eye(len(embeds), dtype=torch.bool)
-    scores = (embeds @ embeds.T / temperature).masked_fill(itself, -1e4)
-    alike = (things[:, None] == things) & ~itself
-    return -(F.log_softmax(scores, 1)*alike).sum(1).div(alike.sum(1).clamp(min=1)).mean()
-
-# %% ../nbs/61_pretrain.ipynb #aa077ed4
-def settle(
-    judge, # with averaged weights
-    batches, # iterable of pixels
-):
-    "Measure what batch normalisation needs, with the weights that are kept."
-    norms = [m for m in judge.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms: norm.reset_running_stats(); norm.momentum = None # None: the mean over all batches
-    judge.train()
-    with torch.no_grad():
-        for pixels in batches: judge(pixels)
-    return judge.eval()
-
-def make_judge(
-    kind, # AttributeJudge or InstanceJudge
-    seed:int, # of the run
-):
-    "An untrained judge, its weights drawn from the seed alone."
-    with seeded_world("judge", kind.__name__, seed): return kind()
-
-# %% ../nbs/61_pretrain.ipynb #10593f57
-def attribute_batch(
-    pictures:Pictures,
-    codes, # of `picture_codes`
-    step:int, # from 0
-    config:PretrainConfig,
-)->tuple: # pixels (b, 3, 128, 128), codes (b, 6)
-    "Disturbed pictures of all styles, a fifth of them in the held-out style."
-    g, known = seeded(config.seed, "attribute judge", step), len(pictures.pixels)
-    index = evenly([torch.arange(known)]*4 + [torch.arange(known, len(codes))][:len(codes) - known], config.judge_batch_size, g)
-    return disturb(to_pixels(pick(pictures, index)), g), codes[index]
-
-def train_attribute_judge(
-    config:PretrainConfig,
-    stop=None, # see `train_stage`
-):
-    "Train on renders of the run."
-    run, pictures, judge = Path(config.output_dir), read_pictures(config.output_dir), make_judge(AttributeJudge, config.seed)
-    codes, learner = picture_codes(pictures), Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
-    def loss_of(step):
-        pixels, wanted = attribute_batch(pictures, codes, step, config)
-        logits = judge(pixels)
-        right = {"right_" + name: float((logits[name].argmax(1) == wanted[:, k]).float().mean()) for k, name in enumerate(ATTRIBUTES) if name != "color"}
-        return attribute_loss(logits, wanted), right
-    plan = config.judge_steps
-    judge.train()
-    if not train_stage("judge attributes", run / "judge_attributes", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
-    load_average(run / "judge_attributes" / "state.safetensors", "judge", judge)
-    settle(judge, (attribute_batch(pictures, codes, -1 - k, config)[0] for k in range(20)))
-    save_judge(judge, run / "judges" / "attributes", judge_card("attributes", config, learner.step, measure_attributes(judge, run)))
-
-# %% ../nbs/61_pretrain.ipynb #3da98a79
-def measure_attributes(
-    judge, # AttributeJudge
-    run, # run folder
-)->dict: # style -> attribute -> share right, over scenes that nothing trains on
-    "Ask the judge about the validation scenes, style by style."
-    known, pixels = json.loads((Path(run) / "data" / "validation.json").read_text()), load_tensors(Path(run) / "data" / "validation.safetensors")[0]["pixels"]
-    scenes, found = [Scene(**scene) for scene in known["scenes"]], {}
-    for k, style in enumerate(known["styles"]):
-        right = right_answers(name_attributes(judge, pixels[:, k]), [replace(scene, style=style) for scene in scenes])
-        found[style] = {name: float(np.nanmean(right[name])) for name in ("object", "color", "place", "style") if not np.isnan(right[name]).all()}
-    return found
-
-def judge_card(
-    name:str, # attributes or instances
-    config:PretrainConfig,
-    steps:int, # that were taken
-    found:dict, # what was measured
-)->str: # markdown
-    "What made a judge, and how good it is."
-    return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` (seed {config.seed}, {steps:,} steps of up to {config.judge_batch_size} pictures) "
-        f"on renders of the diorama world; read with `sdxl_course.evaluate.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n```json\n{json.dumps(found, indent=1)}\n```\n")
-
-# %% ../nbs/61_pretrain.ipynb #3c0e1b9a
-def instance_batch(
-    pixels, # (n, SHOTS, 128, 128, 3) uint8 of all things
-    step:int, # from 0
-    config:PretrainConfig,
-)->tuple: # pixels (b, 3, 128, 128), things (b,)
-    "Four shots of each thing; every other batch holds chairs of one colour only."
-    g = seeded(config.seed, "instance judge", step)
-    number, each = config.judge_batch_size//4, len(COLORS)*2
-    some = torch.arange(0, len(pixels), each) + 2*int(torch.randint(len(COLORS), (), generator=g)) if step % 2 else torch.arange(len(pixels))
-    some = some[some < len(pixels)]
-    if len(some) < 2: some = torch.arange(len(pixels))
-    things = some[torch.randperm(len(some), generator=g)[:number]].repeat_interleave(4)
-    shots = torch.cat([torch.randperm(SHOTS, generator=g)[:4] for _ in range(len(things)//4)])
-    return disturb(to_pixels(pixels[things, shots]), g), things
-
-def train_instance_judge(
-    config:PretrainConfig,
-    stop=None, # see `train_stage`
-):
-    "Render the things, then train on them; the last eighth is kept for measuring."
-    run, size, judge = Path(config.output_dir), 20, make_judge(InstanceJudge, config.seed)
-    jobs = [(run / "data", k, k*size, min((k + 1)*size, config.num_things), config.seed) for k in range(math.ceil(config.num_things/size))]
-    side_by_side(render_things, [job for job in jobs if not (job[0] / f"things-{job[1]:03d}.safetensors").exists()], config.num_workers, stop)
-    if stop is not None and stop.asked: return
-    pixels = torch.cat([load_tensors(run / "data" / f"things-{job[1]:03d}.safetensors")[0]["pixels"] for job in jobs])
-    kept = max(2, len(pixels)//8)
-    seen, unseen = pixels[:-kept], pixels[-kept:]
-    learner, plan = Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate), config.instance_steps
-    def loss_of(step):
-        shown, things = instance_batch(seen, step, config)
-        return same_thing_loss(judge(shown), things), {}
-    judge.train()
-    if not train_stage("judge instances", run / "judge_instances", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
-    load_average(run / "judge_instances" / "state.safetensors", "judge", judge)
-    settle(judge, (instance_batch(seen, -1 - k, config)[0] for k in range(20)))
-    save_judge(judge, run / "judges" / "instances", judge_card("instances", config, learner.step, measure_instances(judge, unseen)))
-
-# %% ../nbs/61_pretrain.ipynb #aae6a60b
-@torch.no_grad()
-def measure_instances(
-    judge, # InstanceJudge
-    pixels, # (n, SHOTS, 128, 128, 3) uint8 of things that it never saw
-)->dict: # mean cosines, and how often a shot's nearest neighbour shows the same thing
-    "Do pictures of one unseen thing find each other?"
-    embeds = torch.cat([judge(to_pixels(shots)) for shots in pixels])
-    things, cosines = torch.arange(len(pixels)).repeat_interleave(SHOTS), embeds @ embeds.T
-    alike, itself = things[:, None] == things, torch.eye(len(things), dtype=torch.bool)
-    nearest_one = cosines.masked_fill(itself, -2).argmax(1)
-    return dict(things=len(pixels), same_thing=float(cosines[alike & ~itself].mean()), other_things=float(cosines[~alike].mean()),
-        nearest_is_same=float((things[nearest_one] == things).float().mean()))
-
-def train_judges(config, stop=None):
-    "Both judges, one after the other; none that is given no steps."
-    for name, steps in (("attributes", config.judge_steps), ("instances", config.instance_steps)):
-        if not steps and not any((Path(config.output_dir) / part / "judges" / name).is_dir() for part in ("", "start")): raise CourseError(f"{config.output_dir} has no judge of {name} to keep: wanted some steps for it")
-    if config.judge_steps: train_attribute_judge(config, stop)
-    if config.instance_steps and (stop is None or not stop.asked): train_instance_judge(config, stop)
 
 # %% ../nbs/61_pretrain.ipynb #df2d91f0
 def picture_error(
@@ -924,6 +699,24 @@ def vae_loss(
     kl = 0.5*(posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
     psnr = -10*torch.log10(((drawn.detach() - pixels)/2).square().mean((1, 2, 3))).mean()
     return error + kl_weight*kl, dict(psnr=float(psnr), kl=float(kl.detach()))
+
+# %% ../nbs/61_pretrain.ipynb #609eed0f
+def evenly(
+    groups:list, # (m,) tensors of numbers, as in `numbers_of_styles`
+    number:int, # how many are wanted
+    generator, # torch.Generator
+)->torch.Tensor: # (number,)
+    "Random members; a small group is asked as often as a large one."
+    which, where = torch.randint(len(groups), (number,), generator=generator), torch.rand(number, generator=generator)
+    return torch.stack([groups[k][int(share*len(groups[k]))] for k, share in zip(which.tolist(), where.tolist())])
+
+def pick(
+    pictures:Pictures,
+    index, # (b,) int64: numbers of known pictures, and after their end of those in the held-out style
+)->torch.Tensor: # (b, 128, 128, 3) uint8
+    "Some of all pictures."
+    known, other = pictures.pixels, pictures.held_out_style
+    return torch.stack([known[k] if k < len(known) else other[k - len(known)] for k in index.tolist()])
 
 # %% ../nbs/61_pretrain.ipynb #0f47ef62
 def vae_batch(
@@ -959,8 +752,7 @@ def measure_vae(
     for k, style in enumerate(styles):
         errors = []
         for part in to_pixels(load_tensors(folder / "validation.safetensors")[0]["pixels"][:, k]).split(16):
-            drawn = vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1)
-            errors.append(((drawn - part)/2).square().mean((1, 2, 3)))
+            errors.append(((reconstruct(vae, part) - part)/2).square().mean((1, 2, 3)))
         psnr[style] = float(-10*torch.log10(torch.cat(errors)).mean())
     return dict(scaling_factor=float(1/latents.std()), latent_mean=float(latents.mean()), channel_std=latents.std((0, 2, 3)).tolist(), psnr=psnr,
         psnr_overall=sum(psnr.values())/len(psnr) if psnr else None) # every style has as many pictures
@@ -1043,6 +835,246 @@ def train_decoder(
         return vae_loss(vae, pixels, noise, 0., config.vae_gradient_weight, config.vae_square_weight)
     if not train_stage("decoder", run / "decoder", learner, loss_of, lambda step: rate_at(step, config.decoder_lr, min(50, plan//10), plan), plan, config, stop): return
     with averaged(learner): write_measured("decoder", vae, run, pictures, learner.step)
+
+# %% ../nbs/61_pretrain.ipynb #f0961225
+def disturb(
+    pixels, # (b, 3, h, w) in [-1, 1]
+    generator, # torch.Generator
+): # the same shape
+    "Mirror, move, scale, blur, add noise, change the light; at random for each picture."
+    b, draw = len(pixels), lambda low, high: torch.rand(len(pixels), 1, 1, 1, generator=generator)*(high - low) + low
+    mirror, size, dx, dy = draw(0, 1).round()*2 - 1, draw(0.86, 1.1), draw(-0.1, 0.1), draw(-0.1, 0.1)
+    zero = torch.zeros(b)
+    rows = [torch.stack([(size*mirror).view(b), zero, dx.view(b)], 1), torch.stack([zero, size.view(b), dy.view(b)], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    soft = F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
+    pixels = torch.where(draw(0, 1) < 0.5, pixels + (soft - pixels)*draw(0.3, 1.3), pixels)
+    noisy = pixels + draw(0, 0.12)*torch.randn(pixels.shape, generator=generator)
+    return (torch.where(draw(0, 1) < 0.4, noisy, pixels)*draw(0.9, 1.1) + draw(-0.06, 0.06)).clamp(-1, 1)
+
+# %% ../nbs/61_pretrain.ipynb #56bb6c4a
+def attribute_loss(
+    logits:dict, # attribute -> (b, words)
+    codes, # (b, 6) int64, as in `scene_codes`
+)->torch.Tensor: # scalar
+    "Cross-entropy of every attribute; the colour's only where the style shows it."
+    inked = ~torch.isin(codes[:, 3], torch.tensor([ATTRIBUTES["style"].index(style) for style in COLORED]))
+    wanted = codes.clone()
+    wanted[inked, 1] = -100 # what cross_entropy leaves out
+    return sum(F.cross_entropy(logits[name], wanted[:, k], reduction="sum")/(wanted[:, k] >= 0).sum().clamp(min=1) for k, name in enumerate(ATTRIBUTES))
+
+def scene_codes(
+    scenes:list, # dicts of `Pictures`
+)->torch.Tensor: # (n, 6) int64
+    "What each picture shows, as numbers."
+    return torch.tensor([[words.index(scene[name]) for name, words in ATTRIBUTES.items()] for scene in scenes])
+
+# %% ../nbs/61_pretrain.ipynb #898a29d7
+def picture_codes(
+    pictures:Pictures,
+)->torch.Tensor: # (n, 6) int64, numbered as in `pick`
+    "What each picture shows, those in the held-out style after the others."
+    known = scene_codes(pictures.scenes)
+    other = known[torch.tensor(pictures.held_out_rows, dtype=torch.long)]
+    other[:, 3] = ATTRIBUTES["style"].index(HELD_OUT_STYLE)
+    return torch.cat([known, other])
+
+# %% ../nbs/61_pretrain.ipynb #d8973029
+THING_SEED, SHOTS = 2_500_000_000, 8 # pictures of each thing
+
+def thing_scenes(
+    thing:int, # its number; even ones are chairs
+    seed:int, # of the run
+)->list: # SHOTS scenes
+    "One individual thing in several scenes."
+    words = [sample_scene(THING_SEED + seed*10_000_000 + thing*SHOTS + k) for k in range(SHOTS)]
+    kind, color = ("chair", list(COLORS)[thing//2 % len(COLORS)]) if thing % 2 == 0 else (words[0].object, words[0].color)
+    return [Scene(kind, color, w.place, w.style if w.style in COLORED else "photo", w.view, w.accessory, w.seed, build=THING_SEED + thing) for w in words]
+
+def render_things(
+    job:tuple, # (folder, shard number, first thing, end, seed)
+)->int: # shard number
+    "Render some things."
+    folder, number, first, end, seed = job
+    pixels = np.stack([[render_array(scene, SIDE) for scene in thing_scenes(thing, seed)] for thing in range(first, end)])
+    save_tensors(folder / f"things-{number:03d}.safetensors", dict(pixels=torch.from_numpy(pixels)))
+    return number
+
+def same_thing_loss(
+    embeds, # (b, d), of length 1
+    things, # (b,) which thing each picture shows
+    temperature:float = 0.1,
+)->torch.Tensor: # scalar
+    "Supervised contrastive loss (Khosla et al., 2020, equation 2)."
+    itself = torch.eye(len(embeds), dtype=torch.bool)
+    scores = (embeds @ embeds.T / temperature).masked_fill(itself, -1e4)
+    alike = (things[:, None] == things) & ~itself
+    return -(F.log_softmax(scores, 1)*alike).sum(1).div(alike.sum(1).clamp(min=1)).mean()
+
+# %% ../nbs/61_pretrain.ipynb #aa077ed4
+def settle(
+    judge, # with averaged weights
+    batches, # iterable of pixels
+):
+    "Measure what batch normalisation needs, with the weights that are kept."
+    norms = [m for m in judge.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms: norm.reset_running_stats(); norm.momentum = None # None: the mean over all batches
+    judge.train()
+    with torch.no_grad():
+        for pixels in batches: judge(pixels)
+    return judge.eval()
+
+def first_judge(
+    run, # run folder
+    name:str, # attributes or instances
+    seed:int, # of the run
+)->tuple: # AttributeJudge or InstanceJudge, how many steps it has behind it
+    "The judge that training begins with: of the model that the run starts from, or drawn from the seed alone."
+    with seeded_world("judge", JUDGES[name].__name__, seed): judge = JUDGES[name]()
+    before = former(run)
+    if f"judge_{name}" in before["stages"]: start_weights(run, f"judges/{name}", judge)
+    return judge, before["steps"].get(f"judge_{name}", 0)
+
+# %% ../nbs/61_pretrain.ipynb #e02eebef
+def packer(
+    config:PretrainConfig,
+): # function of pixels (..., 128, 128, 3) uint8 that returns the same shape; None: no judge sees such pictures
+    "The way through the VAE and back."
+    if not config.judge_vae_share: return None
+    vae = load_vae(config.output_dir, tiny_architecture(config.seed).vae)
+    def pack(pixels):
+        say("judges", through_the_vae=pixels.shape[:-3].numel())
+        return torch.cat([to_bytes(reconstruct(vae, part)) for part in pixels.flatten(0, -4).split(64)]).view(pixels.shape) if len(pixels) else pixels
+    return pack
+
+def some_packed(
+    pixels, # (b, 128, 128, 3) uint8
+    packed, # (b, 128, 128, 3) uint8: the same after the VAE, or None
+    share:float, # of the pictures that are taken from `packed`
+    generator, # torch.Generator
+)->torch.Tensor: # (b, 128, 128, 3) uint8
+    "Each picture as it was rendered, or as the VAE gives it back."
+    return pixels if packed is None else torch.where(torch.rand(len(pixels), 1, 1, 1, generator=generator) < share, packed, pixels)
+
+# %% ../nbs/61_pretrain.ipynb #10593f57
+def attribute_batch(
+    pictures:Pictures,
+    packed, # the same pictures after the VAE, or None
+    codes, # of `picture_codes`
+    step:int, # from 0
+    config:PretrainConfig,
+)->tuple: # pixels (b, 3, 128, 128), codes (b, 6)
+    "Disturbed pictures of all styles, a fifth of them in the held-out style."
+    g, known = seeded(config.seed, "attribute judge", step), len(pictures.pixels)
+    index = evenly([torch.arange(known)]*4 + [torch.arange(known, len(codes))][:len(codes) - known], config.judge_batch_size, g)
+    return disturb(to_pixels(some_packed(pick(pictures, index), packed and pick(packed, index), config.judge_vae_share, g)), g), codes[index]
+
+def train_attribute_judge(
+    config:PretrainConfig,
+    stop=None, # see `train_stage`
+):
+    "Train on renders of the run."
+    run, pictures, pack = Path(config.output_dir), read_pictures(config.output_dir), packer(config)
+    judge, first = first_judge(run, "attributes", config.seed)
+    packed = pack and replace(pictures, pixels=pack(pictures.pixels), held_out_style=pack(pictures.held_out_style))
+    codes, learner = picture_codes(pictures), Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
+    def loss_of(step):
+        pixels, wanted = attribute_batch(pictures, packed, codes, first + step, config)
+        logits = judge(pixels)
+        right = {"right_" + name: float((logits[name].argmax(1) == wanted[:, k]).float().mean()) for k, name in enumerate(ATTRIBUTES) if name != "color"}
+        return attribute_loss(logits, wanted), right
+    plan = config.judge_steps
+    judge.train()
+    if not train_stage("judge attributes", run / "judge_attributes", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
+    load_average(run / "judge_attributes" / "state.safetensors", "judge", judge)
+    settle(judge, (attribute_batch(pictures, packed, codes, -1 - k, config)[0] for k in range(20)))
+    save_judge(judge, run / "judges" / "attributes", judge_card("attributes", config, first + learner.step, measure_attributes(judge, run)))
+
+# %% ../nbs/61_pretrain.ipynb #3da98a79
+def measure_attributes(
+    judge, # AttributeJudge
+    run, # run folder
+)->dict: # style -> attribute -> share right, over scenes that nothing trains on
+    "Ask the judge about the validation scenes, style by style."
+    known, pixels = json.loads((Path(run) / "data" / "validation.json").read_text()), load_tensors(Path(run) / "data" / "validation.safetensors")[0]["pixels"]
+    scenes, found = [Scene(**scene) for scene in known["scenes"]], {}
+    for k, style in enumerate(known["styles"]):
+        right = right_answers(name_attributes(judge, pixels[:, k]), [replace(scene, style=style) for scene in scenes])
+        found[style] = {name: float(np.nanmean(right[name])) for name in ("object", "color", "place", "style") if not np.isnan(right[name]).all()}
+    return found
+
+def judge_card(
+    name:str, # attributes or instances
+    config:PretrainConfig,
+    steps:int, # that were taken
+    found:dict, # what was measured
+)->str: # markdown
+    "What made a judge, and how good it is."
+    return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` (seed {config.seed}, {steps:,} steps of up to {config.judge_batch_size} pictures) "
+        f"on renders of the diorama world; read with `sdxl_course.evaluate.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n```json\n{json.dumps(found, indent=1)}\n```\n")
+
+# %% ../nbs/61_pretrain.ipynb #3c0e1b9a
+def instance_batch(
+    pixels, # (n, SHOTS, 128, 128, 3) uint8 of all things
+    packed, # the same pictures after the VAE, or None
+    step:int, # from 0
+    config:PretrainConfig,
+)->tuple: # pixels (b, 3, 128, 128), things (b,)
+    "Four shots of each thing; every other batch holds chairs of one colour only."
+    g = seeded(config.seed, "instance judge", step)
+    number, each = config.judge_batch_size//4, len(COLORS)*2
+    some = torch.arange(0, len(pixels), each) + 2*int(torch.randint(len(COLORS), (), generator=g)) if step % 2 else torch.arange(len(pixels))
+    some = some[some < len(pixels)]
+    if len(some) < 2: some = torch.arange(len(pixels))
+    things = some[torch.randperm(len(some), generator=g)[:number]].repeat_interleave(4)
+    shots = torch.cat([torch.randperm(SHOTS, generator=g)[:4] for _ in range(len(things)//4)])
+    shown = some_packed(pixels[things, shots], None if packed is None else packed[things, shots], config.judge_vae_share, g)
+    return disturb(to_pixels(shown), g), things
+
+def train_instance_judge(
+    config:PretrainConfig,
+    stop=None, # see `train_stage`
+):
+    "Render the things, then train on them; the last eighth is kept for measuring."
+    run, size, pack = Path(config.output_dir), 20, packer(config)
+    jobs = [(run / "data", k, k*size, min((k + 1)*size, config.num_things), config.seed) for k in range(math.ceil(config.num_things/size))]
+    side_by_side(render_things, [job for job in jobs if not (job[0] / f"things-{job[1]:03d}.safetensors").exists()], config.num_workers, stop)
+    if stop is not None and stop.asked: return
+    pixels = torch.cat([load_tensors(run / "data" / f"things-{job[1]:03d}.safetensors")[0]["pixels"] for job in jobs])
+    kept = max(2, len(pixels)//8)
+    seen, unseen = pixels[:-kept], pixels[-kept:]
+    (judge, first), packed = first_judge(run, "instances", config.seed), pack and pack(seen)
+    learner, plan = Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate), config.instance_steps
+    def loss_of(step):
+        shown, things = instance_batch(seen, packed, first + step, config)
+        return same_thing_loss(judge(shown), things), {}
+    judge.train()
+    if not train_stage("judge instances", run / "judge_instances", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
+    load_average(run / "judge_instances" / "state.safetensors", "judge", judge)
+    settle(judge, (instance_batch(seen, packed, -1 - k, config)[0] for k in range(20)))
+    save_judge(judge, run / "judges" / "instances", judge_card("instances", config, first + learner.step, measure_instances(judge, unseen)))
+
+# %% ../nbs/61_pretrain.ipynb #aae6a60b
+@torch.no_grad()
+def measure_instances(
+    judge, # InstanceJudge
+    pixels, # (n, SHOTS, 128, 128, 3) uint8 of things that it never saw
+)->dict: # mean cosines, and how often a shot's nearest neighbour shows the same thing
+    "Do pictures of one unseen thing find each other?"
+    embeds = torch.cat([judge(to_pixels(shots)) for shots in pixels])
+    things, cosines = torch.arange(len(pixels)).repeat_interleave(SHOTS), embeds @ embeds.T
+    alike, itself = things[:, None] == things, torch.eye(len(things), dtype=torch.bool)
+    nearest_one = cosines.masked_fill(itself, -2).argmax(1)
+    return dict(things=len(pixels), same_thing=float(cosines[alike & ~itself].mean()), other_things=float(cosines[~alike].mean()),
+        nearest_is_same=float((things[nearest_one] == things).float().mean()))
+
+def train_judges(config, stop=None):
+    "Both judges, one after the other; none that is given no steps."
+    for name, steps in (("attributes", config.judge_steps), ("instances", config.instance_steps)):
+        if not steps and not any((Path(config.output_dir) / part / "judges" / name).is_dir() for part in ("", "start")): raise CourseError(f"{config.output_dir} has no judge of {name} to keep: wanted some steps for it")
+    if config.judge_steps: train_attribute_judge(config, stop)
+    if config.instance_steps and (stop is None or not stop.asked): train_instance_judge(config, stop)
 
 # %% ../nbs/61_pretrain.ipynb #d0cdaa58
 def contrastive_loss(
@@ -1348,6 +1380,7 @@ def load_parts(
     state, renewed = run / "unet" / "state.safetensors", named_parts(parts.unet, renewed)
     if not state.exists(): start_weights(run, "unet", parts.unet, renewed)
     elif unet: steps["unet"] = total("unet", load_average(state, "unet", parts.unet))
+    for name in (f"judge_{name}" for name in JUDGES if (run / "judges" / name).is_dir()): steps[name] = total(name, int(load_tensors(run / name / "state.safetensors")[1]["step"]))
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
@@ -1596,7 +1629,6 @@ def gather_facts(
     "What is known about how a run went."
     run, before, seen = Path(config.output_dir), former(config.output_dir), seen_scenes(config.output_dir)
     judges = sorted({path.name for folder in (run, run / "start") for path in (folder / "judges").glob("*")})
-    steps = dict(steps, **{name: logs[name]["step"][-1] for name in (f"judge_{judge}" for judge in judges) if name in logs})
     measured = next((run / name / "measured.json" for name in ("decoder", "vae") if (run / name / "measured.json").exists()), None)
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()] if (run / "history.jsonl").exists() else []
     return dict(steps=steps, seen=seen, scenes=sum(number for number, _ in seen.values()), held_out=sum(number for _, number in seen.values()), judges=judges,
@@ -1611,9 +1643,8 @@ def stage_logs(
     "The curves of all stages; a stage that went on from a former chain has both parts."
     logs, before = {}, former(run)["logs"]
     for name in TRAINED:
-        path, judge = Path(run) / name / "training_log.jsonl", name.removeprefix("judge_")
-        if judge == name: logs[name] = read_log(path, before=before.get(name))
-        else: logs[name] = read_log(path) if (Path(run) / "judges" / judge).is_dir() else before.get(name) # trained from the beginning, or kept
+        unfinished = name.startswith("judge_") and not (Path(run) / "judges" / name.removeprefix("judge_")).is_dir()
+        logs[name] = before.get(name) if unfinished else read_log(Path(run) / name / "training_log.jsonl", before=before.get(name))
     return {name: log for name, log in logs.items() if log}
 
 def export_model(
@@ -1643,7 +1674,7 @@ def run_stages(
     "Run the stages that were asked for, in their order."
     run = Path(config.output_dir)
     wanted = [name for name in STAGES if config.stage == "all" or name in config.stage.split(",")]
-    works = dict(data=make_data, tokenizer=lambda config, stop: None if (run / "start").is_dir() else make_tokenizers(run), judges=train_judges, vae=train_vae, decoder=train_decoder, clip=train_clip,
+    works = dict(data=make_data, tokenizer=lambda config, stop: None if (run / "start").is_dir() else make_tokenizers(run), vae=train_vae, decoder=train_decoder, judges=train_judges, clip=train_clip,
         cache=make_cache, unet=train_unet, export=export_model)
     if config.start_from: begin_from(run, config.start_from)
     write_json(run / "config.json", config)

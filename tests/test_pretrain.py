@@ -2,14 +2,16 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sdxl_course import pretrain
+from sdxl_course.components import tiny_architecture
 from sdxl_course.core import CourseError, load_tensors
 from sdxl_course.diorama import HELD_OUT_STYLE
-from sdxl_course.evaluate import ATTRIBUTES
+from sdxl_course.evaluate import ATTRIBUTES, reconstruct, to_bytes
 
 SMALL = ("--num_scenes 9 --shard_size 5 --num_workers 1 --num_validation 1 --judge_batch_size 8 --num_things 4 --vae_batch_size 2 --clip_batch_size 4 --unet_batch_size 2 "
          "--vae_schedule_steps 6 --decoder_steps 6 --clip_schedule_steps 6 --unet_schedule_steps 6 --log_every 1 --sample_every 0").split()
@@ -37,10 +39,10 @@ def stopped(straight, tmp_path_factory):
     "The same run, stopped after three steps of each stage and continued."
     run = tmp_path_factory.mktemp("stopped")
     for name in ("data", "tokenizer", "tokenizer_2"): shutil.copytree(straight / name, run / name)
-    for _ in range(6): chain(run, "judges", judge_steps=6, instance_steps=6, max_minutes=1e-6) # one step of each judge at a time
     for stage in ("vae", "clip"):
         for number in (3, 6): chain(run, stage, **{f"{stage}_steps": number})
         for _ in range(6 if stage == "vae" else 0): chain(run, "decoder", vae_steps=6, max_minutes=1e-6)
+    for _ in range(6): chain(run, "judges", judge_steps=6, instance_steps=6, max_minutes=1e-6) # one step of each judge at a time
     chain(run, "cache")
     for number in (3, 6): chain(run, "unet", unet_steps=number)
     return run
@@ -104,7 +106,7 @@ def test_stock_diffusers_draws_with_the_export(straight):
     picture = pipeline("a red chair in the snow", num_inference_steps=2, height=128, width=128, generator=torch.Generator().manual_seed(1)).images[0]
     assert picture.size == (128, 128)
     parts, steps = pretrain.load_parts(straight, 0)
-    assert steps == dict(clip_1=6, clip_2=6, vae=6, decoder=6, unet=6)
+    assert steps == dict(FORMER, unet=6)
     for name, part in (("unet", parts.unet), ("vae", parts.vae)): # the export holds the averaged weights, rounded to half
         for mine, theirs in zip(part.parameters(), getattr(pipeline, name).parameters()): torch.testing.assert_close(mine.half().float(), theirs)
     for name, width in (("vision_model", 64), ("vision_model_2", 128)):
@@ -315,7 +317,7 @@ def test_rare_styles_are_met_more_often(straight):
     same = lambda drawn: all(torch.equal(one, other) or torch.equal(one.flip(-1), other) for one, other in zip(drawn, wanted))
     assert same(even) and not same(any_)
     config = pretrain.parse_pretrain(["--output_dir", str(straight), *SMALL])
-    met = torch.cat([pretrain.attribute_batch(pictures, codes, step, config)[1][:, 3] for step in range(50)])
+    met = torch.cat([pretrain.attribute_batch(pictures, None, codes, step, config)[1][:, 3] for step in range(50)])
     assert (met == ATTRIBUTES["style"].index(HELD_OUT_STYLE)).float().mean() == pytest.approx(0.2, abs=0.06) # the judge meets it in a fifth of its pictures
 
 
@@ -387,13 +389,42 @@ def test_ablation_finds_the_block_that_does_nothing(unet):
     assert len(found) == 11 + 13 and torch.equal(ask(unet, X), before) # and every hook is gone
 
 
-def test_new_judges_take_the_place_of_the_old(straight, tmp_path):
+def test_judges_go_on_from_those_of_the_given_model(straight, tmp_path):
     run = fresh_run(tmp_path, straight)
     chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=2)
     assert differing(straight / "export", run / "export") == {"judges/attributes/model.safetensors", "judges/instances/model.safetensors"}
     log = json.loads((run / "export" / "training_log.json").read_text())
-    assert log["facts"]["steps"] == dict(FORMER, judge_attributes=2, judge_instances=2, unet=6) and log["judge_attributes"]["step"] == [1, 2]
-    assert "2 steps of up to 8" in (run / "export" / "judges" / "attributes" / "README.md").read_text()
+    assert log["facts"]["steps"] == dict(FORMER, judge_attributes=8, judge_instances=8, unet=6) and log["judge_attributes"]["step"] == list(range(1, 9))
+    for judge in ("attributes", "instances"): assert "8 steps of up to 8" in (run / "export" / "judges" / judge / "README.md").read_text()
+    still = fresh_run(tmp_path / "still", straight)
+    chain(still, "judges", start_from=straight / "export", judge_steps=1, instance_steps=1, judge_lr=1e-13)
+    for judge in ("attributes", "instances"):
+        before, after = (load_tensors(folder / "judges" / judge / "model.safetensors")[0] for folder in (straight / "export", still))
+        for key in before: assert "running" in key or "batches" in key or torch.equal(before[key], after[key]), key # batch normalisation is measured anew
+
+
+def test_half_of_what_judges_see_went_through_the_vae(straight, capsys):
+    pictures, vae = pretrain.read_pictures(straight), pretrain.load_vae(straight, tiny_architecture(0).vae)
+    codes = pretrain.picture_codes(pictures)
+    of = lambda *flags: pretrain.parse_pretrain(["--output_dir", str(straight), *SMALL, *flags])
+    assert pretrain.packer(of("--judge_vae_share", "0")) is None
+    pack = pretrain.packer(of())
+    packed = replace(pictures, pixels=pack(pictures.pixels), held_out_style=pack(pictures.held_out_style))
+    assert torch.equal(packed.pixels[2:4], to_bytes(reconstruct(vae, pictures.pixels[2:4]))) and packed.pixels.shape == pictures.pixels.shape
+    assert torch.equal(pack(pictures.pixels[:4].view(2, 2, 128, 128, 3)).view(4, 128, 128, 3), packed.pixels[:4]) and pack(pictures.pixels[:0]).shape == (0, 128, 128, 3)
+    drawn, all_, none = (pretrain.attribute_batch(*given, codes, 5, of("--judge_vae_share", share, "--judge_batch_size", "64"))[0] for given, share in (((pictures, packed), ".5"), ((pictures, packed), "1"), ((packed, pictures), "1")))
+    went = torch.tensor([torch.equal(one, other) for one, other in zip(drawn, all_)])
+    assert 16 <= went.sum() <= 48 and torch.equal(drawn[~went], none[~went])
+    things = torch.stack([pictures.pixels[:pretrain.SHOTS], pictures.pixels[-pretrain.SHOTS:]])
+    shown = [pretrain.instance_batch(things, other, 4, of("--judge_batch_size", "64"))[0] for other in (None, pack(things))]
+    assert not torch.equal(*shown) # and that judge's too
+
+
+def test_judges_that_see_through_the_vae_need_one(straight, tmp_path, capsys):
+    run = fresh_run(tmp_path, straight)
+    flags = ["--output_dir", str(run), "--stage", "judges", "--judge_steps", "1", "--instance_steps", "1", *SMALL]
+    assert pretrain.main(flags) == 2 and "run the stage `vae` first" in capsys.readouterr().err
+    assert pretrain.main([*flags, "--judge_vae_share", "0"]) == 0
 
 
 def test_a_judge_that_is_given_no_steps_is_kept(straight, tmp_path, capsys):
