@@ -12,14 +12,14 @@ __all__ = ['STAGES', 'SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'PLAIN_ENGLISH', '
            'begin_from', 'former', 'start_weights', 'picture_error', 'vae_loss', 'evenly', 'pick', 'vae_batch',
            'measure_vae', 'train_vae', 'write_measured', 'load_vae', 'decoding_part', 'encoding_part',
            'numbers_of_styles', 'train_decoder', 'disturb', 'attribute_loss', 'scene_codes', 'picture_codes',
-           'thing_scenes', 'render_things', 'same_thing_loss', 'settle', 'first_judge', 'packer', 'some_packed',
-           'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card', 'instance_batch',
-           'train_instance_judge', 'measure_instances', 'train_judges', 'contrastive_loss', 'also_fits', 'said_codes',
-           'caption_ids', 'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip', 'load_clip', 'reframe', 'framed',
-           'outline', 'object_mask', 'encode_pictures', 'make_cache', 'read_cache', 'drawn_pictures', 'unet_batch',
-           'sample_pictures', 'named_parts', 'load_parts', 'ablation', 'renew', 'clean_features', 'Aligner',
-           'make_aligner', 'often', 'train_unet', 'save_towers', 'score_section', 'card_text', 'seen_scenes',
-           'gather_facts', 'stage_logs', 'export_model', 'run_stages', 'main']
+           'thing_scenes', 'render_things', 'same_thing_loss', 'settle', 'first_judge', 'pack', 'some_packed',
+           'attribute_batch', 'train_attribute_judge', 'measure_attributes', 'judge_card', 'keep_judge',
+           'instance_batch', 'train_instance_judge', 'measure_instances', 'train_judges', 'contrastive_loss',
+           'also_fits', 'said_codes', 'caption_ids', 'ClipPair', 'make_clip_pair', 'first_clip', 'train_clip',
+           'load_clip', 'reframe', 'framed', 'outline', 'object_mask', 'encode_pictures', 'make_cache', 'read_cache',
+           'drawn_pictures', 'unet_batch', 'sample_pictures', 'named_parts', 'load_parts', 'ablation', 'renew',
+           'clean_features', 'Aligner', 'make_aligner', 'often', 'train_unet', 'save_towers', 'score_section',
+           'card_text', 'seen_scenes', 'gather_facts', 'stage_logs', 'export_model', 'run_stages', 'main']
 
 # %% ../nbs/61_pretrain.ipynb #22dbf1ba
 import json
@@ -139,6 +139,7 @@ def parse_pretrain(
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)) and value < 0: raise CourseError(f"{name} is {value}: wanted 0 or more")
     if config.unmasked_weight > 1: raise CourseError(f"unmasked_weight is {config.unmasked_weight}: wanted 0 (only the object counts) to 1 (all counts the same)")
+    if config.judge_vae_share > 1: raise CourseError(f"judge_vae_share is {config.judge_vae_share}: wanted 0 (no picture of the judges goes through the VAE) to 1 (all do)")
     if not config.timestep_power: raise CourseError("timestep_power is 0, which leaves the last noise level only: wanted a number above 0; 1 visits all alike")
     return config
 
@@ -937,16 +938,23 @@ def first_judge(
     return judge, before["steps"].get(f"judge_{name}", 0)
 
 # %% ../nbs/61_pretrain.ipynb #e02eebef
-def packer(
+def pack(
+    pixels, # (n, ..., 128, 128, 3) uint8
+    name:str, # of the files
     config:PretrainConfig,
-): # function of pixels (..., 128, 128, 3) uint8 that returns the same shape; None: no judge sees such pictures
-    "The way through the VAE and back."
-    if not config.judge_vae_share: return None
-    vae = load_vae(config.output_dir, tiny_architecture(config.seed).vae)
-    def pack(pixels):
-        say("judges", through_the_vae=pixels.shape[:-3].numel())
-        return torch.cat([to_bytes(reconstruct(vae, part)) for part in pixels.flatten(0, -4).split(64)]).view(pixels.shape) if len(pixels) else pixels
-    return pack
+    stop=None, # object whose `asked` says that we must end
+): # the same shape; None if it was stopped
+    "What the VAE makes of pictures, kept in files."
+    vae, parts = load_vae(config.output_dir, tiny_architecture(config.seed).vae), []
+    notes = dict(vae=fingerprint(vae), seed=str(config.seed))
+    for k, part in enumerate(pixels.split(max(1, config.shard_size//pixels.shape[1:-3].numel()))):
+        path, wanted = Path(config.output_dir) / "packed" / f"{name}-{k:05d}.safetensors", dict(notes, pictures=str(len(part)))
+        if stop is not None and stop.asked: return None
+        if len(part) and not (path.exists() and load_tensors(path)[1] == wanted):
+            save_tensors(path, dict(pixels=to_bytes(reconstruct(vae, part.flatten(0, -4))).view(part.shape)), wanted)
+            say("judges", packed=path.stem)
+        parts.append(load_tensors(path)[0]["pixels"] if len(part) else part)
+    return torch.cat(parts)
 
 def some_packed(
     pixels, # (b, 128, 128, 3) uint8
@@ -975,9 +983,10 @@ def train_attribute_judge(
     stop=None, # see `train_stage`
 ):
     "Train on renders of the run."
-    run, pictures, pack = Path(config.output_dir), read_pictures(config.output_dir), packer(config)
+    run, pictures = Path(config.output_dir), read_pictures(config.output_dir)
+    packed = replace(pictures, pixels=pack(pictures.pixels, "known", config, stop), held_out_style=pack(pictures.held_out_style, "held-out", config, stop)) if config.judge_vae_share else None
+    if stop is not None and stop.asked: return
     judge, first = first_judge(run, "attributes", config.seed)
-    packed = pack and replace(pictures, pixels=pack(pictures.pixels), held_out_style=pack(pictures.held_out_style))
     codes, learner = picture_codes(pictures), Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate)
     def loss_of(step):
         pixels, wanted = attribute_batch(pictures, packed, codes, first + step, config)
@@ -989,7 +998,7 @@ def train_attribute_judge(
     if not train_stage("judge attributes", run / "judge_attributes", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
     load_average(run / "judge_attributes" / "state.safetensors", "judge", judge)
     settle(judge, (attribute_batch(pictures, packed, codes, -1 - k, config)[0] for k in range(20)))
-    save_judge(judge, run / "judges" / "attributes", judge_card("attributes", config, first + learner.step, measure_attributes(judge, run)))
+    keep_judge(judge, "attributes", config, first, learner.step, measure_attributes(judge, run))
 
 # %% ../nbs/61_pretrain.ipynb #3da98a79
 def measure_attributes(
@@ -1011,13 +1020,26 @@ def judge_card(
     found:dict, # what was measured
 )->str: # markdown
     "What made a judge, and how good it is."
-    return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` (seed {config.seed}, {steps:,} steps of up to {config.judge_batch_size} pictures) "
-        f"on renders of the diorama world; read with `sdxl_course.evaluate.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n```json\n{json.dumps(found, indent=1)}\n```\n")
+    return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` ({steps:,} steps of up to {config.judge_batch_size} pictures, the last of them with seed {config.seed}, "
+        f"{config.judge_vae_share:.0%} of their pictures after the VAE) on renders of the diorama world; read with `sdxl_course.evaluate.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n```json\n{json.dumps(found, indent=1)}\n```\n")
+
+def keep_judge(
+    judge, # trained and settled
+    name:str, # attributes or instances
+    config:PretrainConfig,
+    first:int, # steps of the former chain
+    steps:int, # that were taken since
+    found:dict, # what was measured
+):
+    "Write a finished judge; note in its stage's folder when it was finished."
+    run = Path(config.output_dir)
+    save_judge(judge, run / "judges" / name, judge_card(name, config, first + steps, found))
+    write_json(run / f"judge_{name}" / "measured.json", dict(found, step=steps))
 
 # %% ../nbs/61_pretrain.ipynb #3c0e1b9a
 def instance_batch(
     pixels, # (n, SHOTS, 128, 128, 3) uint8 of all things
-    packed, # the same pictures after the VAE, or None
+    packed, # the same pictures (perhaps more) after the VAE, or None
     step:int, # from 0
     config:PretrainConfig,
 )->tuple: # pixels (b, 3, 128, 128), things (b,)
@@ -1032,19 +1054,22 @@ def instance_batch(
     shown = some_packed(pixels[things, shots], None if packed is None else packed[things, shots], config.judge_vae_share, g)
     return disturb(to_pixels(shown), g), things
 
+# %% ../nbs/61_pretrain.ipynb #5c4e018c
 def train_instance_judge(
     config:PretrainConfig,
     stop=None, # see `train_stage`
 ):
     "Render the things, then train on them; the last eighth is kept for measuring."
-    run, size, pack = Path(config.output_dir), 20, packer(config)
+    run, size = Path(config.output_dir), 20
     jobs = [(run / "data", k, k*size, min((k + 1)*size, config.num_things), config.seed) for k in range(math.ceil(config.num_things/size))]
     side_by_side(render_things, [job for job in jobs if not (job[0] / f"things-{job[1]:03d}.safetensors").exists()], config.num_workers, stop)
     if stop is not None and stop.asked: return
     pixels = torch.cat([load_tensors(run / "data" / f"things-{job[1]:03d}.safetensors")[0]["pixels"] for job in jobs])
     kept = max(2, len(pixels)//8)
     seen, unseen = pixels[:-kept], pixels[-kept:]
-    (judge, first), packed = first_judge(run, "instances", config.seed), pack and pack(seen)
+    packed = pack(pixels, "things", config, stop) if config.judge_vae_share else None
+    if stop is not None and stop.asked: return
+    judge, first = first_judge(run, "instances", config.seed)
     learner, plan = Learner(dict(judge=judge), ema=0.99, weight_decay=0.05, matrix_rate=config.matrix_rate), config.instance_steps
     def loss_of(step):
         shown, things = instance_batch(seen, packed, first + step, config)
@@ -1053,7 +1078,9 @@ def train_instance_judge(
     if not train_stage("judge instances", run / "judge_instances", learner, loss_of, lambda step: rate_at(step, config.judge_lr, min(50, plan//10), plan), plan, config, stop): return
     load_average(run / "judge_instances" / "state.safetensors", "judge", judge)
     settle(judge, (instance_batch(seen, packed, -1 - k, config)[0] for k in range(20)))
-    save_judge(judge, run / "judges" / "instances", judge_card("instances", config, first + learner.step, measure_instances(judge, unseen)))
+    found = measure_instances(judge, unseen)
+    if packed is not None: found["through_the_vae"] = measure_instances(judge, packed[-kept:])
+    keep_judge(judge, "instances", config, first, learner.step, found)
 
 # %% ../nbs/61_pretrain.ipynb #aae6a60b
 @torch.no_grad()
@@ -1375,12 +1402,11 @@ def load_parts(
             steps[f"clip_{number}"] = total(f"clip_{number}", load_average(run / f"clip_{number}" / "state.safetensors", "pair.text", getattr(parts, name)))
         else: start_weights(run, name, getattr(parts, name))
     if (run / "vae" / "measured.json").exists() or "vae" in before: load_vae(run, parts.vae)
-    for name in ("vae", "decoder"):
+    for name in ("vae", "decoder", *(f"judge_{name}" for name in JUDGES)):
         if (run / name / "measured.json").exists(): steps[name] = total(name, json.loads((run / name / "measured.json").read_text())["step"])
     state, renewed = run / "unet" / "state.safetensors", named_parts(parts.unet, renewed)
     if not state.exists(): start_weights(run, "unet", parts.unet, renewed)
     elif unet: steps["unet"] = total("unet", load_average(state, "unet", parts.unet))
-    for name in (f"judge_{name}" for name in JUDGES if (run / "judges" / name).is_dir()): steps[name] = total(name, int(load_tensors(run / name / "state.safetensors")[1]["step"]))
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, steps
 
@@ -1473,7 +1499,7 @@ def make_aligner(
 )->tuple: # Aligner with new weights, (n, 2, 128, 8, 8) float16
     "The head, and what it should find."
     run = Path(config.output_dir)
-    folder = next((one / "judges" / "attributes" for one in (run / "start", run) if (one / "judges" / "attributes").is_dir()), None) # not the one that will judge, if there is another
+    folder = next((one / "judges" / "attributes" for one in (run / "start", run) if (one / "judges" / "attributes").is_dir()), None)
     if folder is None: raise CourseError(f"{run} has no judge to align with: run the stage `judges` first, or set alignment_weight to 0")
     notes, mine = load_tensors(min((run / "cache").glob("shard-*.safetensors")))[1], dict(share=str(config.reframed_share), seed=str(config.seed))
     if any(notes.get(key) != value for key, value in mine.items()):
@@ -1643,7 +1669,7 @@ def stage_logs(
     "The curves of all stages; a stage that went on from a former chain has both parts."
     logs, before = {}, former(run)["logs"]
     for name in TRAINED:
-        unfinished = name.startswith("judge_") and not (Path(run) / "judges" / name.removeprefix("judge_")).is_dir()
+        unfinished = name.startswith("judge_") and not (Path(run) / name / "measured.json").exists()
         logs[name] = before.get(name) if unfinished else read_log(Path(run) / name / "training_log.jsonl", before=before.get(name))
     return {name: log for name, log in logs.items() if log}
 
