@@ -1613,7 +1613,7 @@ pipeline_tag: text-to-image
 # sdxl-tiny
 
 A small but complete SDXL, trained from scratch on {facts['scenes']:,} scenes of the diorama world, {facts['held_out']:,} of them also drawn in the held-out style, which the CLIPs and the UNet never saw.
-Each seed draws other scenes, and a part saw those of its own sessions. Made by `sdxl-course pretrain` on {here['system']} with torch {here['versions']['torch']}, diffusers {here['versions']['diffusers']}
+Each seed draws other scenes, and each part saw those of the sessions that trained it. Made by `sdxl-course pretrain` on {here['system']} with torch {here['versions']['torch']}, diffusers {here['versions']['diffusers']}
 and transformers {here['versions']['transformers']}; exported {here['time']}. The sessions, each continuing the one before; `--start_from` begins a new run folder with the exported weights of the one before:
 
 ```
@@ -1631,7 +1631,7 @@ and transformers {here['versions']['transformers']}; exported {here['time']}. Th
 Reconstruction of unseen scenes by the VAE: {psnr}.
 {score_section(facts["scores"])}
 It knows {len(OBJECTS)} objects, {len(COLORS)} colours, {len(PLACES)} places, {len(STYLES)} styles, {len(VIEWS)} views and {len(ACCESSORIES)} accessories, at {SIDE} x {SIDE} pixels, and nothing else.
-It cannot write, count, draw two objects at once, people, other sizes than {SIDE} pixels well, or anything its captions do not name; `sdxl-course generate` says which words it never met.
+It cannot write, count, draw two objects at once, people or anything else that its captions do not name, or draw well at other sizes than {SIDE} pixels; `sdxl-course generate` says which words it never met.
 Never shown to it: the style "{HELD_OUT_STYLE}", a list of object, colour and place combinations, and the words "sks" and "tok". The curves are in `training_log.json`.
 """
 
