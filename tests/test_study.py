@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdxl_course.core import CourseError, plain, write_json
+from sdxl_course.data import open_image
+from sdxl_course.diorama import sample_dir
 from sdxl_course.dreambooth import DreamBoothConfig
-from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, compare, gather, main, marks_of, read_study, student_interval, training_of, verdict, verdicts
+from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, Yardstick, compare, gather, main, marks_of, read_study, student_interval, training_of, verdict, verdicts
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
@@ -94,3 +96,9 @@ def test_rows_of_other_settings_are_left_out(tmp_path):
 def test_a_file_that_is_no_study_is_refused(tmp_path, text):
     (tmp_path / "study.json").write_text(text)
     with pytest.raises(CourseError, match="is no study"): read_study(tmp_path / "study.json")
+
+
+def test_a_mirrored_copy_is_a_copy():
+    "Training sees mirrored pictures too."
+    learnt = [open_image(path) for path in sorted(sample_dir("green_chair").glob("*.png"))]
+    assert Yardstick().nearest(learnt + [ImageOps.mirror(picture) for picture in learnt]) == pytest.approx([1.] * 2 * len(learnt), abs=1e-4)
