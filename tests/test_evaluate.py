@@ -64,7 +64,7 @@ def test_the_shipped_judge_knows_every_style(many, style):
     assert np.isnan(right["color"]).all() == (style not in ("photo", "watercolour"))
     names, above = [name for name in ("object", "color", "place", "style") if not np.isnan(right[name]).all()], np.array([scene.view == "from above" for scene in many[style][1]])
     for name in names: assert np.nanmean(right[name][~above]) >= (.96 if (style, name) == ("blueprint", "place") else .99), name
-    for name in names: assert np.nanmean(right[name]) >= (.93 if (style, name) == ("blueprint", "place") else .97), name
+    for name in names: assert np.nanmean(right[name]) >= (.93 if (style, name) == ("blueprint", "place") else {"watercolour": .97, HELD_OUT_STYLE: .99}.get(style, .98)), name
 
 
 def test_one_changed_attribute_changes_one_answer(drawn):

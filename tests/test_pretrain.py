@@ -404,7 +404,7 @@ def test_judges_go_on_from_those_of_the_given_model(straight, tmp_path):
         for key in before: assert "running" in key or "batches" in key or torch.equal(before[key], after[key]), key # batch normalisation is measured anew
 
 
-def test_half_of_what_judges_see_went_through_the_vae(straight, tmp_path, capsys):
+def test_half_of_what_judges_see_went_through_the_vae(straight, tmp_path):
     run = tmp_path / "run"
     for name in ("data", "vae", "decoder"): shutil.copytree(straight / name, run / name)
     pictures, vae = pretrain.read_pictures(run), pretrain.load_vae(run, tiny_architecture(0).vae)
