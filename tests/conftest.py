@@ -68,6 +68,6 @@ def train(tmp_path, toy, toy_model, make_pictures, monkeypatch):
         learning_rate=1e-2, seed=0, report_to="none", checkpointing_steps=1000)
 
     def train(name="run", say=lambda text: None, curve=False, **options):
-        if not curve: monkeypatch.setattr("sdxl_course.text_to_image.save_curve", lambda path, *points: Path(path).write_bytes(b""))  # a fifth of the time
+        if not curve: monkeypatch.setattr("sdxl_course.train.results.save_curve", lambda path, *points: Path(path).write_bytes(b""))  # a fifth of the time
         return train_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), say)
     return train

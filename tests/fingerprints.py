@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1") # the number of threads changes the order of sums
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 COMMON = ["--pretrained_model_name_or_path", "model", "--resolution", "64", "--train_batch_size", "2", "--max_train_steps", "4", "--checkpointing_steps", "2",

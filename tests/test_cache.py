@@ -13,12 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from sdxl_course import cache as cache_module
-from sdxl_course.cache import LatentCache, collate, crop_origin, draw_latents, fingerprint, hashed, posterior, vae_dtype
-from sdxl_course.components import load_components, tiny_architecture
-from sdxl_course.conditioning import encode_prompts
+from sdxl_course.data.cache import LatentCache, crop_origin, fingerprint, hashed
+from sdxl_course.data.loader import collate
+from sdxl_course.model.latents import draw_latents, posterior, vae_dtype
+from sdxl_course.model.components import load_components
+from sdxl_course.model.architecture import tiny_architecture
+from sdxl_course.model.conditioning import encode_prompts
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.data import ImageRecord, inspect_picture, open_image, read_dataset
-from sdxl_course.preprocess import prepare_image
+from sdxl_course.data.records import ImageRecord, inspect_picture, open_image
+from sdxl_course.data.check import read_dataset
+from sdxl_course.data.preprocess import prepare_image
 
 from course import environment
 
@@ -339,8 +343,9 @@ import io, json, os, random, sys
 from pathlib import Path
 import torch
 from PIL import Image
-from sdxl_course.cache import LatentCache, collate, hashed
-from sdxl_course.data import read_dataset
+from sdxl_course.data.cache import LatentCache, hashed
+from sdxl_course.data.loader import collate
+from sdxl_course.data.check import read_dataset
 n, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 os.fsync = lambda handle: None                                     # nothing here must survive a crash

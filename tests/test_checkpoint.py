@@ -12,11 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from sdxl_course.checkpoint import (checkpointing, damage, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, tidy,
-    write_folder)
+from sdxl_course.train.checkpoint import checkpointing, damage, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, tidy, write_folder
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded, write_atomic
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
-from sdxl_course.trainer import Chance, Ema, Plan, TrainState, fit, make_optimizer, make_schedule, set_values
+from sdxl_course.data.loader import Chance, Plan
+from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
+from sdxl_course.train.loop import TrainState, fit, set_values
 from toy import files_of, make_pictures as fill
 
 N = 6
@@ -118,9 +119,9 @@ def test_a_run_killed_between_checkpoints_forgets_the_rows_after_the_last_one(tr
 
 FREE_TEXT = dict(optimizer="schedulefree", train_text_encoder=True, lora_dropout=0.2)
 STOPS = {  # where SIGINT arrives: (what is patched, how often it is called before, how often the key is pressed, options)
-    "in the middle of accumulating": ("sdxl_course.text_to_image.Denoiser.forward", 3, 1, FREE_TEXT), "within an update": ("sdxl_course.trainer.ensure_finite", 1, 1, dict(use_ema=True)),
-    "twice within an update": ("torch.optim.lr_scheduler.LambdaLR.step", 1, 2, FREE_TEXT), "while drawing": ("sdxl_course.text_to_image.decode_pictures", 0, 2, dict(use_ema=True)),
-    "in the first step": ("sdxl_course.text_to_image.Denoiser.forward", 0, 1, {})}
+    "in the middle of accumulating": ("sdxl_course.train.objective.Denoiser.forward", 3, 1, FREE_TEXT), "within an update": ("sdxl_course.train.loop.ensure_finite", 1, 1, dict(use_ema=True)),
+    "twice within an update": ("torch.optim.lr_scheduler.LambdaLR.step", 1, 2, FREE_TEXT), "while drawing": ("sdxl_course.model.latents.decode_pictures", 0, 2, dict(use_ema=True)),
+    "in the first step": ("sdxl_course.train.objective.Denoiser.forward", 0, 1, {})}
 
 
 @pytest.mark.parametrize("where", STOPS)

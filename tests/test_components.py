@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from sdxl_course.components import NETWORKS, PARTS, TINY, load_components, quiet, save_components, sdxl_architecture, tiny_architecture
+from sdxl_course.model.components import NETWORKS, PARTS, load_components, quiet, save_components
+from sdxl_course.model.architecture import TINY, sdxl_architecture, tiny_architecture
 from sdxl_course.core import CourseError
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 from sdxl_course.core import CourseError
-from sdxl_course.data import (caption_list, caption_remarks, check_dataset, choose, decode, escape, inspect_picture, natural_key, open_image,
-                              read_dataset, read_metadata, row_name, scan, to_rgb, DataReport)
+from sdxl_course.data.records import caption_list, decode, inspect_picture, natural_key, open_image, read_metadata, row_name, to_rgb
+from sdxl_course.data.report import caption_remarks, escape, DataReport
+from sdxl_course.data.check import check_dataset, choose, read_dataset, scan
 from toy import make_tokenizer
 
 calm = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -335,7 +336,7 @@ def test_an_unknown_dataset_is_one_sentence(monkeypatch, tmp_path):
 # ---- the sample folder -----------------------------------------------------------------------------------------------------
 
 def test_the_troublesome_folder_is_made_the_same_twice(tmp_path):
-    from sdxl_course.diorama import write_troublesome
+    from sdxl_course.world.samples import write_troublesome
     def contents(folder): return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     first, second = (contents(write_troublesome(tmp_path / name, picture(128, 128))) for name in ("a", "b"))
     assert first == second and sum(map(len, first.values())) < 400_000

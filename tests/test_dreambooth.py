@@ -15,19 +15,24 @@ from diffusers import DiffusionPipeline, EDMEulerScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course import dreambooth
-from sdxl_course.cache import posterior
+from sdxl_course.model.latents import posterior
 from sdxl_course.cli import main as command
-from sdxl_course.conditioning import encode_prompts, make_time_ids
+from sdxl_course.model.conditioning import encode_prompts, make_time_ids
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.data import open_image
-from sdxl_course.dreambooth import (NOTE, DreamBoothConfig, EdmSchedule, SubjectLoss, TaughtDenoiser, class_file, class_pictures, main, missing_pictures, read_subject, subject_schedule,
-    train_dreambooth, without_adapters)
-from sdxl_course.lora import add_lora, continue_lora, lora_parameters
-from sdxl_course.noise import NoiseSchedule
-from sdxl_course.objective import per_sample_mse, predict, prediction_target
-from sdxl_course.preprocess import prepare_image
-from sdxl_course.text_to_image import Denoiser, Feeder, inject, trained_parts
-from sdxl_course.trainer import Chance, Micro
+from sdxl_course.data.records import open_image
+from sdxl_course.train.class_images import NOTE, class_file, class_pictures, missing_pictures
+from sdxl_course.dreambooth import DreamBoothConfig, main, read_subject, train_dreambooth
+from sdxl_course.model.noise import EdmSchedule
+from sdxl_course.train.objective import SubjectLoss, TaughtDenoiser, subject_schedule, without_adapters
+from sdxl_course.model.lora import add_lora, lora_parameters
+from sdxl_course.model.lora_files import continue_lora
+from sdxl_course.model.noise import NoiseSchedule
+from sdxl_course.train.objective import per_sample_mse, predict, prediction_target
+from sdxl_course.data.preprocess import prepare_image
+from sdxl_course.train.objective import Denoiser
+from sdxl_course.data.loader import Feeder
+from sdxl_course.model.lora import inject, trained_parts
+from sdxl_course.data.loader import Chance, Micro
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
 
@@ -164,7 +169,7 @@ def test_upper_case_optimizers_train(dream): assert dream(optimizer="ProDigy").l
 
 
 def test_defaults_of_the_text_encoders_do_not_trip_rules_and_are_used(usual):
-    from sdxl_course.text_to_image import optimizer_for
+    from sdxl_course.train.optimizer import optimizer_for
     named = {"unet.x": torch.nn.Parameter(torch.zeros(1)), "text_encoder.x": torch.nn.Parameter(torch.zeros(1))}
     groups = lambda **options: [(g["lr"], g["weight_decay"]) for g in optimizer_for(make(usual, **options), named).param_groups]
     make(usual)
@@ -286,7 +291,7 @@ def pieces(components, record, caption, dice, crop=True):
 
 def by_hand(components, feeder, indices, epoch, loss):
     "The loss of single samples, one at a time, whatever company they have in the batch."
-    from sdxl_course.cache import Batch
+    from sdxl_course.data.loader import Batch
     losses = []
     for i in indices:
         tensors, noise, t = pieces(components, feeder.all[i], feeder.all[i].captions[0], Chance(feeder.seed, epoch, feeder.keys[i]))
@@ -342,7 +347,7 @@ def test_defects_1_2_3_prompts_sizes_and_weights_go_with_their_pictures_in_both_
 def test_prior_loss_closed_form_in_a_real_update(dream, paired, prior, text):
     config, components, feeder = paired
     first = dream(**prior, train_text_encoder=text, prior_loss_weight=0.7, train_batch_size=4, max_train_steps=1).log[0]["loss"]
-    from sdxl_course.trainer import Plan
+    from sdxl_course.data.loader import Plan
     micro = next(Plan(5, 4, 1, seed=0).micro_steps(0, 1))
     partners = [5 + i % 3 for i in micro.indices]
     loss = weighed(config, components)
@@ -411,7 +416,7 @@ def test_class_pictures_are_lossless_and_noted(five, usual):
 
 
 def test_a_class_picture_is_what_the_stock_pipeline_draws(five, toy_model):
-    from sdxl_course.dreambooth import class_seed
+    from sdxl_course.train.class_images import class_seed
     pipeline = DiffusionPipeline.from_pretrained(str(toy_model))
     pipeline.set_progress_bar_config(disable=True)
     ours = pixels((five / "class-00003.png").read_bytes())
@@ -717,10 +722,10 @@ def test_defect_24_new_words_alone_move_and_stand_still_after_their_share(dream,
 
 @pytest.mark.parametrize("kind", ["toy", "upstream"])
 def test_stock_diffusers_reads_words_and_lora_and_draws_our_picture(dream, toy, toy_model, upstream, tmp_path, kind):
-    from sdxl_course.components import load_components
-    from sdxl_course.dreambooth import load_words
-    from sdxl_course.text_to_image import draw_pictures
-    from sdxl_course.conditioning import empty_prompt_embeds
+    from sdxl_course.model.components import load_components
+    from sdxl_course.model.words import load_words
+    from sdxl_course.model.sampling import draw_pictures
+    from sdxl_course.model.conditioning import empty_prompt_embeds
     import numpy as np
     model, live = (toy_model, toy()) if kind == "toy" else (upstream, load_components(str(upstream)))  # upstream's second encoder finds the end as the largest number
     result = dream(f"read-{kind}", components=live, **WORDS, max_train_steps=3, ti_lr=0.1, pretrained_model_name_or_path=str(model))
@@ -751,7 +756,7 @@ def test_defect_7_prompts_with_new_words_begin_and_end_as_all_prompts_do(usual, 
 
 
 def test_the_pooled_vector_is_that_of_the_end_and_not_of_a_new_word(usual, upstream):
-    from sdxl_course.components import load_components
+    from sdxl_course.model.components import load_components
     live = load_components(str(upstream))  # its second encoder looks for the largest number, which a new word would be
     dreambooth.add_words(make(usual, **WORDS), live, 0)
     ids = live.tokenizer_2("a TOK chair", return_tensors="pt").input_ids
@@ -841,7 +846,7 @@ def test_defects_31_32_kohya_files_hold_everything_under_the_right_names(dream, 
     parts = trained_parts(live, "train_text_encoder" in options)
     for part in parts.values(): add_lora(part.requires_grad_(False), 4, options.get("lora_alpha"), use_dora=options.get("use_dora", False))
     continue_lora(*(parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")), result.output_dir / "pytorch_lora_weights_kohya.safetensors")
-    from sdxl_course.lora import lora_file_tensors
+    from sdxl_course.model.lora_files import lora_file_tensors
     back = lora_file_tensors(**parts)[0]
     assert back.keys() == ours.keys() and all(torch.allclose(back[name], ours[name], atol=1e-6) for name in ours)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from sdxl_course.components import load_components
+from sdxl_course.model.components import load_components
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.diorama import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT, Scene, render, render_styles, sample_scene
-from sdxl_course.evaluate import (SubjectJudge, BODY, AttributeJudge, ClipJudge, EvaluateConfig, InstanceJudge, bootstrap_interval, drift, evaluate,
-    evaluation_scenes, load_judge, main, mean_similarity, memorised, name_attributes, nearest_neighbours, normalised, prior_metrics, prompt_of,
-    read_judged, right_answers, save_judge, save_judged, scene_of, score_columns, score_table, shrunk, summarise, to_pixels,
-    vae_report, vae_scores, vae_table)
+from sdxl_course.world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT, Scene, sample_scene
+from sdxl_course.world.render import render, render_styles
+from sdxl_course.measure.metrics import SubjectJudge, ClipJudge, bootstrap_interval, drift, mean_similarity, memorised, nearest_neighbours, normalised, prior_metrics, shrunk, vae_report, vae_scores, vae_table
+from sdxl_course.measure.judges import BODY, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, to_pixels
+from sdxl_course.evaluate import EvaluateConfig, evaluate, evaluation_scenes, main, prompt_of, read_judged, save_judged, scene_of, score_columns, score_table, summarise
 
 SMALL = dict(BODY, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
 
@@ -155,7 +155,7 @@ def test_each_score_is_the_share_that_its_name_says(monkeypatch):
     elsewhere, painted = next(p for p in PLACES if p != known.place), next(c for c in COLORS if c != known.color)
     asked = [known, known, pencil, book, other, other, other]
     seen = [wrong(known), wrong(known, color=painted), wrong(pencil, place=elsewhere, color=painted), wrong(book, style="pencil"), wrong(other), wrong(other), wrong(other, object="lamp" if other.object != "lamp" else "mug")]
-    monkeypatch.setattr("sdxl_course.evaluate.name_attributes", lambda judge, pictures: seen)
+    monkeypatch.setattr("sdxl_course.measure.judges.name_attributes", lambda judge, pictures: seen)
     found = summarise(score_columns([Image.new("RGB", (128, 128))]*7, asked))
     wanted = dict(object_accuracy=4/4, color_accuracy=1/2, place_accuracy=3/4, content_accuracy=3/4, joint_accuracy=2/4, joint_accuracy_held_out=2/3, style_accuracy=6/6, style_score=6/7)
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)

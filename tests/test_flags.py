@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError, load_tensors
-from sdxl_course.lora import read_lora
+from sdxl_course.model.lora_files import read_lora
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
-from sdxl_course.trainer import CONTRADICTIONS, idle_options
+from sdxl_course.train.config import CONTRADICTIONS, idle_options
 from toy import files_of, load_toy, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
@@ -74,7 +74,7 @@ def ran(home, place, toy):
             filled = {name: value.format(**place) if isinstance(value, str) else value for name, value in {**usual, **options}.items()}
             own = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "variant", "revision"} & options.keys()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sdxl_course.text_to_image.save_curve", lambda *curve: None)  # a fifth of the time
+                patch.setattr("sdxl_course.train.results.save_curve", lambda *curve: None)  # a fifth of the time
                 result = train_text_to_image(TextToImageConfig(**filled), None if own else toy(), said.append)
             done[key] = SimpleNamespace(log=result.log, losses=result.losses, result=result, said=" | ".join(said), folder=folder, options=options)
         return done[key]
@@ -268,7 +268,7 @@ def test_a_lora_whose_text_encoders_would_be_dropped_is_no_start(ran, file):
 
 @shows("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
 def test_other_attentions_are_switched_on(toy, monkeypatch):
-    from sdxl_course.text_to_image import load_base
+    from sdxl_course.train.run import load_base
     called = []
     for name in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
         monkeypatch.setattr("diffusers.UNet2DConditionModel." + name, lambda self, *a, name=name: called.append(name), raising=False)
@@ -286,7 +286,7 @@ def test_what_the_machine_lacks_is_refused_before_anything_is_read(home):
 
 @shows("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 def test_each_flag_of_prodigy_reaches_it_and_changes_its_way():
-    from sdxl_course.text_to_image import optimizer_for
+    from sdxl_course.train.optimizer import optimizer_for
     def walk(**options):
         place = torch.nn.Parameter(torch.zeros(4))
         optimizer = optimizer_for(TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", optimizer="Prodigy", learning_rate=1.0, adam_weight_decay=0.5, **options), {"unet.x.lora_A.default.weight": place})
@@ -314,7 +314,7 @@ def inside(monkeypatch, look):
 def test_workers_open_pictures_in_threads(train, make_pictures, monkeypatch):
     "trainers.md 2.14 number 17: worker processes could not be started where the dataset held a closure; threads need not be sent anything."
     import threading
-    from sdxl_course.text_to_image import Feeder
+    from sdxl_course.data.loader import Feeder
     real, where = Feeder.prepare, []
     monkeypatch.setattr(Feeder, "prepare", lambda self, micro: where.append(threading.current_thread() is threading.main_thread()) or real(self, micro))
     wide = dict(train_data_dir=str(make_pictures(4, "wide", size=(64, 100))))
@@ -343,7 +343,7 @@ def test_timestep_bias_draws_what_it_favours(train, monkeypatch, options, allowe
 def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_model, tmp_path, monkeypatch, zeros, text):
     "anchors.md 6 trap 17: a LoRA could not be trained with empty prompts at all, and the full trainer drew them once for all epochs."
     import sdxl_course.text_to_image as module
-    from sdxl_course.conditioning import encode_prompts
+    from sdxl_course.model.conditioning import encode_prompts
     parts, seen = toy(), []
     parts.force_zeros_for_empty_prompt = zeros
     empty = torch.zeros(77, 16) if zeros else encode_prompts(parts, [""])[0][0].detach()
@@ -467,7 +467,7 @@ def test_what_is_shown_elsewhere_is_there():
 def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
     "Nothing but what ipywidgets 7 and 8 have in common."
     import inspect
-    from sdxl_course.text_to_image import LiveView
+    from sdxl_course.train.run import LiveView
     assert re.findall(r"from ipywidgets import (.+)", inspect.getsource(LiveView)) == ["HTML, Image as Picture, VBox"]
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, max_train_steps=3, seed=0,
         validation_prompt="x", num_validation_images=1, report_to="none", output_dir=str(tmp_path / "o"))

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sdxl_course.components import sdxl_architecture, tiny_architecture
+from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
-from sdxl_course.lora import (add_lora, attach_lora, continue_lora, load_lora_into, lora_file_tensors, lora_parameters, lora_size,
-    lora_targets, parameter_groups, read_lora, save_kohya, save_lora, sgm_name)
+from sdxl_course.model.lora import add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
+from sdxl_course.model.lora_files import attach_lora, continue_lora, load_lora_into, lora_file_tensors, read_lora, save_kohya, save_lora, sgm_name
 
 EVERYTHING = "attention+feedforward+convolution"
 BASE = tiny_architecture(0)

@@ -8,8 +8,7 @@ from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal
 from hypothesis import example, given, settings, strategies as st
 
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.noise import (NoiseSchedule, draw_timestep, edm_input, edm_output, edm_scalings, euler_scalings, rescale_zero_terminal_snr,
-                               timestep_weights)
+from sdxl_course.model.noise import NoiseSchedule, draw_timestep, edm_input, edm_output, edm_scalings, euler_scalings, rescale_zero_terminal_snr, timestep_weights
 
 SDXL = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 KINDS = ("epsilon", "v_prediction", "sample")

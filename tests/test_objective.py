@@ -7,9 +7,9 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from hypothesis import given, settings, strategies as st
 
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.noise import NoiseSchedule
-from sdxl_course.objective import (debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, masked_mse, min_snr_weight, offset_noise,
-                                   per_sample_mse, prediction_target, prior_preservation)
+from sdxl_course.model.noise import NoiseSchedule
+from sdxl_course.train.objective import debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, masked_mse, min_snr_weight, per_sample_mse, prediction_target, prior_preservation
+from sdxl_course.model.noise import offset_noise
 
 SDXL = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -247,7 +247,7 @@ def test_edm_loss_is_the_closed_form_of_edm_euler(unet, kind, masked):
 @few
 @given(sigma=st.floats(0.002, 80), data=st.floats(0.1, 2))
 def test_edm_weight_undoes_the_scale_of_the_answer(sigma, data):
-    from sdxl_course.noise import edm_scalings, euler_scalings
+    from sdxl_course.model.noise import edm_scalings, euler_scalings
     sigma = torch.tensor([sigma], dtype=torch.float64)
     torch.testing.assert_close(edm_loss_weight(sigma, data)*edm_scalings(sigma, data)[1]**2, torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(edm_loss_weight(sigma, data, "euler")*euler_scalings(sigma)[1]**2, torch.ones(1, dtype=torch.float64))

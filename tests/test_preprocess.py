@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from sdxl_course.conditioning import make_time_ids
+from sdxl_course.model.conditioning import make_time_ids
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.data import DataReport, ImageRecord
-from sdxl_course.diorama import sample_dir
-from sdxl_course.preprocess import (INTERPOLATIONS, FitReport, bucket_sizes, center_crop_origin, check_data, covering_size, crop, crop_loss, fit_records,
-                                    flip_left_right, load_tokenizer, main, nearest_bucket, prepare_image, random_crop_origin, resize, resized_size, to_tensor)
+from sdxl_course.data.report import DataReport
+from sdxl_course.data.records import ImageRecord
+from sdxl_course.world.samples import sample_dir
+from sdxl_course.data.preprocess import INTERPOLATIONS, bucket_sizes, center_crop_origin, covering_size, crop, crop_loss, flip_left_right, nearest_bucket, prepare_image, random_crop_origin, resize, resized_size, to_tensor
+from sdxl_course.data.report import FitReport, fit_records
+from sdxl_course.data.check import check_data, load_tokenizer, main
 
 side = st.integers(1, 90)
 resolution = st.sampled_from([8, 16, 24, 32])

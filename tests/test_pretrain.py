@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sdxl_course import pretrain
-from sdxl_course.components import tiny_architecture
+from sdxl_course.model.architecture import tiny_architecture
 from sdxl_course.core import CourseError, load_tensors
-from sdxl_course.diorama import HELD_OUT_STYLE
-from sdxl_course.evaluate import ATTRIBUTES, reconstruct, to_bytes
+from sdxl_course.world.scene import HELD_OUT_STYLE
+from sdxl_course.measure.judges import ATTRIBUTES, to_bytes
+from sdxl_course.measure.metrics import reconstruct
 
 SMALL = ("--num_scenes 9 --shard_size 5 --num_workers 1 --num_validation 1 --judge_batch_size 8 --num_things 4 --vae_batch_size 2 --clip_batch_size 4 --unet_batch_size 2 "
          "--vae_schedule_steps 6 --decoder_steps 6 --clip_schedule_steps 6 --unet_schedule_steps 6 --log_every 1 --sample_every 0").split()
@@ -147,7 +148,7 @@ def fresh_run(folder, straight):
 
 
 def test_the_shipped_model_comes_out_as_it_went_in(tmp_path):
-    from sdxl_course.components import tiny_path
+    from sdxl_course.model.components import tiny_path
     chain(tmp_path, "export", start_from="tiny")
     assert not differing(tiny_path(), tmp_path / "export")
     before, after = (json.loads((folder / "training_log.json").read_text()) for folder in (tiny_path(), tmp_path / "export"))
@@ -351,7 +352,7 @@ def test_some_words_are_drawn_more_often(straight, tmp_path, capsys):
 
 
 def test_features_are_those_of_the_framed_picture_and_its_mirror_image(straight):
-    from sdxl_course.evaluate import load_judge
+    from sdxl_course.measure.judges import load_judge
     pictures, judge = pretrain.read_pictures(straight).pixels, load_judge("attributes")
     for share in (0., 1.):
         found = pretrain.clean_features(judge, pictures, share, 0).float()

@@ -9,8 +9,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
-from sdxl_course.text_to_image import alone_in, main
-from sdxl_course.trainer import REFUSED, SHARDED, accelerating
+from sdxl_course.train.machine import alone_in
+from sdxl_course.text_to_image import main
+from sdxl_course.train.machine import REFUSED, SHARDED, accelerating
 from toy import files_of, make_pictures as fill
 
 

@@ -21,11 +21,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
-from sdxl_course.components import SDXLComponents
+from sdxl_course.model.components import SDXLComponents
 from sdxl_course.core import CourseError, load_tensors
-from sdxl_course.data import read_dataset, with_masks
-from sdxl_course.text_to_image import Feeder, TextToImageConfig, main, open_text_to_image, optimizer_for
-from sdxl_course.trainer import Micro
+from sdxl_course.data.check import read_dataset
+from sdxl_course.data.records import with_masks
+from sdxl_course.data.loader import Feeder
+from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
+from sdxl_course.train.optimizer import optimizer_for
+from sdxl_course.data.loader import Micro
 from test_trainer import REFERENCE
 from toy import files_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 @pytest.fixture
 def start(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     "A function that opens a run over five toy pictures, ready to train; what it opened is closed in the end."
-    monkeypatch.setattr("sdxl_course.text_to_image.save_curve", lambda path, *points: Path(path).write_bytes(b""))
+    monkeypatch.setattr("sdxl_course.train.results.save_curve", lambda path, *points: Path(path).write_bytes(b""))
     usual, runs = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(5)), resolution=64, train_batch_size=5, max_train_steps=3, learning_rate=1e-2, seed=0,
         report_to="none", checkpointing_steps=1000), []
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from sdxl_course.core import CourseError, plain, write_json
-from sdxl_course.data import open_image
-from sdxl_course.diorama import sample_dir
+from sdxl_course.data.records import open_image
+from sdxl_course.world.samples import sample_dir
 from sdxl_course.dreambooth import DreamBoothConfig
 from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, Yardstick, compare, gather, main, marks_of, read_study, student_interval, training_of, verdict, verdicts
 

@@ -13,9 +13,14 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipelin
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
-from sdxl_course.data import content_key, read_dataset
-from sdxl_course.text_to_image import Feeder, TextToImageConfig, license_of, load_base, main, open_text_to_image, trained_parts
-from sdxl_course.trainer import Chance, Micro, epoch_order
+from sdxl_course.data.records import content_key
+from sdxl_course.data.check import read_dataset
+from sdxl_course.data.loader import Feeder
+from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
+from sdxl_course.train.results import license_of
+from sdxl_course.train.run import load_base
+from sdxl_course.model.lora import trained_parts
+from sdxl_course.data.loader import Chance, Micro, epoch_order
 from toy import files_of, make_pictures as fill
 
 
@@ -262,7 +267,7 @@ def test_validation_and_workers_change_nothing_in_training(train):
 def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(train, toy, monkeypatch):
     seen = []
     plain = train("a", train_text_encoder=True)
-    monkeypatch.setattr("sdxl_course.text_to_image.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
+    monkeypatch.setattr("sdxl_course.model.lora.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
     saved = train("b", train_text_encoder=True, gradient_checkpointing=True)
     assert len(seen) == 3 and all(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) for model in seen)
     assert [row["loss"] for row in plain.log] == pytest.approx([row["loss"] for row in saved.log], rel=1e-5)

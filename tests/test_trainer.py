@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sdxl_course.core import CourseError
 from sdxl_course.text_to_image import TextToImageConfig, main
-from sdxl_course.trainer import Chance, Plan, TrainConfig, config_dict, make_optimizer, make_schedule, parse_config, usable_tracker
+from sdxl_course.data.loader import Chance, Plan
+from sdxl_course.train.config import TrainConfig
+from sdxl_course.options import config_dict, parse_config
+from sdxl_course.train.optimizer import make_optimizer, make_schedule
+from sdxl_course.train.machine import usable_tracker
 
 REFERENCE = dict(  # the flags of the reference text-to-image LoRA script: (type, default)
     pretrained_model_name_or_path=(str, MISSING), pretrained_vae_model_name_or_path=(str, None), revision=(str, None), variant=(str, None),

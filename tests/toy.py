@@ -22,7 +22,7 @@ def make_toy_model(folder, seed=0):
     "The folder of an SDXL pipeline: two levels, 64-pixel pictures, 8 x 8 latents; another seed gives other weights."
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-    from sdxl_course.components import SDXLComponents, save_components
+    from sdxl_course.model.components import SDXLComponents, save_components
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     tokenizer = make_tokenizer(Path(folder).with_name("tokenizer"))
     text = CLIPTextConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, projection_dim=8,
@@ -59,7 +59,7 @@ def make_pictures(folder, n=5, size=(64, 64), captions=None):
 def load_toy(folder):
     "A function that gives the toy model's components afresh, without reading the disk again."
     import copy
-    from sdxl_course.components import load_components
+    from sdxl_course.model.components import load_components
     whole = load_components(str(folder))
     networks = ("text_encoder", "text_encoder_2", "vae", "unet", "scheduler")
     return lambda: copy.copy(whole).__class__(**{**vars(whole), **{name: copy.deepcopy(getattr(whole, name)) for name in networks}})
