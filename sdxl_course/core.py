@@ -6,7 +6,7 @@
 __all__ = ['CourseError', 'guarded', 'watched', 'nearest', 'available_devices', 'pick_device', 'weight_dtype', 'seed_from',
            'seeded', 'to_pil', 'wrap_title', 'image_grid', 'ShownImages', 'show_images', 'sync_folder', 'write_atomic',
            'plain', 'write_json', 'sorted_header', 'save_tensors', 'load_tensors', 'cache_dir', 'provenance', 'hint',
-           'check', 'seeded_world', 'progress']
+           'check', 'seeded_rng', 'progress']
 
 # %% ../nbs/library/core.ipynb #81b95f1c
 import base64
@@ -371,7 +371,7 @@ def check(
 
 # %% ../nbs/library/core.ipynb #85df5ce7
 @contextmanager
-def seeded_world(
+def seeded_rng(
     *keys, # address of the randomness inside
     device="cpu", # torch.device whose state is fenced off as well
 ):

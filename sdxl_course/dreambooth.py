@@ -14,16 +14,16 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 from .core import CourseError
-from .options import changed, check_limits, inside, option, run_command
+from .options import is_set, check_limits, is_within, option, run_command
 from .model.conditioning import dropped_text
-from .model.words import add_words, spell, spelling_of
+from .model.words import add_tokens, replace_placeholders, placeholder_map
 from .data.records import is_picture, list_files
 from .data.check import check_dataset
 from .train.config import TrainConfig
-from .train.machine import data_parallel, open_output, refuse_impossible
-from .train.objective import SubjectLoss, TaughtDenoiser, plain_loss, subject_schedule
+from .train.machine import data_parallel, open_output, check_machine
+from .train.objective import SubjectLoss, PriorDistillation, plain_loss, subject_schedule
 from .train.results import Result
-from .train.run import Run, carry_out, open_run
+from .train.run import Run, run, open_run
 from .train.class_images import bare_pictures, class_pictures, has_captions, with_words
 
 # %% ../nbs/library/dreambooth.ipynb #f01dcff2
@@ -87,7 +87,7 @@ def within_each_other(
     other, # another, or None
 )->bool:
     "Is one folder the other, or inside it?"
-    return inside(one, other) or inside(other, one)
+    return is_within(one, other) or is_within(other, one)
 
 SUBJECT_RULES = ( # (function of a config, why)
     (lambda c: c.train_data_dir, "--train_data_dir belongs to text-to-image: wanted --instance_data_dir, the folder with pictures of the thing"),
@@ -106,7 +106,7 @@ SUBJECT_RULES = ( # (function of a config, why)
         "--do_edm_style_training weighs the noise levels by itself: leave --snr_gamma and --debiased_estimation_loss out"),
     (lambda c: c.do_edm_style_training and c.rescale_betas_zero_snr,
         "--do_edm_style_training divides by the noise that --rescale_betas_zero_snr makes infinite: leave one of them out"),
-    (lambda c: not c.train_text_encoder_ti and changed(c, "train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "ti_lr"),
+    (lambda c: not c.train_text_encoder_ti and is_set(c, "train_text_encoder_ti_frac", "token_abstraction", "num_new_tokens_per_abstraction", "ti_lr"),
         "--token_abstraction and what belongs to it do nothing without --train_text_encoder_ti: add it, or leave them out"),
     (lambda c: c.train_text_encoder_ti and c.train_text_encoder, "--train_text_encoder_ti learns words for text encoders that stand still, --train_text_encoder moves them: leave one of them out"),
     (lambda c: c.train_text_encoder_ti and c.cache_text_embeds, "--cache_text_embeds keeps what --train_text_encoder_ti changes in every step: leave one of them out"),
@@ -171,7 +171,7 @@ def open_dreambooth(
 )->Run:
     "Read the pictures, complete those of the class, and get ready."
     if os.environ.get("RANK", "0") != "0": say = lambda text: None
-    refuse_impossible(config)
+    check_machine(config)
     report, learning = find_subject(config, say=say), dict(repeats=config.repeats, read=read_subject, loss_for=SubjectLoss, schedule_for=subject_schedule, plain_loss=plain_loss)
     open_output(config.output_dir)
     for sentence in remarks(config): say(sentence)
@@ -181,11 +181,11 @@ def open_dreambooth(
         say(f"each picture of the thing is trained with one of {len(learning['partners'])} class pictures beside it")
     trigger = config.instance_prompt
     if config.train_text_encoder_ti:
-        spelling = spelling_of(config)
-        if not report.problems and all(spell(caption, spelling) == caption for record in report.records for caption in record.captions):
+        spelling = placeholder_map(config)
+        if not report.problems and all(replace_placeholders(caption, spelling) == caption for record in report.records for caption in record.captions):
             raise CourseError(f"--train_text_encoder_ti has nothing to learn, since no prompt says {config.token_abstraction}: wanted it in --instance_prompt, as in 'a photo of TOK chair', or in the captions")
-        learning["words_for"], trigger = add_words, spell(trigger, spelling)
-    if config.prior_teacher: learning["denoiser_for"] = partial(TaughtDenoiser, class_prompt=config.class_prompt, teacher_weight=config.prior_loss_weight)
+        learning["words_for"], trigger = add_tokens, replace_placeholders(trigger, spelling)
+    if config.prior_teacher: learning["denoiser_for"] = partial(PriorDistillation, class_prompt=config.class_prompt, teacher_weight=config.prior_loss_weight)
     run = open_run(config, report, components, say, "dreambooth-lora-sd-xl", trigger, live, **learning)
     lost = (config.with_prior_preservation or config.prior_teacher) and dropped_text(run.components.tokenizer, config.class_prompt, config.max_token_length)
     if lost: say(f"--class_prompt is longer than {config.max_token_length + 2} tokens and loses its end, {lost!r}; --max_token_length 150 or 225 reads more")
@@ -199,7 +199,7 @@ def train_dreambooth(
     live:bool=False, # see `open_run`
 )->Result:
     "Train a LoRA on one particular thing."
-    return carry_out(open_dreambooth(config, components, say, live))
+    return run(open_dreambooth(config, components, say, live))
 
 # %% ../nbs/library/dreambooth.ipynb #bc00bda4
 def main(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['APPLICATIONS', 'ASKED', 'CLASS', 'PRIOR', 'WORDS', 'VARIANTS', 'NO_DIFFERENCE', 'CLAIMS', 'scenes_of', 'as_often',
-           'ask', 'Yardstick', 'StudyConfig', 'draw_all', 'unrelated', 'measure', 'Variant', 'chosen', 'marks_of',
+           'ask', 'Scorer', 'StudyConfig', 'draw_all', 'unrelated', 'measure', 'Variant', 'chosen', 'eval_steps_of',
            'training_of', 'numbers', 'student_interval', 'Claim', 'seeds_of', 'compare', 'verdict', 'verdicts',
            'verdict_table', 'run_one', 'strip', 'rounded', 'circumstances', 'settings_of', 'run_study', 'gather',
-           'likeness_of', 'read_study', 'summary', 'summary_table', 'application_table', 'main']
+           'subject_fidelity_of', 'read_study', 'summary', 'summary_table', 'application_table', 'main']
 
 # %% ../nbs/library/study.ipynb #873f7283
 import json
@@ -31,7 +31,7 @@ from .model.components import load_components
 from .model.sampling import generate
 from .data.records import open_image
 from .data.cache import fingerprint
-from .train.machine import alone_in
+from .train.machine import output_lock
 from .train.class_images import weights_name
 from .dreambooth import DreamBoothConfig, train_dreambooth
 from .inference import load_pipeline
@@ -74,7 +74,7 @@ def ask(
     return f"{with_article(MEDIUM[scene.style][0])} of {with_article(color + call)}{worn} {PLACES[scene.place]}" + (f", {scene.view}" if scene.view else "")
 
 # %% ../nbs/library/study.ipynb #ccb3d302
-class Yardstick:
+class Scorer:
     "Judges, and the renders that drawings are held against."
     def __init__(self,
         vae=None, # AutoencoderKL of the model that draws; None: sdxl-tiny's
@@ -157,7 +157,7 @@ def unrelated()->list: # Scene
 def measure(
     drawn:dict, # of `draw_all`
     before:dict, # the same by the base model, which is asked for a chair
-    yardstick:Yardstick,
+    yardstick:Scorer,
 )->dict: # plain numbers: one for each picture, or one for all
     "What became of the chair, and of everything else."
     found = {}
@@ -197,7 +197,7 @@ def chosen(
         if name not in VARIANTS: raise CourseError(f"there is no variant {name!r}: wanted some of {', '.join(VARIANTS)}")
     return names
 
-def marks_of(
+def eval_steps_of(
     name:str, # a key of `VARIANTS`
     config:StudyConfig,
 )->list: # numbers of updates, the last one ends the training
@@ -213,7 +213,7 @@ def training_of(
     config:StudyConfig,
 )->DreamBoothConfig:
     "One training, as the command would be given it."
-    variant, steps, more = VARIANTS[name], marks_of(name, config), dict(rank=config.rank) | dict(VARIANTS[name].options)
+    variant, steps, more = VARIANTS[name], eval_steps_of(name, config), dict(rank=config.rank) | dict(VARIANTS[name].options)
     if "with_prior_preservation" in more: more |= dict(class_data_dir=str(Path(config.output_dir)/f"class-{seed}"), num_class_images=config.num_class_images)
     if more.keys() & {"with_prior_preservation", "prior_teacher"}: more["class_prompt"] = CLASS
     return DreamBoothConfig(pretrained_model_name_or_path=config.model, instance_data_dir=str(sample_dir("green_chair")), instance_prompt=f"a photo of {with_article(variant.call)}",
@@ -337,14 +337,14 @@ def run_one(
     seed:int, # of the training
     config:StudyConfig,
     before:dict, # of `draw_all`, by the base model with the same seed
-    yardstick:Yardstick,
+    yardstick:Scorer,
 )->dict: # variant, seed, seconds, losses, marks: updates -> `measure`
     "Train once, judge at every mark."
     training, began = training_of(name, seed, config), time.perf_counter()
     shutil.rmtree(training.output_dir, ignore_errors=True) # half a training of a study that was stopped
     result = train_dreambooth(training, load_components(config.model), say=lambda text: None)
     seconds, marks = time.perf_counter() - began, {}
-    for step in marks_of(name, config):
+    for step in eval_steps_of(name, config):
         folder = result.output_dir if step == training.max_train_steps else result.output_dir/f"checkpoint-{step}"
         drawn = draw_all(load_pipeline(config.model, str(folder)), VARIANTS[name].call, config, seed)
         marks[str(step)] = measure(drawn, before, yardstick)
@@ -389,8 +389,8 @@ def run_study(
     config = replace(config, output_dir=str(Path(config.output_dir).expanduser()))
     names, settings, folder = chosen(config), circumstances(config), Path(config.output_dir)
     (folder/"rows").mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
-        yardstick, base = yardstick or Yardstick(load_components(config.model).vae), {}
+    with output_lock(folder):
+        yardstick, base = yardstick or Scorer(load_components(config.model).vae), {}
         for seed, name in product(range(config.seeds), ["base", *names]):
             path, wanted = folder/"rows"/f"{name}-{seed}.json", settings_of(name, settings)
             if path.exists() and json.loads(path.read_text())["settings"] == wanted: continue
@@ -398,7 +398,7 @@ def run_study(
             if name == "base": strip(base[seed]).save(folder/"rows"/f"base-{seed}.png")
             row = dict(variant="base", seed=seed, seconds=0., losses=[], marks={"0": measure(base[seed], base[seed], yardstick)}) if name == "base" else run_one(name, seed, config, base[seed], yardstick)
             write_json(path, rounded(row) | dict(settings=wanted, provenance=provenance()))
-            say(f"{name}, seed {seed}: {len(row['losses'])} updates in {row['seconds']:.0f} s; likeness {likeness_of(row):.2f}")
+            say(f"{name}, seed {seed}: {len(row['losses'])} updates in {row['seconds']:.0f} s; likeness {subject_fidelity_of(row):.2f}")
             gather(folder, settings, yardstick)
         study = gather(folder, settings, yardstick)
         if study["verdicts"]: say(verdict_table(study))
@@ -417,7 +417,7 @@ def gather(folder, settings, yardstick)->dict: # see `run_study`
     image_grid([truth, *strips.values()], columns=2, titles=["what is wanted", *strips]).save(folder/"study.jpg", quality=85)
     return study
 
-def likeness_of(row)->float: # after the last update, over all applications
+def subject_fidelity_of(row)->float: # after the last update, over all applications
     "One number for a training."
     return float(numbers(dict(rows=[row]), row["variant"], "likeness").mean())
 

@@ -13,9 +13,9 @@ from .core import CourseError, progress
 from .options import run_command
 from .data.check import check_dataset
 from .train.config import TrainConfig
-from .train.machine import refuse_impossible
+from .train.machine import check_machine
 from .train.results import Result
-from .train.run import Run, carry_out, open_run
+from .train.run import Run, run, open_run
 
 # %% ../nbs/library/text_to_image.ipynb #fcab4be3
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def open_text_to_image(
     live:bool=False, # see `open_run`
 )->Run:
     "Read the data and get ready."
-    refuse_impossible(config)
+    check_machine(config)
     report = check_dataset(config.train_data_dir, config.dataset_name, config.dataset_config_name, config.image_column, config.caption_column,
         config.cache_dir, config.max_train_samples, config.seed, bar=progress(os.environ.get("RANK", "0") != "0"))
     return open_run(config, report, components, say, live=live)
@@ -46,7 +46,7 @@ def train_text_to_image(
     live:bool=False, # see `open_run`
 )->Result:
     "Train a LoRA on captioned pictures."
-    return carry_out(open_text_to_image(config, components, say, live))
+    return run(open_text_to_image(config, components, say, live))
 
 # %% ../nbs/library/text_to_image.ipynb #9145e6f9
 def main(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from sdxl_course.train.checkpoint import checkpointing, damage, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, tidy, write_folder
+from sdxl_course.train.checkpoint import checkpointing, verify, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, remove_partial, write_folder
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded, write_atomic
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
-from sdxl_course.data.loader import Chance, Plan
+from sdxl_course.data.loader import SampleRNG, BatchSampler
 from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
-from sdxl_course.train.loop import TrainState, fit, set_values
+from sdxl_course.train.loop import TrainState, fit, copy_into
 from toy import files_of, make_pictures as fill
 
 N = 6
@@ -193,7 +193,7 @@ def test_trap_7_the_old_checkpoint_goes_only_when_the_new_one_is_whole(train, mo
     real = module.save_tensors
     monkeypatch.setattr(module, "save_tensors", lambda path, *rest: real(path, *rest) if "checkpoint-2" not in str(path) else (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(CourseError, match="No space left"): train(checkpointing_steps=1, checkpoints_total_limit=1)
-    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"] and not damage(tmp_path / "run" / "checkpoint-1")
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"] and not verify(tmp_path / "run" / "checkpoint-1")
 
 
 def test_a_fresh_run_does_not_take_an_earlier_runs_checkpoints_for_its_own(train):
@@ -253,9 +253,9 @@ def test_a_process_killed_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp
             write_folder(folder / target, good(b"two"))
             os._exit(0)
         done += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        tidy(folder)
+        remove_partial(folder)
         found = latest_checkpoint(folder)
-        assert found and not damage(found) and not list(folder.glob(".*"))
+        assert found and not verify(found) and not list(folder.glob(".*"))
         assert {p.read_bytes() for p in found.iterdir() if p.name != "manifest.json"} in ({b"one"}, {b"two"})
         if done: break
     assert done and moment > 8
@@ -266,7 +266,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
 
     def full(draft): raise OSError(28, "No space left on device")
     with pytest.raises(CourseError, match="No space left"): write_folder(tmp_path / "checkpoint-2", full)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"] and not damage(tmp_path / "checkpoint-1")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"] and not verify(tmp_path / "checkpoint-1")
 
 
 def test_neighbours_with_similar_names_are_no_checkpoints(tmp_path):
@@ -291,14 +291,14 @@ class Line(torch.nn.Module):
 
 def toy_train(folder, updates, start=None, name="adamw", ema=False, accumulation=1, schedule="cosine"):
     folder.mkdir(parents=True, exist_ok=True)
-    model, plan = Line(), Plan(5, 2, accumulation, seed=3)
+    model, plan = Line(), BatchSampler(5, 2, accumulation, seed=3)
     named = dict(model.named_parameters())
     try: optimizer = make_optimizer(list(named.values()), dict(prodigy=1.).get(name, 1e-2), name=name)
     except CourseError as error: pytest.skip(str(error))
     state = TrainState(named, optimizer, make_schedule(optimizer, "constant" if name == "schedulefree" else schedule, 1, 6), seed=3, ema=Ema(named, .9) if ema else None)
     write = lambda where: save_tensors(where / "weights.safetensors", {k: p.detach() for k, p in named.items()})
-    if start: load_checkpoint(start, state, lambda where: set_values(named, load_tensors(where / "weights.safetensors")[0]))
-    batches = ((m, (torch.stack([Chance(3, m.epoch, str(i)).normal("x", (8,)) for i in m.indices]),)) for m in plan.micro_steps(state.step, updates))
+    if start: load_checkpoint(start, state, lambda where: copy_into(named, load_tensors(where / "weights.safetensors")[0]))
+    batches = ((m, (torch.stack([SampleRNG(3, m.epoch, str(i)).normal("x", (8,)) for i in m.indices]),)) for m in plan.micro_steps(state.step, updates))
     fit(model, batches, state, Accelerator(cpu=True), after_update=[checkpointing(folder, 1, write)])
     return state
 

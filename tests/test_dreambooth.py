@@ -23,16 +23,16 @@ from sdxl_course.data.records import open_image
 from sdxl_course.train.class_images import NOTE, class_file, class_pictures, missing_pictures
 from sdxl_course.dreambooth import DreamBoothConfig, main, read_subject, train_dreambooth
 from sdxl_course.model.noise import EdmSchedule
-from sdxl_course.train.objective import SubjectLoss, TaughtDenoiser, subject_schedule, without_adapters
+from sdxl_course.train.objective import SubjectLoss, PriorDistillation, subject_schedule, without_adapters
 from sdxl_course.model.lora import add_lora, lora_parameters
 from sdxl_course.model.lora_files import continue_lora
 from sdxl_course.model.noise import NoiseSchedule
 from sdxl_course.train.objective import per_sample_mse, predict, prediction_target
 from sdxl_course.data.preprocess import prepare_image
-from sdxl_course.train.objective import Denoiser
-from sdxl_course.data.loader import Feeder
+from sdxl_course.train.objective import DenoisingLoss
+from sdxl_course.data.loader import BatchLoader
 from sdxl_course.model.lora import inject, trained_parts
-from sdxl_course.data.loader import Chance, Micro
+from sdxl_course.data.loader import SampleRNG, MicroBatch
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
 
@@ -294,7 +294,7 @@ def by_hand(components, feeder, indices, epoch, loss):
     from sdxl_course.data.loader import Batch
     losses = []
     for i in indices:
-        tensors, noise, t = pieces(components, feeder.all[i], feeder.all[i].captions[0], Chance(feeder.seed, epoch, feeder.keys[i]))
+        tensors, noise, t = pieces(components, feeder.all[i], feeder.all[i].captions[0], SampleRNG(feeder.seed, epoch, feeder.keys[i]))
         losses.append(loss(components.unet, Batch(**{k: v[None] for k, v in tensors.items()}), noise[None], torch.tensor([t])))
     return torch.cat(losses)
 
@@ -303,7 +303,7 @@ def by_hand(components, feeder, indices, epoch, loss):
 def paired(home, usual, prior, toy):
     config = make(usual, **prior)
     components = toy()
-    return config, components, Feeder(read_subject(config), components, 0, 64, partners=class_pictures(config, components, lambda text: None)[0])
+    return config, components, BatchLoader(read_subject(config), components, 0, 64, partners=class_pictures(config, components, lambda text: None)[0])
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,7 @@ def unlike(paired, toy):
         for name, module in components.unet.named_modules():
             if name.endswith("attn2.to_v"): module.weight *= 100
     records = [replace(r, captions=(f"{'abcde'[k]} chair",)) for k, r in enumerate(feeder.records)]
-    feeder = Feeder(records, components, 0, 64, partners=feeder.partners)
+    feeder = BatchLoader(records, components, 0, 64, partners=feeder.partners)
     feeder.encode_once(pictures=False, texts=True)
     return config, components, feeder
 
@@ -332,23 +332,23 @@ def weighed(config, components, edm=None, **options):
 @torch.no_grad()
 def test_defects_1_2_3_prompts_sizes_and_weights_go_with_their_pictures_in_both_halves(unlike, b, options):
     config, components, feeder = unlike
-    loss, micro = weighed(config, components, **options), Micro(7, 0, 2, (3, 0, 4, 2)[:b], b, True)
+    loss, micro = weighed(config, components, **options), MicroBatch(7, 0, 2, (3, 0, 4, 2)[:b], b, True)
     batch = feeder.batch(micro, feeder.prepare(micro), 1000)
-    together = Denoiser(components, loss, prior_loss_weight=0.5)(*batch[:3])
+    together = DenoisingLoss(components, loss, prior_loss_weight=0.5)(*batch[:3])
     partners = [5 + (i + 2 * 5) % 3 for i in micro.indices]
     things, others = (by_hand(components, feeder, which, 2, loss) for which in (micro.indices, partners))
     assert torch.allclose(together, things + 0.5 * others, rtol=1e-4)
     order = [k for pair in zip(range(b), range(b, 2 * b)) for k in pair] if b > 1 else [1, 0]  # thing, class, thing, class, as in the defect
     for wrong in (replace(batch[0], prompt_embeds=batch[0].prompt_embeds[order]), replace(batch[0], time_ids=batch[0].time_ids[order])):
-        assert not torch.allclose(Denoiser(components, loss, prior_loss_weight=0.5)(wrong, *batch[1:3]), together, rtol=1e-4)
+        assert not torch.allclose(DenoisingLoss(components, loss, prior_loss_weight=0.5)(wrong, *batch[1:3]), together, rtol=1e-4)
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["kept captions", "text encoders train"])
 def test_prior_loss_closed_form_in_a_real_update(dream, paired, prior, text):
     config, components, feeder = paired
     first = dream(**prior, train_text_encoder=text, prior_loss_weight=0.7, train_batch_size=4, max_train_steps=1).log[0]["loss"]
-    from sdxl_course.data.loader import Plan
-    micro = next(Plan(5, 4, 1, seed=0).micro_steps(0, 1))
+    from sdxl_course.data.loader import BatchSampler
+    micro = next(BatchSampler(5, 4, 1, seed=0).micro_steps(0, 1))
     partners = [5 + i % 3 for i in micro.indices]
     loss = weighed(config, components)
     with torch.no_grad(): things, others = (by_hand(components, feeder, which, 0, loss) for which in (micro.indices, partners))
@@ -360,7 +360,7 @@ def test_defect_5_class_pictures_carry_their_own_size_and_crop(paired):
     feeder.encode_once(pictures=False, texts=True)
     ids = []
     for epoch in range(4):
-        micro = Micro(0, 0, epoch, (0, 1), 2, True)
+        micro = MicroBatch(0, 0, epoch, (0, 1), 2, True)
         prepared = feeder.prepare(micro)
         told = feeder.batch(micro, prepared, 1000)[0].time_ids
         assert told[:2].tolist() == [[64, 64, 0, 0, 64, 64]] * 2 and told[2:, :2].tolist() == [[80, 120]] * 2
@@ -371,14 +371,14 @@ def test_defect_5_class_pictures_carry_their_own_size_and_crop(paired):
 
 def test_augmentation_of_both_halves_is_drawn_anew_in_each_epoch(home, usual, prior, toy):
     config = make(usual, **prior, instance_data_dir=str(home / "wide"), random_flip=True)
-    feeder = Feeder(read_subject(config), toy(), 0, 64, random_flip=True, partners=class_pictures(config, None, lambda text: None)[0][:1])
-    views = [[(p.crop_top_left, p.flipped) for p in feeder.prepare(Micro(0, 0, epoch, (0,), 1, True))] for epoch in range(8)]
+    feeder = BatchLoader(read_subject(config), toy(), 0, 64, random_flip=True, partners=class_pictures(config, None, lambda text: None)[0][:1])
+    views = [[(p.crop_top_left, p.flipped) for p in feeder.prepare(MicroBatch(0, 0, epoch, (0,), 1, True))] for epoch in range(8)]
     for half in (0, 1): assert len({view[half] for view in views}) > 4
 
 
 def test_partners_move_on_until_all_have_been_seen(paired):
     feeder = paired[2]
-    met = [i for epoch in range(3) for i, _ in feeder.samples(Micro(0, 0, epoch, (0, 1, 2, 3, 4), 5, True))[5:]]
+    met = [i for epoch in range(3) for i, _ in feeder.samples(MicroBatch(0, 0, epoch, (0, 1, 2, 3, 4), 5, True))[5:]]
     assert sorted(met) == sorted([5, 6, 7] * 5)
 
 
@@ -597,12 +597,12 @@ def test_the_teacher_adds_the_weighed_distance_to_the_base_model(paired, toy, op
     live = toy()
     named = inject(trained_parts(live, text), 0, 4, use_dora=dora)
     feeder.encode_once(pictures=False, texts=True)
-    micro = Micro(0, 0, 0, (0, 1, 2), 3, True)
+    micro = MicroBatch(0, 0, 0, (0, 1, 2), 3, True)
     batch, noise, t, _ = feeder.batch(micro, feeder.prepare(micro), 1000)
     batch, noise, t = replace(batch, **{k: getattr(batch, k)[:3] for k in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")}), noise[:3], t[:3]
     loss = SubjectLoss(config, subject_schedule(config, EDMEulerScheduler())) if edm else weighed(config, live, **options)
     captions = [r.captions[0] for r in feeder.records[:3]] if text else None
-    plain, taught = Denoiser(live, loss, text), TaughtDenoiser(live, loss, text, class_prompt=CLASS, teacher_weight=0.5)
+    plain, taught = DenoisingLoss(live, loss, text), PriorDistillation(live, loss, text, class_prompt=CLASS, teacher_weight=0.5)
     assert torch.allclose(plain(batch, noise, t, captions), taught(batch, noise, t, captions), rtol=1e-5)  # a fresh student agrees
     for name, p in named.items():
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.3, generator=seeded(name))
@@ -651,7 +651,7 @@ def test_euler_style_on_v_is_the_v_loss_over_one_plus_sigma_squared(paired):
     config, components, feeder = paired
     plain, euler = weighed(config, components, prediction_type="v_prediction"), weighed(config, components, prediction_type="v_prediction", do_edm_style_training=True)
     feeder.encode_once(pictures=False, texts=True)
-    micro = Micro(0, 0, 0, (0, 1, 2, 3), 4, True)
+    micro = MicroBatch(0, 0, 0, (0, 1, 2, 3), 4, True)
     batch, noise, t, _ = feeder.batch(micro, feeder.prepare(micro), 1000)
     assert torch.allclose(euler(components.unet, batch, noise, t), plain(components.unet, batch, noise, t) / (1 + plain.schedule.sigma(t)**2), rtol=1e-3)
 
@@ -663,7 +663,7 @@ def test_true_edm_is_the_closed_form_of_diffusers_scheduler(paired, kind):
     theirs = EDMEulerScheduler(sigma_data=0.7, sigma_max=40.0, prediction_type=kind)
     loss = SubjectLoss(config, subject_schedule(config, theirs))
     feeder.encode_once(pictures=False, texts=True)
-    micro = Micro(0, 0, 0, (0, 1), 2, True)
+    micro = MicroBatch(0, 0, 0, (0, 1), 2, True)
     batch, noise, t, _ = feeder.batch(micro, feeder.prepare(micro), 1000)
     for k, place in enumerate(t.tolist()):
         sigma = theirs.sigmas[999 - place]
@@ -693,7 +693,7 @@ def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy, usu
 
 def test_edm_knows_no_sample_prediction(dream, toy, monkeypatch):
     odd = toy()
-    monkeypatch.setattr(Feeder, "encode_once", lambda *given: pytest.fail("this takes long, and comes after the refusal"))
+    monkeypatch.setattr(BatchLoader, "encode_once", lambda *given: pytest.fail("this takes long, and comes after the refusal"))
     odd.scheduler = type(odd.scheduler).from_config({**odd.scheduler.config, "prediction_type": "sample"})
     with pytest.raises(CourseError, match="epsilon and v_prediction"): dream("odd", components=odd, do_edm_style_training=True)
 
@@ -723,7 +723,7 @@ def test_defect_24_new_words_alone_move_and_stand_still_after_their_share(dream,
 @pytest.mark.parametrize("kind", ["toy", "upstream"])
 def test_stock_diffusers_reads_words_and_lora_and_draws_our_picture(dream, toy, toy_model, upstream, tmp_path, kind):
     from sdxl_course.model.components import load_components
-    from sdxl_course.model.words import load_words
+    from sdxl_course.model.words import load_learned_tokens
     from sdxl_course.model.sampling import draw_pictures
     from sdxl_course.model.conditioning import empty_prompt_embeds
     import numpy as np
@@ -735,7 +735,7 @@ def test_stock_diffusers_reads_words_and_lora_and_draws_our_picture(dream, toy, 
         pipeline = DiffusionPipeline.from_pretrained(str(model))
         pipeline.set_progress_bar_config(disable=True)
         if "lora" in files: pipeline.load_lora_weights(str(result.output_dir), weight_name="pytorch_lora_weights.safetensors")
-        if "words" in files: load_words(pipeline, result.output_dir / f"{result.output_dir.name}_emb.safetensors")
+        if "words" in files: load_learned_tokens(pipeline, result.output_dir / f"{result.output_dir.name}_emb.safetensors")
         embeds = pipeline.encode_prompt("a photo of <s0><s1> chair", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
         drawn = pipeline("a photo of <s0><s1> chair", generator=torch.Generator().manual_seed(1), num_inference_steps=2, height=64, width=64, guidance_scale=5.0).images[0]
         return np.asarray(drawn).astype(int), embeds

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sdxl_course.core import CourseError, load_tensors
 from sdxl_course.model.lora_files import read_lora
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
-from sdxl_course.train.config import CONTRADICTIONS, idle_options
+from sdxl_course.train.config import CONSTRAINTS, unused_options
 from toy import files_of, load_toy, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
@@ -314,9 +314,9 @@ def inside(monkeypatch, look):
 def test_workers_open_pictures_in_threads(train, make_pictures, monkeypatch):
     "trainers.md 2.14 number 17: worker processes could not be started where the dataset held a closure; threads need not be sent anything."
     import threading
-    from sdxl_course.data.loader import Feeder
-    real, where = Feeder.prepare, []
-    monkeypatch.setattr(Feeder, "prepare", lambda self, micro: where.append(threading.current_thread() is threading.main_thread()) or real(self, micro))
+    from sdxl_course.data.loader import BatchLoader
+    real, where = BatchLoader.prepare, []
+    monkeypatch.setattr(BatchLoader, "prepare", lambda self, micro: where.append(threading.current_thread() is threading.main_thread()) or real(self, micro))
     wide = dict(train_data_dir=str(make_pictures(4, "wide", size=(64, 100))))
     assert train("a", dataloader_num_workers=2, **wide).log == train("b", **wide).log and where == [False] * 3 + [True] * 3
 
@@ -502,18 +502,18 @@ def test_every_contradiction_is_struck_once_and_its_neighbour_is_allowed():
     hit = []
     for wrong, right in STRUCK:
         with pytest.raises(CourseError) as caught: build(wrong)
-        hit += [why for _, why in CONTRADICTIONS if why == str(caught.value)]
+        hit += [why for _, why in CONSTRAINTS if why == str(caught.value)]
         build(right)
         assert any(f"--{name}" in str(caught.value) for name in wrong), caught.value
-    assert hit == [why for _, why in CONTRADICTIONS]
+    assert hit == [why for _, why in CONSTRAINTS]
 
 
 @pytest.mark.parametrize("idle, busy", [(dict(text_encoder_lr=1e-5), dict(train_text_encoder=True)), (dict(adam_weight_decay_text_encoder=0.1), dict(train_text_encoder=True)),
     (dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(optimizer="adamw")), (dict(prodigy_beta3=0.5), dict(optimizer="prodigy"))], ids=str)
 def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, busy):
     build = lambda options: TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", **options)
-    (sentence,) = idle_options(build(idle))
-    assert f"--{next(iter(idle))}" in sentence and "nothing" in sentence and idle_options(build({**idle, **busy})) == []
+    (sentence,) = unused_options(build(idle))
+    assert f"--{next(iter(idle))}" in sentence and "nothing" in sentence and unused_options(build({**idle, **busy})) == []
 
 
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said

@@ -9,7 +9,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
-from sdxl_course.train.machine import alone_in
+from sdxl_course.train.machine import output_lock
 from sdxl_course.text_to_image import main
 from sdxl_course.train.machine import REFUSED, SHARDED, accelerating
 from toy import files_of, make_pictures as fill
@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch)
     from filelock import FileLock
     def refuse(*given, **named): raise NotImplementedError("flock is not supported here")
     monkeypatch.setattr(FileLock, "_acquire", refuse)
-    with alone_in(tmp_path): (tmp_path / "done").touch()
+    with output_lock(tmp_path): (tmp_path / "done").touch()
     assert (tmp_path / "done").exists()
 
 

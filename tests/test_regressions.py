@@ -25,10 +25,10 @@ from sdxl_course.model.components import SDXLComponents
 from sdxl_course.core import CourseError, load_tensors
 from sdxl_course.data.check import read_dataset
 from sdxl_course.data.records import with_masks
-from sdxl_course.data.loader import Feeder
+from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.optimizer import optimizer_for
-from sdxl_course.data.loader import Micro
+from sdxl_course.data.loader import MicroBatch
 from test_trainer import REFERENCE
 from toy import files_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,7 +114,7 @@ def test_text_encoders_get_gradients_under_gradient_checkpointing(train):
 def test_defect_13_and_trap_20_kept_crops_keep_their_own_sizes(toy, make_pictures):
     "trainers.md 2.14 number 13 and anchors.md 6 trap 20: latents of one crop were told to the model as another, or as the crop before the flip."
     records, parts = read_dataset(train_data_dir=str(make_pictures(4, "wide", size=(80, 160)))), toy()
-    feeder, seen = Feeder(records, parts, seed=0, resolution=64, random_flip=True, cached_crops=3), set()
+    feeder, seen = BatchLoader(records, parts, seed=0, resolution=64, random_flip=True, cached_crops=3), set()
     feeder.encode_once(pictures=True, texts=True)
     assert len(feeder.pictures) == 4 * 2 * 3
 
@@ -126,7 +126,7 @@ def test_defect_13_and_trap_20_kept_crops_keep_their_own_sizes(toy, make_picture
         with torch.no_grad(): cloud = parts.vae.encode(pixels).latent_dist
         return (cloud.mean + cloud.std * dice.normal("vae", (4, 8, 8)))[0] * parts.vae.config.scaling_factor
     for epoch in range(4):
-        micro = Micro(0, 0, epoch, (0, 1, 2, 3), 4, True)
+        micro = MicroBatch(0, 0, epoch, (0, 1, 2, 3), 4, True)
         batch = feeder.batch(micro, feeder.prepare(micro), 1000)[0]
         for i, latents, (height, width, top, left, *target) in zip(micro.indices, batch.latents, batch.time_ids.int().tolist()):
             dice, mirrored = feeder.dice(epoch, i), feeder.view(epoch, i)[0]
@@ -162,10 +162,10 @@ def test_masks_of_half_transparent_pictures_are_kept_as_they_are(train, make_pic
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "afresh"])
 def test_masks_are_mirrored_with_their_pictures(toy, make_pictures, kept):
     records = with_masks(read_dataset(train_data_dir=veil(make_pictures(5, "veiled"), turn=False)))
-    feeder, seen = Feeder(records, toy(), seed=0, resolution=64, center_crop=True, random_flip=True), set()
+    feeder, seen = BatchLoader(records, toy(), seed=0, resolution=64, center_crop=True, random_flip=True), set()
     feeder.encode_once(pictures=kept, texts=True)
     for epoch in range(2):
-        micro = Micro(0, 0, epoch, tuple(range(5)), 5, True)
+        micro = MicroBatch(0, 0, epoch, tuple(range(5)), 5, True)
         for i, mask in zip(micro.indices, feeder.batch(micro, feeder.prepare(micro), 1000)[0].mask):
             alpha, mirrored = torch.tensor(np.array(Image.open(records[i].path).getchannel("A"))) / 255, feeder.view(epoch, i)[0]
             want = alpha.reshape(8, 8, 8, 8).mean((1, 3))

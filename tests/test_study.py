@@ -10,7 +10,7 @@ from sdxl_course.core import CourseError, plain, write_json
 from sdxl_course.data.records import open_image
 from sdxl_course.world.samples import sample_dir
 from sdxl_course.dreambooth import DreamBoothConfig
-from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, Yardstick, compare, gather, main, marks_of, read_study, student_interval, training_of, verdict, verdicts
+from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, Scorer, compare, gather, main, eval_steps_of, read_study, student_interval, training_of, verdict, verdicts
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
@@ -26,7 +26,7 @@ def test_a_variant_differs_from_the_one_it_is_compared_with_in_one_thing(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_there_is_a_checkpoint_at_every_mark(name, steps):
     training = training_of(name, 0, StudyConfig(max_train_steps=steps))
-    marks = marks_of(name, StudyConfig(max_train_steps=steps))
+    marks = eval_steps_of(name, StudyConfig(max_train_steps=steps))
     assert marks[-1] == training.max_train_steps and not any(mark % training.checkpointing_steps for mark in marks) and abs(marks[-1] - VARIANTS[name].longer * steps) <= 8
 
 
@@ -101,4 +101,4 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text):
 def test_a_mirrored_copy_is_a_copy():
     "Training sees mirrored pictures too."
     learnt = [open_image(path) for path in sorted(sample_dir("green_chair").glob("*.png"))]
-    assert Yardstick().nearest(learnt + [ImageOps.mirror(picture) for picture in learnt]) == pytest.approx([1.] * 2 * len(learnt), abs=1e-4)
+    assert Scorer().nearest(learnt + [ImageOps.mirror(picture) for picture in learnt]) == pytest.approx([1.] * 2 * len(learnt), abs=1e-4)

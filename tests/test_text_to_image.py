@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from sdxl_course.core import CourseError
 from sdxl_course.data.records import content_key
 from sdxl_course.data.check import read_dataset
-from sdxl_course.data.loader import Feeder
+from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.results import license_of
 from sdxl_course.train.run import load_base
 from sdxl_course.model.lora import trained_parts
-from sdxl_course.data.loader import Chance, Micro, epoch_order
+from sdxl_course.data.loader import SampleRNG, MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
 
@@ -191,7 +191,7 @@ def test_the_first_loss_of_a_run_is_the_closed_form(train, toy_model, tmp_path, 
     noising, indices = DDPMScheduler.from_config(pipe.scheduler.config), epoch_order(5, 7, 0)[:2]
     losses = []
     for i in indices:
-        dice = Chance(7, 0, content_key((data / f"{i}.png").read_bytes()) + "#0")
+        dice = SampleRNG(7, 0, content_key((data / f"{i}.png").read_bytes()) + "#0")
         rgba = np.asarray(Image.open(data / f"{i}.png").convert("RGBA"), dtype=np.float64)
         alpha = rgba[..., 3:] / 255
         pixels = torch.tensor((rgba[..., :3] * alpha + 255 * (1 - alpha)) / 127.5 - 1).float().permute(2, 0, 1)[None]
@@ -217,9 +217,9 @@ def test_defect_16_exif_and_alpha_are_seen_as_a_viewer_shows_them(toy, tmp_path)
     Image.open(data / "0.png").save(data / "0.png", exif=exif)
     hidden = Image.new("RGBA", (64, 96), (255, 0, 0, 0))
     hidden.save(data / "1.png")
-    feeder = Feeder(read_dataset(train_data_dir=str(data)), toy(), seed=0, resolution=64)
+    feeder = BatchLoader(read_dataset(train_data_dir=str(data)), toy(), seed=0, resolution=64)
     feeder.encode_once(pictures=False, texts=True)
-    micro = Micro(0, 0, 0, (0, 1), 2, True)
+    micro = MicroBatch(0, 0, 0, (0, 1), 2, True)
     prepared = feeder.prepare(micro)
     assert feeder.batch(micro, prepared, 1000)[0].time_ids[:, :2].tolist() == [[96, 64], [96, 64]]  # (height, width), upright
     assert (prepared[1].pixels == 1).all()  # white, not the hidden red
@@ -248,7 +248,7 @@ def test_validation_of_trained_text_encoders_is_without_dropout(train):
 
 
 def test_what_can_be_refused_is_refused_before_the_long_encoding(train, monkeypatch):
-    monkeypatch.setattr(Feeder, "encode_once", lambda *a, **k: pytest.fail("encoded first"))
+    monkeypatch.setattr(BatchLoader, "encode_once", lambda *a, **k: pytest.fail("encoded first"))
     for options, message in ((dict(lora_layers="to_qq"), "to_q"), (dict(init_lora="no.safetensors"), "no LoRA"), (dict(rescale_betas_zero_snr=True), "epsilon")):
         with pytest.raises(CourseError, match=message): train(**options)
 
@@ -290,15 +290,15 @@ def test_cached_and_uncached_runs_have_the_same_losses(train, make_pictures, opt
 
 def test_size_numbers_are_of_what_was_really_cut(toy, tmp_path):
     records = read_dataset(train_data_dir=str(fill(tmp_path / "wide", 4, size=(80, 160))))
-    feeder = Feeder(records, toy(), seed=0, resolution=64, random_flip=True)
+    feeder = BatchLoader(records, toy(), seed=0, resolution=64, random_flip=True)
     assert not feeder.keeping_pictures()[0]  # random crops are not cached
     feeder.encode_once(pictures=False, texts=True)
-    micro = Micro(0, 0, 0, (0, 1, 2, 3), 4, True)
+    micro = MicroBatch(0, 0, 0, (0, 1, 2, 3), 4, True)
     prepared = feeder.prepare(micro)
     ids = feeder.batch(micro, prepared, 1000)[0].time_ids
     assert ids[:, :2].tolist() == [[80, 160]] * 4 and ids[:, 4:].tolist() == [[64, 64]] * 4
     assert ids[:, 3].tolist() == [p.crop_top_left[1] for p in prepared] and len(set(ids[:, 3].tolist())) > 1 and ids[:, 2].abs().sum() == 0
-    later = feeder.prepare(Micro(9, 0, 1, (0, 1, 2, 3), 4, True))
+    later = feeder.prepare(MicroBatch(9, 0, 1, (0, 1, 2, 3), 4, True))
     assert [p.crop_top_left for p in later] != [p.crop_top_left for p in prepared]  # drawn anew in the next epoch
 
 

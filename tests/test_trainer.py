@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sdxl_course.core import CourseError
 from sdxl_course.text_to_image import TextToImageConfig, main
-from sdxl_course.data.loader import Chance, Plan
+from sdxl_course.data.loader import SampleRNG, BatchSampler
 from sdxl_course.train.config import TrainConfig
 from sdxl_course.options import config_dict, parse_config
 from sdxl_course.train.optimizer import make_optimizer, make_schedule
@@ -83,8 +83,8 @@ def test_help_lists_every_flag(capsys):
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 30), batch=st.integers(1, 5), accumulation=st.integers(1, 4), processes=st.integers(1, 3), seed=st.integers(0, 5))
 def test_every_epoch_sees_every_sample_once_whatever_the_shape_of_the_run(n, batch, accumulation, processes, seed):
-    plan = Plan(n, batch, accumulation, seed, processes)
-    alone = Plan(n, batch * processes, accumulation, seed)
+    plan = BatchSampler(n, batch, accumulation, seed, processes)
+    alone = BatchSampler(n, batch * processes, accumulation, seed)
     assert plan.updates_per_epoch == alone.updates_per_epoch
     updates = 2 * plan.updates_per_epoch
     shares = [list(plan.micro_steps(0, updates, rank)) for rank in range(processes)]
@@ -98,7 +98,7 @@ def test_every_epoch_sees_every_sample_once_whatever_the_shape_of_the_run(n, bat
 
 
 def test_dice_differ_by_every_part_of_their_address():
-    draws = {Chance(seed, epoch, key).below(purpose, 2**40) for seed in (0, 1) for epoch in (0, 1) for key in ("a", "b") for purpose in ("noise", "flip")}
+    draws = {SampleRNG(seed, epoch, key).below(purpose, 2**40) for seed in (0, 1) for epoch in (0, 1) for key in ("a", "b") for purpose in ("noise", "flip")}
     assert len(draws) == 16
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from pathlib import Path
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-from ..core import CourseError, load_tensors, seeded, seeded_world
+from ..core import CourseError, load_tensors, seeded, seeded_rng
 from ..model.components import count_parameters
 from ..model.architecture import tiny_architecture
 from ..measure.judges import to_pixels
 from .data import PretrainConfig, SIDE, read_pictures, read_tokenizers, say
-from .learner import Learner, former, load_average, rate_at, start_weights, train_stage
+from .learner import Learner, parent_run, load_average, rate_at, start_weights, train_stage
 from .judges import scene_codes
 
 # %% ../../nbs/library/pretraining_clip.ipynb #d0cdaa58
@@ -84,7 +84,7 @@ def make_clip_pair(
 )->ClipPair:
     "An untrained pair, its weights drawn from the seed alone."
     parts = tiny_architecture(seed)
-    with seeded_world("vision", seed, number): return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
+    with seeded_rng("vision", seed, number): return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
 
 # %% ../../nbs/library/pretraining_clip.ipynb #9331e5e4
 def first_clip(
@@ -109,7 +109,7 @@ def train_clip(
     "Train both pairs, one after the other."
     run = Path(config.output_dir)
     pictures, tokenizers = read_pictures(run), read_tokenizers(run)
-    words, said, before = scene_codes(pictures.scenes), said_codes(pictures.scenes), former(run)["steps"]
+    words, said, before = scene_codes(pictures.scenes), said_codes(pictures.scenes), parent_run(run)["steps"]
     plan = config.clip_schedule_steps or config.clip_steps
     for number in (1, 2):
         if stop is not None and stop.asked: return
@@ -136,5 +136,5 @@ def load_clip(
     "One averaged pair of a run, or the one that it starts from."
     state, pair = Path(run) / f"clip_{number}" / "state.safetensors", first_clip(run, number, seed)
     if state.exists(): load_average(state, "pair", pair)
-    elif f"clip_{number}" not in former(run)["steps"]: raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
+    elif f"clip_{number}" not in parent_run(run)["steps"]: raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
     return pair.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from ..core import CourseError, guarded, nearest, provenance, save_tensors, writ
 from ..world.scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, VIEWS
 from ..model.components import save_components, tiny_path
 from .data import PretrainConfig, SIDE, STAGES, TRAIN_SEED, make_data, make_tokenizers, say, unusual
-from .learner import TRAINED, begin_from, former, polite_stop, read_log
+from .learner import TRAINED, begin_from, parent_run, polite_stop, read_log
 from .vae import train_decoder, train_vae
 from .judges import train_judges
 from .clip import load_clip, train_clip
@@ -52,7 +52,7 @@ def save_towers(
 ):
     "Image towers, and what only the contrastive training needed."
     for number, name in ((1, "vision_model"), (2, "vision_model_2")):
-        if not (Path(run) / f"clip_{number}" / "state.safetensors").exists() and f"clip_{number}" not in former(run)["steps"]: continue
+        if not (Path(run) / f"clip_{number}" / "state.safetensors").exists() and f"clip_{number}" not in parent_run(run)["steps"]: continue
         pair = load_clip(run, number, seed)
         half = lambda module: {key: p.half() for key, p in module.state_dict().items() if not key.endswith("position_ids")}
         write_json(folder / name / "config.json", dict(pair.vision.config.to_diff_dict(), architectures=["CLIPVisionModelWithProjection"], dtype="float32"))
@@ -133,7 +133,7 @@ def seen_scenes(
     run, # run folder
 )->dict: # seed of the run -> [scenes, how many of them were also drawn in the held-out style]
     "Which scenes were trained on, those of a former chain included."
-    seen = {seed: list(numbers) for seed, numbers in former(run)["seen"].items()}
+    seen = {seed: list(numbers) for seed, numbers in parent_run(run)["seen"].items()}
     shards = [json.loads(path.read_text()) for path in sorted((Path(run) / "data").glob("shard-*.json"))]
     if not shards: return seen
     seed = str((shards[0]["scenes"][0]["seed"] - TRAIN_SEED)//10_000_000)
@@ -146,7 +146,7 @@ def gather_facts(
     logs:dict, # stage -> `read_log`
 )->dict: # for the card and the log
     "What is known about how a run went."
-    run, before, seen = Path(config.output_dir), former(config.output_dir), seen_scenes(config.output_dir)
+    run, before, seen = Path(config.output_dir), parent_run(config.output_dir), seen_scenes(config.output_dir)
     judges = sorted({path.name for folder in (run, run / "start") for path in (folder / "judges").glob("*")})
     measured = next((run / name / "measured.json" for name in ("decoder", "vae") if (run / name / "measured.json").exists()), None)
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()] if (run / "history.jsonl").exists() else []
@@ -160,7 +160,7 @@ def stage_logs(
     run, # run folder
 )->dict: # stage -> log
     "The curves of all stages; a stage that went on from a former chain has both parts."
-    logs, before = {}, former(run)["logs"]
+    logs, before = {}, parent_run(run)["logs"]
     for name in TRAINED:
         unfinished = name.startswith("judge_") and not (Path(run) / name / "measured.json").exists()
         logs[name] = before.get(name) if unfinished else read_log(Path(run) / name / "training_log.jsonl", before=before.get(name))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'TRAINED', 'rate_at', 'ema_decay', 'orthogonal', 'Muon', 'Learner', 'averaged', 'load_average', 'Log',
-           'read_log', 'Stop', 'polite_stop', 'train_stage', 'begin_from', 'former', 'start_weights']
+           'read_log', 'Stop', 'polite_stop', 'train_stage', 'begin_from', 'parent_run', 'start_weights']
 
 # %% ../../nbs/library/pretraining_learner.ipynb #812eed08
 import json
@@ -285,7 +285,7 @@ def begin_from(
     os.replace(run / ".start", run / "start") # whole or not at all
 
 # %% ../../nbs/library/pretraining_learner.ipynb #07985156
-def former(
+def parent_run(
     run, # run folder
 )->dict: # stages, steps, logs, history and more of what `export` wrote; empty if the run starts from nothing
     "What the model that a run starts from says of the `stages` that go on from it."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHED', 'SAMPLE_PROMPTS', 'reframe', 'framed', 'outline', 'object_mask', 'encode_pictures', 'make_cache',
            'read_cache', 'drawn_pictures', 'unet_batch', 'sample_pictures', 'named_parts', 'load_parts', 'ablation',
-           'renew', 'clean_features', 'Aligner', 'make_aligner', 'often', 'train_unet']
+           'reinitialise', 'clean_features', 'Aligner', 'make_aligner', 'sampling_weights', 'train_unet']
 
 # %% ../../nbs/library/pretraining_unet.ipynb #34e997ad
 import json
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from dataclasses import fields
 from pathlib import Path
-from ..core import CourseError, image_grid, load_tensors, save_tensors, seeded, seeded_world
+from ..core import CourseError, image_grid, load_tensors, save_tensors, seeded, seeded_rng
 from ..world.scene import Scene
 from ..world.trace import silhouette
 from ..model.components import count_parameters
@@ -31,7 +31,7 @@ from ..data.loader import Batch
 from ..train.objective import denoising_loss
 from ..measure.judges import ATTRIBUTES, JUDGES, load_judge, to_pixels
 from .data import PretrainConfig, SIDE, read_pictures, read_scenes, read_tokenizers, say
-from .learner import Learner, averaged, former, load_average, rate_at, start_weights, train_stage
+from .learner import Learner, averaged, parent_run, load_average, rate_at, start_weights, train_stage
 from .vae import encoding_part, load_vae
 
 # %% ../../nbs/library/pretraining_unet.ipynb #b652b120
@@ -135,7 +135,7 @@ def read_cache(
 
 # %% ../../nbs/library/pretraining_unet.ipynb #47a6705a
 def drawn_pictures(
-    weights, # (n,) of `often`
+    weights, # (n,) of `sampling_weights`
     step:int, # from 0
     seed:int, # of the run
     batch_size:int, # how many
@@ -154,7 +154,7 @@ def unet_batch(
     batch_size:int, # latents
     dropout:float, # share of pictures without words
     power:float=1., # of the evenly spread numbers that become noise levels
-    weights=None, # (n,) of `often`; None: all pictures alike
+    weights=None, # (n,) of `sampling_weights`; None: all pictures alike
 )->tuple: # (Batch, noise (b, 4, 16, 16), timesteps (b,))
     "Everything one step of UNet training sees."
     g, rows, mirror = drawn_pictures(torch.ones(len(scenes)) if weights is None else weights, step, seed, batch_size)
@@ -206,7 +206,7 @@ def load_parts(
     renewed:str = "", # modules of the UNet that do not come from the model that the run starts from
 ): # SDXLComponents with the averaged weights that exist, steps of each stage, those of a former chain included
     "sdxl-tiny as far as a run has come."
-    run, parts, before = Path(run), tiny_architecture(seed), former(run)["steps"]
+    run, parts, before = Path(run), tiny_architecture(seed), parent_run(run)["steps"]
     steps, total = dict(before), lambda name, own: before.get(name, 0) + own
     parts.tokenizer, parts.tokenizer_2 = read_tokenizers(run)
     for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
@@ -239,7 +239,7 @@ def ablation(
 
 # %% ../../nbs/library/pretraining_unet.ipynb #1cf0881a
 @torch.no_grad()
-def renew(
+def reinitialise(
     unet, # UNet2DConditionModel, changed in place
     parts:tuple, # of `named_parts`, whole blocks of fresh random numbers
     look, # function without arguments that runs the UNet on a batch
@@ -316,11 +316,11 @@ def make_aligner(
     notes, mine = load_tensors(min((run / "cache").glob("shard-*.safetensors")))[1], dict(share=str(config.reframed_share), seed=str(config.seed))
     if any(notes.get(key) != value for key, value in mine.items()):
         raise CourseError(f"{run}/cache was framed with other values of reframed_share or seed than {config.reframed_share} and {config.seed}: run the stage `cache` again with these")
-    with seeded_world("aligner", config.seed): aligner = Aligner(unet)
+    with seeded_rng("aligner", config.seed): aligner = Aligner(unet)
     return aligner, clean_features(load_judge(folder), read_pictures(run).pixels, config.reframed_share, config.seed)
 
 # %% ../../nbs/library/pretraining_unet.ipynb #3c270daa
-def often(
+def sampling_weights(
     scenes:list, # dicts of `Pictures`
     more:str, # words and how many times as often pictures with them are drawn, such as duck:4,pencil:1.5
 )->torch.Tensor: # (n,) how often each picture is drawn, compared with others
@@ -344,7 +344,7 @@ def train_unet(
         if needed not in done: raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
     unet, schedule = parts.unet.to(memory_format=torch.channels_last).train().requires_grad_(True), NoiseSchedule.of(parts.scheduler)
-    first, weights = done.get("unet", 0), often(scenes, config.unet_more) # a chain that goes on draws what is new
+    first, weights = done.get("unet", 0), sampling_weights(scenes, config.unet_more) # a chain that goes on draws what is new
     say("unet", pictures=len(scenes), parameters=count_parameters(unet))
     extra = {}
     if config.alignment_weight: extra["aligner"], features = make_aligner(config, unet)
@@ -355,7 +355,7 @@ def train_unet(
         _, rows, mirror = drawn_pictures(weights, first + step, config.seed, config.unet_batch_size)
         apart = extra["aligner"](features[rows, mirror].float(), batch.mask, config.unmasked_weight)
         return loss + config.alignment_weight*apart, dict(apart=float(apart.detach()))
-    if config.unet_renewed: renew(unet, named_parts(unet, config.unet_renewed), lambda: loss_of(0)) # a checkpoint overwrites it
+    if config.unet_renewed: reinitialise(unet, named_parts(unet, config.unet_renewed), lambda: loss_of(0)) # a checkpoint overwrites it
     learner = Learner(dict(unet=unet, **extra), config.unet_ema, matrix_rate=0.)
     def each_step(step):
         if not config.sample_every or step % config.sample_every: return

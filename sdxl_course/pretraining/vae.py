@@ -18,7 +18,7 @@ from ..model.architecture import tiny_architecture
 from ..measure.judges import to_pixels
 from ..measure.metrics import reconstruct
 from .data import Pictures, PretrainConfig, SIDE, read_pictures, say
-from .learner import Learner, averaged, former, load_average, rate_at, start_weights, train_stage
+from .learner import Learner, averaged, parent_run, load_average, rate_at, start_weights, train_stage
 
 # %% ../../nbs/library/pretraining_vae.ipynb #df2d91f0
 def picture_error(
@@ -117,7 +117,7 @@ def train_vae(
     "Train the autoencoder: windows first, whole pictures last; then measure it."
     run, parts = Path(config.output_dir), tiny_architecture(config.seed)
     pictures, plan = read_pictures(run), config.vae_schedule_steps or config.vae_steps
-    vae, first = parts.vae.train().requires_grad_(True), former(run)["steps"].get("vae", 0)
+    vae, first = parts.vae.train().requires_grad_(True), parent_run(run)["steps"].get("vae", 0)
     start_weights(run, "vae", vae)
     learner = Learner(dict(vae=vae), ema=0.998, weight_decay=1e-4, matrix_rate=config.matrix_rate)
     say("vae", pictures=len(pictures.pixels), held_out_style=len(pictures.held_out_style), parameters=count_parameters(vae))
@@ -143,7 +143,7 @@ def load_vae(
     "Averaged VAE of a run, or the one that it starts from, with its measured scaling factor."
     state, measured, decoder = (Path(run) / name for name in ("vae/state.safetensors", "vae/measured.json", "decoder/state.safetensors"))
     if state.exists() and measured.exists(): load_average(state, "vae", vae)
-    elif not state.exists() and "vae" in former(run)["steps"]:
+    elif not state.exists() and "vae" in parent_run(run)["steps"]:
         start_weights(run, "vae", vae)
         measured = Path(run) / "start" / "vae" / "config.json"
     else: raise CourseError(f"{run} has no trained VAE: run the stage `vae` first")
@@ -178,7 +178,7 @@ def train_decoder(
     "Go on with the decoder alone; then measure again."
     run, pictures, plan = Path(config.output_dir), read_pictures(config.output_dir), config.decoder_steps
     styles = numbers_of_styles(pictures)
-    first = config.vae_steps + former(run)["steps"].get("decoder", 0) # no window is drawn twice
+    first = config.vae_steps + parent_run(run)["steps"].get("decoder", 0) # no window is drawn twice
     vae = load_vae(run, tiny_architecture(config.seed).vae).train()
     decoder = decoding_part(vae).requires_grad_(True)
     learner = Learner(dict(decoder=decoder), ema=0.99, weight_decay=1e-4, matrix_rate=config.matrix_rate)

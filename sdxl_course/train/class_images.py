@@ -21,12 +21,12 @@ from ..core import CourseError, progress, seed_from, weight_dtype, write_atomic,
 from ..model.components import NETWORKS, load_components
 from ..model.conditioning import empty_prompt_embeds, encode_prompts
 from ..model.latents import check_resolution, vae_dtype
-from ..model.sampling import draw_pictures, wished_scheduler
+from ..model.sampling import draw_pictures, inference_scheduler
 from ..data.records import METADATA, UNREAD, caption_list, inspect_picture, is_picture, list_files
 from ..data.check import check_up, choose
 from ..data.cache import fingerprint, hashed
-from .machine import PATIENCE, machine_precision, wished
-from .run import beside
+from .machine import PATIENCE, resolve_precision, env_flag
+from .run import config_folder
 
 # %% ../../nbs/library/train_class_images.ipynb #1f195ade
 def bare_pictures(
@@ -193,7 +193,7 @@ def drawing_components(
     dtype = FORMATS[precision]
     if components is None:
         components = load_components(config.pretrained_model_name_or_path, dtype, vae=config.pretrained_vae_model_name_or_path, revision=config.revision, variant=config.variant,
-            config=beside(config.pretrained_model_name_or_path))
+            config=config_folder(config.pretrained_model_name_or_path))
     elif components.unet.dtype != dtype: components = replace(components, **{part: copy.deepcopy(getattr(components, part)) for part in NETWORKS})
     if any(getattr(getattr(components, part), "peft_config", None) for part in NETWORKS):
         raise CourseError("class pictures must come from the base model and these components have an adapter: wanted freshly loaded ones")
@@ -201,7 +201,7 @@ def drawing_components(
     for part in NETWORKS:
         network = getattr(components, part)
         torch.nn.Module.to(network, device, vae_dtype(network, dtype) if part == "vae" else dtype)
-    return replace(components, scheduler=wished_scheduler(config, components.scheduler))
+    return replace(components, scheduler=inference_scheduler(config, components.scheduler))
 
 # %% ../../nbs/library/train_class_images.ipynb #bc9b63d5
 def drawing_precision(
@@ -222,7 +222,7 @@ def drawing_precision(
 # %% ../../nbs/library/train_class_images.ipynb #dff7c1ab
 def processes()->PartialState: # accelerate's, as the trainer will find it
     "Who works together, and on which device."
-    return PartialState(cpu=wished("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    return PartialState(cpu=env_flag("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 def complete_class(
     config, # DreamBoothConfig
@@ -234,7 +234,7 @@ def complete_class(
     group, lacking = processes(), missing_pictures(folder, config.num_class_images)
     note = read_note(folder) if any(Path(folder).glob("class-*.png")) else {} # of pictures that are there
     precision = drawing_precision(config, note, lacking, group.device, say)
-    trains_so = FORMATS[precision] == weight_dtype(machine_precision(config.mixed_precision, say=lambda text: None), group.device)
+    trains_so = FORMATS[precision] == weight_dtype(resolve_precision(config.mixed_precision, say=lambda text: None), group.device)
     at_hand = trains_so if components is None else components.unet.dtype == FORMATS[precision]
     base = drawing_components(config, components, precision, group.device) if lacking or at_hand else None
     wanted = make_note(config, precision, weights_name(base), base.scheduler.config.prediction_type) if base else make_note(config, precision)

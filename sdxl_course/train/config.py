@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'CONTRADICTIONS', 'IDLE', 'ModelOptions', 'DataOptions', 'CaptionOptions', 'ImageOptions',
            'CacheOptions', 'ValidationOptions', 'RunOptions', 'OptimizerOptions', 'LossOptions', 'LoraOptions',
-           'HardwareOptions', 'SharingOptions', 'learns_words', 'idle_options', 'TrainConfig']
+           'HardwareOptions', 'SharingOptions', 'learns_words', 'unused_options', 'TrainConfig']
 
 # %% ../../nbs/library/train_config.ipynb #53c42077
 from dataclasses import MISSING, dataclass
 from ..core import CourseError, nearest
-from ..options import among, changed, check_limits, option
+from ..options import would_be_read, is_set, check_limits, option
 from ..data.preprocess import INTERPOLATIONS
 
 # %% ../../nbs/library/train_config.ipynb #787ece84
@@ -200,10 +200,10 @@ CONTRADICTIONS += (
         "--optimizer schedulefree replaces the schedule: wanted --lr_scheduler constant or constant_with_warmup"),
     (lambda c: c.optimizer.lower() == "schedulefree" and c.use_ema, "--optimizer schedulefree averages by itself: leave --use_ema out"),
     (lambda c: c.optimizer.lower() == "prodigy" and c.loraplus_lr_ratio is not None, "--optimizer prodigy finds one step size for all: leave --loraplus_lr_ratio out"),
-    (lambda c: any(among(c.output_dir, getattr(c, name, None)) for name in ("instance_data_dir", "validation_data_dir", *(() if c.dataset_name else ("train_data_dir",)))),
+    (lambda c: any(would_be_read(c.output_dir, getattr(c, name, None)) for name in ("instance_data_dir", "validation_data_dir", *(() if c.dataset_name else ("train_data_dir",)))),
         "--output_dir lies in a folder of pictures, where the next run would take the pictures of this one for its data: wanted a folder beside it"),
     (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")), "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
-    (lambda c: not c.use_ema and changed(c, "ema_decay"), "--ema_decay does nothing without --use_ema: add it, or leave it out"),
+    (lambda c: not c.use_ema and is_set(c, "ema_decay"), "--ema_decay does nothing without --use_ema: add it, or leave it out"),
     (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2, "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
     (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers, "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of --lora_layers"),
     (lambda c: c.use_aspect_ratio_buckets and c.resolution < 32, "--use_aspect_ratio_buckets needs room for several shapes: wanted --resolution 32 or more"),
@@ -218,14 +218,14 @@ def learns_words(
     return config.train_text_encoder or getattr(config, "train_text_encoder_ti", False)
 
 IDLE = ( # (function of a config, sentence): options of the reference scripts that wait for another one, and harm nothing
-    (lambda c: not learns_words(c) and changed(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
+    (lambda c: not learns_words(c) and is_set(c, "text_encoder_lr", "adam_weight_decay_text_encoder"),
         "--text_encoder_lr and --adam_weight_decay_text_encoder do nothing without --train_text_encoder"),
-    (lambda c: c.optimizer.lower() == "prodigy" and learns_words(c) and changed(c, "text_encoder_lr") and c.text_encoder_lr != c.learning_rate,
+    (lambda c: c.optimizer.lower() == "prodigy" and learns_words(c) and is_set(c, "text_encoder_lr") and c.text_encoder_lr != c.learning_rate,
         "--optimizer prodigy finds one step size for all: --text_encoder_lr does nothing"),
     (lambda c: c.prodigy_beta3 is not None and c.optimizer.lower() != "prodigy", "--prodigy_beta3 does nothing without --optimizer prodigy"),
 )
 
-def idle_options(
+def unused_options(
     config, # TrainConfig
 )->list: # sentences
     "What was asked for and does nothing."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['prediction_target', 'per_sample_mse', 'masked_mse', 'min_snr_weight', 'debiased_weight', 'predict', 'denoising_loss',
-           'prior_preservation', 'edm_loss_weight', 'edm_denoising_loss', 'Denoiser', 'make_noise_schedule',
-           'make_loss', 'subject_schedule', 'plain_loss', 'SubjectLoss', 'without_adapters', 'TaughtDenoiser']
+           'prior_preservation', 'edm_loss_weight', 'edm_denoising_loss', 'DenoisingLoss', 'make_noise_schedule',
+           'make_loss', 'subject_schedule', 'plain_loss', 'SubjectLoss', 'without_adapters', 'PriorDistillation']
 
 # %% ../../nbs/library/train_objective.ipynb #baa72a79
 import torch
@@ -159,7 +159,7 @@ def edm_denoising_loss(
     return loss*weight if weighted else loss
 
 # %% ../../nbs/library/train_objective.ipynb #dd3f32df
-class Denoiser(torch.nn.Module):
+class DenoisingLoss(torch.nn.Module):
     "What accelerate prepares: batch in, loss of each sample out."
     def __init__(self,
         components, # SDXLComponents
@@ -260,7 +260,7 @@ def without_adapters(*models):
     finally:
         for model in adapted: model.enable_adapters()
 
-class TaughtDenoiser(Denoiser):
+class PriorDistillation(DenoisingLoss):
     "Adds how far the student is from the base model on the class prompt."
     def __init__(self, components, loss, encode_text=False, max_token_length=75, prior_loss_weight=None, class_prompt="", teacher_weight=1.0):
         super().__init__(components, loss, encode_text, max_token_length)
