@@ -6,7 +6,7 @@
 __all__ = ['CourseError', 'guarded', 'watched', 'nearest', 'available_devices', 'pick_device', 'weight_dtype', 'seed_from',
            'seeded', 'to_pil', 'wrap_title', 'image_grid', 'ShownImages', 'show_images', 'sync_folder', 'write_atomic',
            'plain', 'write_json', 'sorted_header', 'save_tensors', 'load_tensors', 'cache_dir', 'provenance', 'hint',
-           'check', 'seeded_rng', 'progress']
+           'check', 'seeded_rng', 'progress', 'writable_folder']
 
 # %% ../nbs/library/core.ipynb #81b95f1c
 import base64
@@ -385,3 +385,19 @@ def seeded_rng(
 def progress(quiet:bool):
     "A progress bar for terminals and notebooks; nothing elsewhere."
     return lambda items, what: tqdm(items, desc=what, disable=quiet or not watched(), leave=False)
+
+# %% ../nbs/library/core.ipynb #574de7a8
+def writable_folder(
+    folder, # made if it is not there; ~ is the home folder
+    complaint:str, # begins the CourseError, before what the system says
+    remedy:str, # ends it
+)->Path: # the folder
+    "Make a folder and try to write into it; CourseError where that fails."
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}.part"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error: raise CourseError(f"{complaint} ({error.strerror}): {remedy}") from error
+    return path
