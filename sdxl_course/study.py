@@ -148,13 +148,13 @@ def measure(
 )->dict: # plain numbers: one for each picture, or one for all
     "What became of the chair, and of everything else."
     found, clip = {}, scorer.clip
-    for name in APPLICATIONS:
+    for name in scorer.scale:
         pictures = drawn[name]
         words = clip.texts([subject_prompt(scene, "chair") for scene in repeat_to(application_scenes(name), pictures)])
         found[name] = dict(subject_fidelity=scorer.subject_fidelity(name, pictures),
             prompt_fidelity=scorer.prompt_fidelity(name, pictures),
             clip_t=(clip.images(pictures)*words).sum(1).tolist())
-    copied = [near - fresh for name in APPLICATIONS
+    copied = [near - fresh for name in scorer.scale
         for near, fresh in zip(scorer.nearest(drawn[name]), repeat_to(scorer.nearest_fresh[name], drawn[name]))]
     chairs, images = scorer.embed(drawn["class"]), [clip.images(one["unrelated"]) for one in (before, drawn)]
     alike = chairs @ chairs.T

@@ -12,7 +12,7 @@ from ..core import CourseError
 from .metrics import student_interval
 from .subject import APPLICATIONS
 
-# %% ../../nbs/library/measure_claims.ipynb #d792b70b
+# %% ../../nbs/library/measure_claims.ipynb #02649c26
 PER_APPLICATION = ("subject_fidelity", "prompt_fidelity", "clip_t") # measurements that every application has
 
 def trained_seeds(
@@ -37,7 +37,8 @@ def measurements(
         asked = str(eval_step) if eval_step is not None else max(steps, key=int)
         if asked not in steps:
             raise CourseError(f"{variant} was not judged after {eval_step} updates: wanted one of {', '.join(steps)}")
-        names = [application] if application else list(APPLICATIONS) if key in PER_APPLICATION else []
+        judged = [name for name in APPLICATIONS if name in steps[asked]]
+        names = [application] if application else judged if key in PER_APPLICATION else []
         parts = [steps[asked][name] for name in names] or [steps[asked]]
         found.append([value for part in parts for value in part[inner]])
     if not found:

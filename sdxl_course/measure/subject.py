@@ -106,23 +106,24 @@ def subject_prompt(
     view = f", {scene.view}" if scene.view else ""
     return f"{with_article(MEDIUM[scene.style][0])} of {with_article(color + name)}{worn} {PLACES[scene.place]}{view}"
 
-# %% ../../nbs/library/measure_subject.ipynb #b481e508
+# %% ../../nbs/library/measure_subject.ipynb #971be43e
 class Scorer:
     "Judges, and the renders that drawings are held against."
     def __init__(self,
         vae=None, # AutoencoderKL of the model that draws; None: sdxl-tiny's
+        applications=tuple(APPLICATIONS), # at least one; each needs sixty renders
     ):
         vae = vae or load_components("tiny").vae
         learnt = [open_image(path) for path in sorted(sample_dir("green_chair").glob("*.png"))]
         self.attributes, self.clip = load_judge("attributes"), ClipJudge()
-        self.subjects = {name: SubjectJudge(self.colored(name, application_scenes(name))) for name in APPLICATIONS}
+        self.subjects = {name: SubjectJudge(self.colored(name, application_scenes(name))) for name in applications}
         self.training = self.embed(learnt)
         self.copies = thumbnail_embeds(learnt + [ImageOps.mirror(picture) for picture in learnt])
         fresh = lambda name: [render(scene) for seed in (1, 2, 3) for scene in application_scenes(name, seed=seed)]
-        renders = {name: fresh(name) for name in APPLICATIONS}
+        renders = {name: fresh(name) for name in applications}
         nearest = lambda name: np.reshape(self.nearest(renders[name]), (3, -1)).mean(0).tolist()
-        self.nearest_fresh = {name: nearest(name) for name in APPLICATIONS}
-        self.scale = {name: self.reference(name, renders[name], vae) for name in APPLICATIONS}
+        self.nearest_fresh = {name: nearest(name) for name in applications}
+        self.scale = {name: self.reference(name, renders[name], vae) for name in applications}
 
     def embed(self, pictures): # -> (n, d), of length 1
         "What the instance judge sees."
