@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from importlib import import_module
 from transformers.optimization import Adafactor
 from ..core import CourseError
-from ..model.lora import parameter_groups
+from ..model.adapters import parameter_groups
 
 # %% ../../nbs/library/train_optimizer.ipynb #6bdb4e8d
 def _package(name, needed_by): # the module, or a sentence

@@ -26,7 +26,7 @@ from ..model.conditioning import dropped_text, encode_prompts
 from ..model.noise import timestep_weights
 from ..model.latents import check_resolution, vae_dtype
 from ..model.sampling import eval_mode, draw_pictures, inference_scheduler
-from ..model.lora import inject, trained_parts
+from ..model.adapters import inject, trained_parts
 from ..model.lora_files import continue_lora, load_lora_into, save_kohya, save_lora
 from ..data.records import content_key, with_masks
 from ..data.preprocess import to_tensor
