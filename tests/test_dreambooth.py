@@ -24,14 +24,14 @@ from sdxl_course.train.class_images import NOTE, class_file, class_pictures, mis
 from sdxl_course.dreambooth import DreamBoothConfig, main, read_subject, train_dreambooth
 from sdxl_course.model.noise import EdmSchedule
 from sdxl_course.train.objective import SubjectLoss, PriorDistillation, subject_schedule, without_adapters
-from sdxl_course.model.lora import add_lora, lora_parameters
+from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.lora_files import continue_lora
 from sdxl_course.model.noise import NoiseSchedule
 from sdxl_course.train.objective import per_sample_mse, predict, prediction_target
 from sdxl_course.data.preprocess import prepare_image
 from sdxl_course.train.objective import DenoisingLoss
 from sdxl_course.data.loader import BatchLoader
-from sdxl_course.model.lora import inject, trained_parts
+from sdxl_course.model.adapters import inject, trained_parts
 from sdxl_course.data.loader import SampleRNG, MicroBatch
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe

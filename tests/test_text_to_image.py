@@ -19,7 +19,7 @@ from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.results import license_of
 from sdxl_course.train.run import load_base
-from sdxl_course.model.lora import trained_parts
+from sdxl_course.model.adapters import trained_parts
 from sdxl_course.data.loader import SampleRNG, MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
@@ -267,7 +267,7 @@ def test_validation_and_workers_change_nothing_in_training(train):
 def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(train, toy, monkeypatch):
     seen = []
     plain = train("a", train_text_encoder=True)
-    monkeypatch.setattr("sdxl_course.model.lora.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
+    monkeypatch.setattr("sdxl_course.model.adapters.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
     saved = train("b", train_text_encoder=True, gradient_checkpointing=True)
     assert len(seen) == 3 and all(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) for model in seen)
     assert [row["loss"] for row in plain.log] == pytest.approx([row["loss"] for row in saved.log], rel=1e-5)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from ..core import load_tensors, save_tensors
 from ..model.components import save_components
-from ..model.lora import inject, parameter_groups, recompute_activations, trained_parts
+from ..model.adapters import inject, parameter_groups, recompute_activations, trained_parts
 from ..model.lora_files import continue_lora, load_lora_into, save_kohya, save_lora
 from ..model.words import LearnedTokens, save_embeddings
 from .loop import copy_into
