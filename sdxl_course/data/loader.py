@@ -9,7 +9,6 @@ __all__ = ['SIZES', 'IN_MEMORY', 'NOT_FINITE', 'Batch', 'collate', 'SampleRNG', 
 # %% ../../nbs/library/data_loader.ipynb #1827cbe3
 import math
 import torch
-import torch.nn.functional as F
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -20,9 +19,9 @@ from ..core import CourseError, seeded
 from ..model.conditioning import empty_prompt_embeds, make_time_ids
 from ..model.noise import draw_timestep, offset_noise, timestep_weights
 from ..model.latents import draw_latents, posterior, vae_factor
-from .records import open_image, open_mask, shuffle_tags
+from .records import MASK, companions_of, open_companion, open_image, shuffle_tags
 from .preprocess import bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin
-from .cache import CacheEntry, LatentCache
+from .cache import CacheEntry, LatentCache, companion_tensors
 
 # %% ../../nbs/library/data_loader.ipynb #4f05515a
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Batch:
     prompt_embeds: torch.Tensor        # (b, 77, d)
     pooled_prompt_embeds: torch.Tensor # (b, p)
     time_ids: torch.Tensor             # (b, 6) float32
-    mask: torch.Tensor|None = None     # (b, 1, h, w) where the loss counts; None: everywhere
+    extra: dict = field(default_factory=dict) # companions' tensors, stacked: see `Companion.keep`; "mask": where the loss counts
 
     def to(self,
         device=None, # where to
@@ -40,9 +39,21 @@ class Batch:
     )->"Batch": # a new one
         "Move a batch to where the UNet is."
         formats = {"prompt_embeds": dtype, "pooled_prompt_embeds": dtype}
-        return Batch(**{f.name: x.to(device=device, dtype=formats.get(f.name)) for f in fields(self) if (x := getattr(self, f.name)) is not None})
+        moved = {f.name: getattr(self, f.name).to(device=device, dtype=formats.get(f.name)) for f in fields(self) if f.name != "extra"}
+        return Batch(**moved, extra={name: x.to(device=device) for name, x in self.extra.items()})
 
 # %% ../../nbs/library/data_loader.ipynb #65f1ab4d
+def _stack_extra(entries):
+    "The companions' tensors of several entries; where a mask is missing, everything counts."
+    extra = {}
+    for name in dict.fromkeys(name for entry in entries for name in entry.extra):
+        found = [entry.extra.get(name) for entry in entries]
+        lacking = sum(x is None for x in found)
+        if lacking and name != MASK.name: raise CourseError(f"{lacking} of {len(entries)} samples of a batch have no {name!r}: wanted it for all or for none")
+        ones = torch.ones_like(next(x for x in found if x is not None))
+        extra[name] = torch.stack([ones if x is None else x for x in found])
+    return extra
+
 def collate(
     entries,    # list of CacheEntry, all of one target size
     noise=None, # (b, 4, h, w) or a list of (4, h, w), standard normal; None takes the means
@@ -56,8 +67,7 @@ def collate(
     if noise is not None and noise.shape != mean.shape: raise CourseError(f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(mean.shape)}: wanted one draw per entry")
     embeds, pooled = (torch.stack([getattr(entry, name) for entry in entries]) for name in ("prompt_embeds", "pooled_prompt_embeds"))
     time_ids = torch.stack([make_time_ids(entry.original_size, entry.crop_top_left, entry.target_size) for entry in entries])
-    masks = None if all(entry.mask is None for entry in entries) else torch.stack([torch.ones(1, *mean.shape[2:]) if entry.mask is None else entry.mask for entry in entries])
-    return Batch(mean if noise is None else draw_latents(mean, std, noise), embeds, pooled, time_ids, masks)
+    return Batch(mean if noise is None else draw_latents(mean, std, noise), embeds, pooled, time_ids, _stack_extra(entries))
 
 # %% ../../nbs/library/data_loader.ipynb #d473c05c
 @dataclass(frozen=True)
@@ -176,6 +186,7 @@ class BatchLoader:
     device: object = "cpu" # where batches go
     cache: LatentCache = field(default_factory=LatentCache) # what is encoded once
     partners: list = () # ImageRecord of class pictures: one goes beside each sample
+    companions: tuple = () # Companion, further pictures of each sample; masks need not be named
     pictures: dict = field(default_factory=dict) # (index, target size, flipped, crop) -> cache key; empty: encode every time
     texts: dict = field(default_factory=dict) # caption -> cache key; empty: captions are encoded in every step
     empty: tuple = () # embeddings of the dropped caption, (n, d) and (p,)
@@ -253,7 +264,7 @@ def encode_once(self:BatchLoader,
     views = [(i, size, flip, crop) for i in range(len(self.all)) for size in sizes(i) for flip in flips for crop in crops] if pictures else []
     for view in bar(views, "encoding pictures"):
         i, size, flip, crop = view
-        self.pictures[view] = self.cache.picture(self.all[i], self.components.vae, self.resolution, flip, self.window(i, size, crop), self.interpolation, target_size=size)[0]
+        self.pictures[view] = self.cache.picture(self.all[i], self.components.vae, self.resolution, flip, self.window(i, size, crop), self.interpolation, target_size=size, companions=self.companions)[0]
     embeds = empty_prompt_embeds(self.components, 1, self.components.force_zeros_for_empty_prompt, self.max_token_length)
     self.empty = tuple(e[0].detach().cpu() for e in embeds)
     captions = list(dict.fromkeys([caption for r in self.all for caption in r.captions] + list(prompts))) if texts else []
@@ -284,7 +295,7 @@ def prepare(self:BatchLoader,
     samples = self.samples(micro)
     if self.pictures: return [None]*len(samples)
     cut = lambda i, target: prepare_image(open_image(self.all[i].path), self.resolution, self.center_crop or self.buckets, self.view(micro.epoch, i)[0], self.interpolation,
-        self.dice(micro.epoch, i).generator("crop"), target_size=target, mask=open_mask(self.all[i]))
+        self.dice(micro.epoch, i).generator("crop"), target_size=target, companions={c.name: open_companion(self.all[i], c) for c in companions_of(self.all[i], self.companions)})
     return [cut(i, target) for i, target in samples]
 
 # %% ../../nbs/library/data_loader.ipynb #8c92586a
@@ -294,7 +305,7 @@ NOT_FINITE = "its latents are not finite numbers; train without fp16, or use a V
 def encode(self:BatchLoader,
     micro, # Micro
     prepared:list, # from `prepare`
-)->list: # (tensors: latent_mean, latent_std (4, h, w), perhaps mask (1, h, w); sizes) per sample
+)->list: # (tensors: latent_mean, latent_std (4, h, w), and those of the companions; sizes) per sample
     "Clouds of latents, from the cache or from the VAE."
     samples = self.samples(micro)
     if self.pictures: return [self.cache.fetch(self.pictures[i, target, *self.view(micro.epoch, i)]) for i, target in samples]
@@ -302,8 +313,9 @@ def encode(self:BatchLoader,
     for (i, _), m, s in zip(samples, mean, std):
         if not (m.isfinite().all() and s.isfinite().all()):
             raise CourseError(f"{self.all[i].path}: {NOT_FINITE}")
-    masks = [{} if p.mask is None else dict(mask=F.adaptive_avg_pool2d(p.mask, mean.shape[-2:])) for p in prepared]
-    return [(dict(latent_mean=m, latent_std=s, **mask), {name: getattr(p, name) for name in SIZES}) for m, s, mask, p in zip(mean, std, masks, prepared)]
+    records = [self.all[i] for i, _ in samples]
+    extra = [companion_tensors(r, p, companions_of(r, self.companions), self.components.vae, mean.shape[-2:]) for r, p in zip(records, prepared)]
+    return [(dict(latent_mean=m, latent_std=s, **more), {name: getattr(p, name) for name in SIZES}) for m, s, more, p in zip(mean, std, extra, prepared)]
 
 # %% ../../nbs/library/data_loader.ipynb #b60abc04
 @patch
@@ -330,8 +342,7 @@ def batch(self:BatchLoader,
     samples, weights = self.samples(micro), timestep_weights(steps) if self.timesteps is None else self.timesteps
     dice = [self.dice(micro.epoch, i) for i, _ in samples]
     captions = [self.caption(d, i) for d, (i, _) in zip(dice, samples)]
-    entries = [CacheEntry(**tensors, **self.embeddings(caption), **{k: tuple(v) for k, v in sizes.items()}, key="")
-        for (tensors, sizes), caption in zip(self.encode(micro, prepared), captions)]
+    entries = [CacheEntry.of("", tensors, sizes, self.embeddings(caption)) for (tensors, sizes), caption in zip(self.encode(micro, prepared), captions)]
     normal = lambda purpose, shape: torch.stack([d.normal(purpose, shape) for d in dice])
     shape = entries[0].latent_mean.shape
     noise = offset_noise(normal("noise", shape), self.noise_offset, normal("offset", (shape[0], 1, 1)))

@@ -113,7 +113,7 @@ def denoising_loss(
 # %% ../../nbs/library/train_objective.ipynb #e7d0e6ba
 def _error(prediction, target, batch, unmasked_weight):
     "Under the batch's mask if it has one."
-    mask = getattr(batch, "mask", None)
+    mask = batch.extra.get("mask")
     return per_sample_mse(prediction, target) if mask is None else masked_mse(prediction, target, mask, unmasked_weight)
 
 # %% ../../nbs/library/train_objective.ipynb #3bbf284d

@@ -46,9 +46,9 @@ from .results import Result, open_repository, push_folder, save_curve, save_resu
 def data_fingerprint(
     records:list, # ImageRecord
 )->str: # 16 hexadecimal digits
-    "Which pictures with which captions and masks, in which order."
-    mask = lambda r: [content_key(Path(r.mask).read_bytes())] if r.mask and r.mask != r.path else []
-    return hashlib.sha256(json.dumps([(r.key, r.captions, *mask(r)) for r in records]).encode()).hexdigest()[:16]
+    "Which pictures with which captions and companions, in which order."
+    further = lambda r: [content_key(Path(path).read_bytes()) for name, path in sorted(r.companions.items()) if path != r.path]
+    return hashlib.sha256(json.dumps([(r.key, r.captions, *further(r)) for r in records]).encode()).hexdigest()[:16]
 
 def run_seed(
     config, # TrainConfig
@@ -404,7 +404,7 @@ def keep_report(
     report = at_resolution(report, config.resolution, config.use_aspect_ratio_buckets)
     if tokenizer: report = report.with_lengths(tokenizer, config.max_token_length)
     if write: write_json(output_dir/"data_report.json", report.values())
-    if kinds := report.kinds(): say(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, or ask sdxl-course check-data")
+    if kinds := report.remarks_by_kind(): say(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, or ask sdxl-course check-data")
     return report
 
 # %% ../../nbs/library/train_run.ipynb #71dac193
