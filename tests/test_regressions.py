@@ -166,7 +166,7 @@ def test_masks_are_mirrored_with_their_pictures(toy, make_pictures, kept):
     feeder.encode_once(pictures=kept, texts=True)
     for epoch in range(2):
         micro = MicroBatch(0, 0, epoch, tuple(range(5)), 5, True)
-        for i, mask in zip(micro.indices, feeder.batch(micro, feeder.prepare(micro), 1000)[0].mask):
+        for i, mask in zip(micro.indices, feeder.batch(micro, feeder.prepare(micro), 1000)[0].extra["mask"]):
             alpha, mirrored = torch.tensor(np.array(Image.open(records[i].path).getchannel("A"))) / 255, feeder.view(epoch, i)[0]
             want = alpha.reshape(8, 8, 8, 8).mean((1, 3))
             assert torch.allclose(mask[0], want.flip(-1) if mirrored else want, atol=1e-6)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core import CourseError, seeded
-from .cache import CacheEntry, LatentCache
+from .cache import CacheEntry, LatentCache, companion_tensors
 from .preprocess import bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin
-from .records import open_image, open_mask, shuffle_tags
+from .records import MASK, companions_of, open_companion, open_image, shuffle_tags
 from ..model.conditioning import empty_prompt_embeds, make_time_ids
 from ..model.latents import draw_latents, posterior, vae_factor
 from ..model.noise import draw_timestep, offset_noise, timestep_weights
@@ -83,13 +82,18 @@ def collate(
         raise CourseError(f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(mean.shape)}: wanted one draw per entry")
     time_ids = torch.stack([make_time_ids(entry.original_size, entry.crop_top_left, entry.target_size) for entry in entries])
     return Batch(mean if noise is None else draw_latents(mean, std, noise), stack("prompt_embeds"), stack("pooled_prompt_embeds"),
-        time_ids, _stack_masks(entries, mean))
+        time_ids, _stack_extra(entries, mean))
 
-def _stack_masks(entries, mean):
-    "The masks of several entries; those without one count everywhere."
-    if all(entry.mask is None for entry in entries): return {}
-    ones = torch.ones(1, *mean.shape[2:])
-    return dict(mask=torch.stack([ones if entry.mask is None else entry.mask for entry in entries]))
+def _stack_extra(entries, mean):
+    "The companions' tensors of several entries, stacked; where a mask is missing, everything counts."
+    extra, ones = {}, torch.ones(1, *mean.shape[2:])
+    for name in dict.fromkeys(name for entry in entries for name in entry.extra):
+        found = [entry.extra.get(name) for entry in entries]
+        lacking = sum(x is None for x in found)
+        if lacking and name != MASK.name:
+            raise CourseError(f"{lacking} of {len(entries)} samples of a batch have no {name!r}: wanted it for all or for none")
+        extra[name] = torch.stack([ones if x is None else x for x in found])
+    return extra
 
 # %% ../../nbs/library/data_loader.ipynb #d473c05c
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ class BatchLoader:
     device: object = "cpu" # where batches go
     cache: LatentCache = field(default_factory=LatentCache) # what is encoded once
     class_records: list = () # ImageRecord of class pictures: one goes beside each sample
+    companions: tuple = () # Companion, further pictures of each sample; masks need not be named
     timesteps: object = None # (T,) how often each is drawn; None: evenly
     resolution: int = 1024 # side of the square
     center_crop: bool = False # otherwise the crop is drawn
@@ -299,7 +304,7 @@ def encode_latents(self:BatchLoader,
     for view in bar(views, "encoding pictures"):
         i, size, flip, number = view
         self.latent_keys[view] = self.cache.picture(self.all[i], self.components.vae, self.resolution, flip,
-            self.crop(i, size, number), self.image_interpolation_mode, target_size=size)[0]
+            self.crop(i, size, number), self.image_interpolation_mode, target_size=size, companions=self.companions)[0]
 
 @patch
 def encode_captions(self:BatchLoader,
@@ -355,8 +360,9 @@ def prepare(self:BatchLoader,
 @patch
 def _prepare(self:BatchLoader, epoch, i, target):
     record, fixed = self.all[i], self.center_crop or self.use_aspect_ratio_buckets
+    companions = {c.name: open_companion(record, c) for c in companions_of(record, self.companions)}
     return prepare_image(open_image(record.path), self.resolution, fixed, self.augmentation(epoch, i)[0],
-        self.image_interpolation_mode, self.rng(epoch, i).generator("crop"), target_size=target, mask=open_mask(record))
+        self.image_interpolation_mode, self.rng(epoch, i).generator("crop"), target_size=target, companions=companions)
 
 # %% ../../nbs/library/data_loader.ipynb #8c92586a
 NOT_FINITE = "its latents are not finite numbers; train without fp16, or use a VAE mended for fp16"
@@ -365,7 +371,7 @@ NOT_FINITE = "its latents are not finite numbers; train without fp16, or use a V
 def latents(self:BatchLoader,
     micro, # MicroBatch
     prepared:list, # from `prepare`
-)->list: # (tensors: latent_mean, latent_std (4, h, w), perhaps mask (1, h, w); sizes) per sample
+)->list: # (tensors: latent_mean, latent_std (4, h, w), and those of the companions; sizes) per sample
     "The latent distribution of each picture, from the cache or from the VAE; CourseError where it is not finite."
     samples = self.samples(micro)
     if self.latent_keys:
@@ -373,9 +379,10 @@ def latents(self:BatchLoader,
     mean, std = (x.cpu() for x in posterior(self.components.vae, torch.stack([p.pixels for p in prepared])))
     for (i, _), m, s in zip(samples, mean, std):
         if not (m.isfinite().all() and s.isfinite().all()): raise CourseError(f"{self.all[i].path}: {NOT_FINITE}")
-    masks = [{} if p.mask is None else dict(mask=F.adaptive_avg_pool2d(p.mask, mean.shape[-2:])) for p in prepared]
-    return [(dict(latent_mean=m, latent_std=s, **mask), {name: getattr(p, name) for name in SIZES})
-        for m, s, mask, p in zip(mean, std, masks, prepared)]
+    records, vae, size = [self.all[i] for i, _ in samples], self.components.vae, mean.shape[-2:]
+    extra = [companion_tensors(r, p, companions_of(r, self.companions), vae, size) for r, p in zip(records, prepared)]
+    return [(dict(latent_mean=m, latent_std=s, **more), {name: getattr(p, name) for name in SIZES})
+        for m, s, more, p in zip(mean, std, extra, prepared)]
 
 # %% ../../nbs/library/data_loader.ipynb #b60abc04
 @patch
@@ -402,7 +409,7 @@ def batch(self:BatchLoader,
     samples, weights = self.samples(micro), timestep_weights(steps) if self.timesteps is None else self.timesteps
     rngs = [self.rng(micro.epoch, i) for i, _ in samples]
     captions = [self.caption(rng, i) for rng, (i, _) in zip(rngs, samples)]
-    entries = [CacheEntry(**tensors, **self.embeddings(caption), **{k: tuple(v) for k, v in sizes.items()}, key="")
+    entries = [CacheEntry.of("", tensors, sizes, self.embeddings(caption))
         for (tensors, sizes), caption in zip(self.latents(micro, prepared), captions)]
     normal = lambda purpose, shape: torch.stack([rng.normal(purpose, shape) for rng in rngs])
     shape = entries[0].latent_mean.shape

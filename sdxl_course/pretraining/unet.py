@@ -166,7 +166,7 @@ def unet_batch(
     latents = draw_latents(cache["mean"][rows, mirror].float(), cache["std"][rows, mirror].float(), draw)
     embeds, pooled = encode_prompts(words, [scenes[row]["captions"][k]["text"] for row, k in zip(rows.tolist(), variant.tolist())])
     embeds, pooled = embeds.masked_fill(wordless.view(-1, 1, 1), 0.), pooled.masked_fill(wordless.view(-1, 1), 0.)
-    return Batch(latents, embeds, pooled, cache["time_ids"][rows, mirror], cache["mask"][rows, mirror]), noise, timesteps
+    return Batch(latents, embeds, pooled, cache["time_ids"][rows, mirror], {"mask": cache["mask"][rows, mirror]}), noise, timesteps
 
 # %% ../../nbs/library/pretraining_unet.ipynb #789523c0
 SAMPLE_PROMPTS = ("a photo of a red chair in the snow", "a photo of a blue car in the city at night", "a photo of a green house in the forest",
@@ -353,7 +353,7 @@ def train_unet(
         loss = denoising_loss(unet, batch, schedule, noise, timesteps, config.snr_gamma or None, debiased=not config.snr_gamma, unmasked_weight=config.unmasked_weight).mean()
         if not config.alignment_weight: return loss, {}
         _, rows, mirror = drawn_pictures(weights, first + step, config.seed, config.unet_batch_size)
-        apart = extra["aligner"](features[rows, mirror].float(), batch.mask, config.unmasked_weight)
+        apart = extra["aligner"](features[rows, mirror].float(), batch.extra["mask"], config.unmasked_weight)
         return loss + config.alignment_weight*apart, dict(apart=float(apart.detach()))
     if config.unet_renewed: reinitialise(unet, named_parts(unet, config.unet_renewed), lambda: loss_of(0)) # a checkpoint overwrites it
     learner = Learner(dict(unet=unet, **extra), config.unet_ema, matrix_rate=0.)

@@ -40,7 +40,7 @@ def write_report(
     report = at_resolution(report, config.resolution, config.use_aspect_ratio_buckets)
     if tokenizer: report = report.with_lengths(tokenizer, config.max_token_length)
     if is_main_process(): write_json(output_dir/"data_report.json", report.values())
-    if kinds := report.kinds():
+    if kinds := report.remarks_by_kind():
         log(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, "
             "or ask sdxl-course check-data")
     return report
@@ -79,7 +79,7 @@ def build_run(
     components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components, method.full_precision)
     scale = learning_scale(config, processes)
     trained = method.weights(config, components, seed, scale)
-    loader = make_loader(config, records, components, seed, device, class_records)
+    loader = make_loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     shapes = tuple(loader.targets) if config.use_aspect_ratio_buckets else ()
     sampler = BatchSampler(len(records), config.train_batch_size, config.gradient_accumulation_steps, seed, processes, shapes)

@@ -25,7 +25,7 @@ from ..model.conditioning import empty_prompt_embeds, encode_prompts
 from ..model.latents import check_resolution, vae_dtype
 from ..model.sampling import draw_pictures, inference_scheduler
 from ..data.records import METADATA, UNREAD, caption_list, inspect_picture, is_picture, list_files
-from ..data.check import check_up, choose
+from ..data.check import check_candidates, choose_samples
 from ..data.cache import fingerprint, hashed
 from .machine import PATIENCE, env_flag, resolve_precision
 from .prepare import load_model
@@ -77,8 +77,8 @@ def bare_pictures(
     if not names: raise CourseError(f"no pictures in {str(folder)!r}: wanted files such as .jpg, .png or .webp, there or in folders below")
     unread = [name for name in names if Path(name).suffix.lower() in UNREAD]
     rest = [name for name in names if name not in unread]
-    chosen = [(rest[i], Path(folder, rest[i]), ()) for i in choose(len(rest), max_samples, seed)]
-    return check_up(folder, chosen, [(name, "pictures of this kind are not read: export it as JPEG or PNG") for name in unread], [], require_captions=False)
+    chosen = [(rest[i], Path(folder, rest[i]), ()) for i in choose_samples(len(rest), max_samples, seed)]
+    return check_candidates(folder, chosen, [(name, "pictures of this kind are not read: export it as JPEG or PNG") for name in unread], [], require_captions=False)
 
 def has_captions(
     folder, # of pictures

@@ -35,9 +35,10 @@ from .optimizer import make_optimizer, make_schedule
 def data_fingerprint(
     records:list, # ImageRecord
 )->str: # 16 hexadecimal digits
-    "Which pictures with which captions and masks, in which order."
-    mask = lambda r: [content_key(Path(r.mask).read_bytes())] if r.mask and r.mask != r.path else []
-    return hashlib.sha256(json.dumps([(r.key, r.captions, *mask(r)) for r in records]).encode()).hexdigest()[:16]
+    "Which pictures with which captions and companions, in which order."
+    files = lambda r: [path for name, path in sorted(r.companions.items()) if path != r.path]
+    content = lambda r: [content_key(Path(path).read_bytes()) for path in files(r)]
+    return hashlib.sha256(json.dumps([(r.key, r.captions, *content(r)) for r in records]).encode()).hexdigest()[:16]
 
 def run_seed(
     seed, # that was given, or None
@@ -100,13 +101,14 @@ def make_loader(
     seed:int, # of the run
     device, # where batches go
     class_records=(), # ImageRecord of class pictures
+    companions=(), # Companion, further pictures of each sample
 )->BatchLoader:
     "The BatchLoader that the options ask for."
     place = config.cache_dir or (config.output_dir if config.cache_latents_to_disk else None)
     cache = LatentCache(place and Path(place).expanduser()/"encoded")
     bias = {name.removeprefix("timestep_bias_"): value for name, value in fields_of(config, TimestepOptions).items()}
     weights = timestep_weights(components.scheduler.config.num_train_timesteps, **bias)
-    return BatchLoader(records, components, seed, device, cache, class_records, weights, cached_crops=config.cached_crops,
+    return BatchLoader(records, components, seed, device, cache, class_records, companions, weights, cached_crops=config.cached_crops,
         noise_offset=config.noise_offset, **fields_of(config, ImageOptions, CaptionOptions))
 
 # %% ../../nbs/library/train_prepare.ipynb #f118a413

@@ -43,6 +43,7 @@ class Method:
     check: object = lambda config, records: None # function of (config, records): may raise CourseError
     trigger: object = lambda config: "" # function of (config): words that call up what was learnt, for the model card
     texts: object = lambda config: {} # function of (config): option -> further text whose length is checked
+    companions: tuple = () # Companion: further pictures of each sample, which land in Batch.extra
     full_precision: tuple = () # networks whose own weights train
     unused_gradients: object = lambda config: False # function of (config): may a trainable tensor get no gradient?
     project: str = "" # of the tracker; empty: the name
