@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from diffusers import EDMEulerScheduler
 from fastcore.basics import patch
-from ..core import CourseError, nearest
+from ..core import CourseError
 from ..options import not_among, option
 
 # %% ../../nbs/library/model_noise.ipynb #3a0942d5

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
-from ..core import CourseError
+from ..core import CourseError, writable_folder
 from ..options import option, signal_handler
 
 # %% ../../nbs/library/train_machine.ipynb #1fb6f83c
@@ -159,16 +159,7 @@ def open_output(
     folder, # output_dir
 )->Path: # the same, made and tried
     "Make the output folder; CourseError where it cannot be written."
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path/f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise CourseError(f"--output_dir {folder} cannot be written ({error.strerror}): "
-            "wanted a folder with write permission") from error
-    return path
+    return writable_folder(folder, f"--output_dir {folder} cannot be written", "wanted a folder with write permission")
 
 @contextmanager
 def output_lock(
