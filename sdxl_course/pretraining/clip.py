@@ -59,7 +59,7 @@ def false_negatives(
     agree = (codes[:, None] == codes[None]) | ~mentioned[None]
     return agree.all(-1) & ~torch.eye(len(codes), dtype=torch.bool, device=codes.device)
 
-# %% ../../nbs/library/pretraining_clip.ipynb #aa7f974f
+# %% ../../nbs/library/pretraining_clip.ipynb #0c753ae2
 def mentioned_attributes(
     scenes:list, # dicts of `Pictures`
 )->torch.Tensor: # (n, k, 6) bool
@@ -73,21 +73,25 @@ def caption_ids(
 )->torch.Tensor: # (n, k, longest) int64
     "Token ids of all captions, padded to the longest: attention is causal, so what follows the end changes nothing."
     texts = [one["text"] for scene in scenes for one in scene["captions"]]
-    ids = tokenizer(texts, padding="longest", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    ids = tokenizer(texts, padding="longest", truncation=True, max_length=tokenizer.model_max_length,
+        return_tensors="pt").input_ids
     return ids.view(len(scenes), len(scenes[0]["captions"]), -1)
 
-# %% ../../nbs/library/pretraining_clip.ipynb #ab881580
+# %% ../../nbs/library/pretraining_clip.ipynb #b261fba9
 class ClipPair(torch.nn.Module):
     "A text encoder, an image tower of the same width, and the temperature between them."
     def __init__(self, text_encoder): # CLIPTextModel or CLIPTextModelWithProjection
         super().__init__()
         c = text_encoder.config
         self.text, self.scale = text_encoder, torch.nn.Parameter(torch.tensor(math.log(1/0.07)))
-        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            projection_dim=c.hidden_size, num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            projection_dim=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
             hidden_act=c.hidden_act, image_size=SIDE, patch_size=16))
         projected = hasattr(text_encoder, "text_projection")
-        self.projection = torch.nn.Identity() if projected else torch.nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+        self.projection = torch.nn.Identity() if projected else torch.nn.Linear(c.hidden_size, c.hidden_size,
+            bias=False)
 
     def embed_text(self, ids): # (b, n) -> (b, d)
         "Caption embeddings."
@@ -98,6 +102,7 @@ class ClipPair(torch.nn.Module):
         "Picture embeddings."
         return self.vision(pixels).image_embeds
 
+# %% ../../nbs/library/pretraining_clip.ipynb #80f5399d
 class ClipLoss(torch.nn.Module):
     "Pictures and captions in, loss of each pair out."
     def __init__(self, pair:ClipPair):
@@ -110,14 +115,15 @@ class ClipLoss(torch.nn.Module):
         self.numbers = dict(right=right, scale=self.pair.scale.detach().exp())
         return losses
 
-# %% ../../nbs/library/pretraining_clip.ipynb #480a0738
+# %% ../../nbs/library/pretraining_clip.ipynb #f7062600
 def make_clip_pair(
     number:int, # 1 or 2
     seed:int, # of the run
 )->ClipPair:
     "An untrained pair, its weights drawn from the seed alone."
     parts = tiny_architecture(seed)
-    with seeded_rng("vision", seed, number): return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
+    with seeded_rng("vision", seed, number):
+        return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
 
 def initial_clip(
     run, # run folder
@@ -127,13 +133,14 @@ def initial_clip(
     "The pair that training begins with: untrained, or that of the model that a run starts from."
     pair, ending, folder = make_clip_pair(number, seed), "" if number == 1 else "_2", Path(run)/"start"
     load_parent_weights(run, f"text_encoder{ending}", pair.text)
-    if not load_parent_weights(run, f"vision_model{ending}", pair.vision): return pair # no parent, or its CLIP was never trained
+    if not load_parent_weights(run, f"vision_model{ending}", pair.vision):
+        return pair # no parent, or its CLIP was never trained
     rest = load_tensors(folder/f"vision_model{ending}"/"contrastive.safetensors")[0]
     with torch.no_grad(): pair.scale.copy_(rest.pop("logit_scale"))
     pair.projection.load_state_dict({key: tensor.float() for key, tensor in rest.items()})
     return pair
 
-# %% ../../nbs/library/pretraining_clip.ipynb #c1f15602
+# %% ../../nbs/library/pretraining_clip.ipynb #6db8fb8f
 def clip_batch(
     pictures, # Pictures
     ids, # (n, k, longest), of `caption_ids`
@@ -152,6 +159,7 @@ def clip_batch(
     pixels = torch.where(mirror.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
     return pixels, ids[rows, which], codes[rows], mentioned[rows, which]
 
+# %% ../../nbs/library/pretraining_clip.ipynb #54a5c138
 def train_clip(
     config, # RunOptions, VaeOptions and ClipOptions
 ):
@@ -159,16 +167,19 @@ def train_clip(
     run, pictures = Path(config.output_dir), read_pictures(config.output_dir)
     tokenizers, before = read_tokenizers(run), parent_run(run)["steps"]
     codes, mentioned = attribute_codes(pictures.scenes), mentioned_attributes(pictures.scenes)
-    plan = Hyperparameters(config.clip_steps, config.clip_lr, config.clip_schedule_steps, 100, matrix_rate=config.matrix_rate,
+    plan = Hyperparameters(config.clip_steps, config.clip_lr, config.clip_schedule_steps, 100,
+        matrix_rate=config.matrix_rate,
         weight_decay=0.1, betas=(0.9, 0.98))
     for number in (1, 2):
         pair, first = initial_clip(run, number, config.seed).requires_grad_(True), before.get(f"clip_{number}", 0)
         ids = caption_ids(tokenizers[number - 1], pictures.scenes)
         log(f"clip_{number}", parameters=count_parameters(pair), longest_caption=ids.shape[-1])
         def batch_at(step):
-            return clip_batch(pictures, ids, codes, mentioned, number, first + step, config.seed, config.clip_batch_size)
+            return clip_batch(pictures, ids, codes, mentioned, number, first + step, config.seed,
+                config.clip_batch_size)
         train_stage(f"clip_{number}", ClipLoss(pair), batch_at, plan, config)
 
+# %% ../../nbs/library/pretraining_clip.ipynb #4e3e9969
 def load_clip(
     run, # run folder; CourseError if this CLIP is not trained
     number:int, # 1 or 2
@@ -177,5 +188,6 @@ def load_clip(
     "One averaged pair of a run, or the one that it starts from."
     stage, pair = f"clip_{number}", initial_clip(run, number, seed)
     if steps_done(run, stage): load_ema(run, stage, "pair", pair)
-    elif stage not in parent_run(run)["steps"]: raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
+    elif stage not in parent_run(run)["steps"]:
+        raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
     return pair.eval().requires_grad_(False)

@@ -24,20 +24,22 @@ from ..world.render import render_styles
 from ..world.captions import SEEN, WHERE, caption
 from .stage import log
 
-# %% ../../nbs/library/pretraining_data.ipynb #fc27c40d
+# %% ../../nbs/library/pretraining_data.ipynb #59db5e0d
 SIDE = 128 # pixels of a training picture
 
 @dataclass(frozen=True)
 class SceneOptions:
     "Which scenes are drawn, and by how many processes."
     num_scenes: int = option(20000, "pictures of the known styles")
-    held_out_share: float = option(0.15, "share of the scenes also drawn in the held-out style, for VAE and judges only")
+    held_out_share: float = option(0.15,
+        "share of the scenes also drawn in the held-out style, for VAE and judges only")
     num_validation: int = option(128, "scenes drawn in every style for measuring")
     captions_per_scene: int = option(3, "phrasings of each picture")
     num_workers: int = option(2, "processes that render")
     shard_size: int = option(500, "scenes in a file")
 
-SCENE_LIMITS = dict(num_scenes="0 ..", held_out_share="0 .. 1", num_validation="0 ..", captions_per_scene="1 ..", num_workers="0 ..",
+SCENE_LIMITS = dict(num_scenes="0 ..", held_out_share="0 .. 1", num_validation="0 ..", captions_per_scene="1 ..",
+    num_workers="0 ..",
     shard_size="1 ..")
 
 # %% ../../nbs/library/pretraining_data.ipynb #2d7607d6
@@ -52,13 +54,14 @@ def caption_facts(
     places = (PLACES[scene.place], *WHERE[scene.place], *SEEN.get(scene.place, ())[:1])
     return dict(text=text, color=scene.color in text.split(), place=any(words in text for words in places))
 
-# %% ../../nbs/library/pretraining_data.ipynb #20b5ca62
+# %% ../../nbs/library/pretraining_data.ipynb #43b31734
 def as_bytes(
     pictures:list, # (h, w, 3) uint8 arrays, perhaps none
 )->torch.Tensor: # (n, h, w, 3) uint8
     "Pictures as one tensor."
     return torch.from_numpy(np.stack(pictures) if pictures else np.zeros((0, SIDE, SIDE, 3), np.uint8))
 
+# %% ../../nbs/library/pretraining_data.ipynb #69d6f7a6
 def render_shard(
     job:tuple, # (folder, shard number, scenes in a shard, scenes in all, held-out share, captions per scene, seed)
 )->int: # its number
@@ -78,6 +81,7 @@ def render_shard(
     save_tensors(folder/f"{name}.safetensors", dict(pixels=as_bytes(pixels), held_out_style=as_bytes(extra)))
     return shard
 
+# %% ../../nbs/library/pretraining_data.ipynb #22ed7afa
 def render_validation(
     folder:Path, # data folder of the run
     number:int, # scenes
@@ -91,7 +95,7 @@ def render_validation(
     write_json(folder/"validation.json", dict(styles=styles, scenes=[asdict(scene) for scene in scenes]))
     save_tensors(folder/"validation.safetensors", dict(pixels=torch.from_numpy(pixels)))
 
-# %% ../../nbs/library/pretraining_data.ipynb #5b1637a1
+# %% ../../nbs/library/pretraining_data.ipynb #7a549553
 def start_worker():
     "What a rendering process does first: one thread, and Ctrl-C is left to its parent."
     torch.set_num_threads(1)
@@ -104,14 +108,15 @@ def run_jobs(
 ):
     "Do all jobs, several at a time."
     began = time.time()
-    def report(done, number): log("data", shard=number, left=len(jobs) - done, seconds_per_shard=(time.time() - began)/done)
+    def report(done, number):
+        log("data", shard=number, left=len(jobs) - done, seconds_per_shard=(time.time() - began)/done)
     if workers <= 1 or len(jobs) <= 1:
         for done, job in enumerate(jobs, 1): report(done, render(job))
         return
     with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:
         for done, number in enumerate(pool.imap_unordered(render, jobs), 1): report(done, number)
 
-# %% ../../nbs/library/pretraining_data.ipynb #095dd569
+# %% ../../nbs/library/pretraining_data.ipynb #4c2b1562
 def is_complete(
     folder:Path, # data folder of the run
     shard:int, # its number
@@ -130,11 +135,12 @@ def make_data(
     folder, size = Path(config.output_dir)/"data", config.shard_size
     if config.num_validation and not (folder/"validation.safetensors").exists():
         render_validation(folder, config.num_validation, config.seed)
-    missing = [k for k in range(math.ceil(config.num_scenes/size)) if not is_complete(folder, k, size, config.num_scenes)]
+    missing = [k for k in range(math.ceil(config.num_scenes/size))
+        if not is_complete(folder, k, size, config.num_scenes)]
     rest = (size, config.num_scenes, config.held_out_share, config.captions_per_scene, config.seed)
     run_jobs(render_shard, [(folder, k, *rest) for k in missing], config.num_workers)
 
-# %% ../../nbs/library/pretraining_data.ipynb #ef2df6fa
+# %% ../../nbs/library/pretraining_data.ipynb #a691dea4
 @dataclass(frozen=True)
 class Pictures:
     "All rendered pictures of a run."
@@ -161,7 +167,7 @@ def read_pictures(
     rows = [row for path in paths for row in json.loads(path.with_suffix(".json").read_text())["held_out_style_of"]]
     return Pictures(known, scenes[:len(known)], torch.cat([one["held_out_style"] for one in tensors]), rows)
 
-# %% ../../nbs/library/pretraining_data.ipynb #291ae9cc
+# %% ../../nbs/library/pretraining_data.ipynb #3e5193a0
 def select_pictures(
     pictures:Pictures,
     index, # (b,) int64: numbers of known pictures, and after their end of those in the held-out style

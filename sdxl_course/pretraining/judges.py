@@ -30,7 +30,7 @@ from .parent import load_parent_weights, parent_run
 from .data import Pictures, SIDE, draw_balanced, read_pictures, run_jobs, select_pictures
 from .vae import load_vae
 
-# %% ../../nbs/library/pretraining_judges.ipynb #e3810fdc
+# %% ../../nbs/library/pretraining_judges.ipynb #eab3eb67
 @dataclass(frozen=True)
 class JudgeOptions:
     "How the judges are trained."
@@ -38,13 +38,15 @@ class JudgeOptions:
     instance_steps: int = option(750, "updates of the instance judge; 0: keep the one there is")
     judge_batch_size: int = option(64, "pictures in a batch")
     judge_lr: float = option(1e-3, "learning rate of AdamW; Muon's is matrix_rate times that")
-    judge_vae_share: float = option(0.5, "share of the judges' pictures that go through the VAE first, as all do that the model draws")
+    judge_vae_share: float = option(0.5,
+        "share of the judges' pictures that go through the VAE first, as all do that the model draws")
     num_things: int = option(320, "individual objects, each in eight scenes, for the instance judge")
 
-JUDGE_LIMITS = dict(judge_steps="0 ..", instance_steps="0 ..", judge_batch_size="4 ..", judge_lr="0 ..", judge_vae_share="0 .. 1",
+JUDGE_LIMITS = dict(judge_steps="0 ..", instance_steps="0 ..", judge_batch_size="4 ..", judge_lr="0 ..",
+    judge_vae_share="0 .. 1",
     num_things="3 ..")
 
-# %% ../../nbs/library/pretraining_judges.ipynb #3378c77c
+# %% ../../nbs/library/pretraining_judges.ipynb #81667048
 def augment(
     pixels, # (b, 3, h, w) in [-1, 1]
     generator, # torch.Generator
@@ -53,7 +55,8 @@ def augment(
     b, draw = len(pixels), lambda low, high: torch.rand(len(pixels), 1, 1, 1, generator=generator)*(high - low) + low
     mirror, size, dx, dy = draw(0, 1).round()*2 - 1, draw(0.86, 1.1), draw(-0.1, 0.1), draw(-0.1, 0.1)
     zero = torch.zeros(b)
-    rows = [torch.stack([(size*mirror).view(b), zero, dx.view(b)], 1), torch.stack([zero, size.view(b), dy.view(b)], 1)]
+    rows = [torch.stack([(size*mirror).view(b), zero, dx.view(b)], 1),
+        torch.stack([zero, size.view(b), dy.view(b)], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     soft = F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
@@ -61,7 +64,7 @@ def augment(
     noisy = pixels + draw(0, 0.12)*torch.randn(pixels.shape, generator=generator)
     return (torch.where(draw(0, 1) < 0.4, noisy, pixels)*draw(0.9, 1.1) + draw(-0.06, 0.06)).clamp(-1, 1)
 
-# %% ../../nbs/library/pretraining_judges.ipynb #e96b873f
+# %% ../../nbs/library/pretraining_judges.ipynb #b8cee23d
 def attribute_codes(
     scenes:list, # dicts of `Pictures`
 )->torch.Tensor: # (n, 6) int64
@@ -77,6 +80,7 @@ def picture_codes(
     other[:, 3] = ATTRIBUTES["style"].index(HELD_OUT_STYLE)
     return torch.cat([known, other])
 
+# %% ../../nbs/library/pretraining_judges.ipynb #1b85391a
 def attribute_loss(
     logits:dict, # attribute -> (b, words)
     codes, # (b, 6) int64, as in `attribute_codes`
@@ -90,7 +94,7 @@ def attribute_loss(
         total = total + F.cross_entropy(logits[name], wanted[:, k], reduction="none")*len(codes)/counted
     return total
 
-# %% ../../nbs/library/pretraining_judges.ipynb #26cc6f11
+# %% ../../nbs/library/pretraining_judges.ipynb #cb237672
 INSTANCE_SEED, SHOTS = 2_500_000_000, 8 # pictures of each thing
 
 def instance_scenes(
@@ -99,19 +103,24 @@ def instance_scenes(
 )->list: # SHOTS scenes
     "One individual thing in several scenes."
     words = [sample_scene(INSTANCE_SEED + seed*10_000_000 + thing*SHOTS + k) for k in range(SHOTS)]
-    kind, color = ("chair", list(COLORS)[thing//2 % len(COLORS)]) if thing % 2 == 0 else (words[0].object, words[0].color)
+    chair = "chair", list(COLORS)[thing//2 % len(COLORS)]
+    kind, color = (words[0].object, words[0].color) if thing % 2 else chair
     style = lambda scene: scene.style if scene.style in COLORED else "photo"
-    return [Scene(kind, color, w.place, style(w), w.view, w.accessory, w.seed, build=INSTANCE_SEED + thing) for w in words]
+    return [Scene(kind, color, w.place, style(w), w.view, w.accessory, w.seed, build=INSTANCE_SEED + thing)
+        for w in words]
 
+# %% ../../nbs/library/pretraining_judges.ipynb #c85eb528
 def render_instances(
     job:tuple, # (folder, shard number, first thing, end, seed)
 )->int: # shard number
     "Render some things."
     folder, number, first, end, seed = job
-    pixels = np.stack([[render_array(scene, SIDE) for scene in instance_scenes(thing, seed)] for thing in range(first, end)])
+    pixels = np.stack([[render_array(scene, SIDE) for scene in instance_scenes(thing, seed)]
+        for thing in range(first, end)])
     save_tensors(folder/f"things-{number:03d}.safetensors", dict(pixels=torch.from_numpy(pixels)))
     return number
 
+# %% ../../nbs/library/pretraining_judges.ipynb #f312d69a
 def read_instances(
     config, # RunOptions, SceneOptions and JudgeOptions
     size:int=20, # things in a file
@@ -123,7 +132,7 @@ def read_instances(
     run_jobs(render_instances, [job for job, path in zip(jobs, paths) if not path.exists()], config.num_workers)
     return torch.cat([load_tensors(path)[0]["pixels"] for path in paths])
 
-# %% ../../nbs/library/pretraining_judges.ipynb #af8ba1f7
+# %% ../../nbs/library/pretraining_judges.ipynb #4bbfe9e5
 def supervised_contrastive_loss(
     embeds, # (b, d), of length 1
     things, # (b,) which thing each picture shows
@@ -136,7 +145,7 @@ def supervised_contrastive_loss(
     alike = (things[:, None] == things) & ~itself
     return -(F.log_softmax(scores, 1)*alike).sum(1).div(alike.sum(1).clamp(min=1))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #cc0f67bc
+# %% ../../nbs/library/pretraining_judges.ipynb #ec1e7029
 def reconstruct_pictures(
     pixels, # (n, ..., 128, 128, 3) uint8
     name:str, # of the files
@@ -146,7 +155,8 @@ def reconstruct_pictures(
     vae = load_vae(config.output_dir, tiny_architecture(config.seed).vae).to(training_device())
     notes, parts = dict(vae=fingerprint(vae), seed=str(config.seed)), []
     for k, part in enumerate(pixels.split(max(1, config.shard_size//pixels.shape[1:-3].numel()))):
-        path, wanted = Path(config.output_dir)/"packed"/f"{name}-{k:05d}.safetensors", dict(notes, pictures=str(len(part)))
+        path = Path(config.output_dir)/"packed"/f"{name}-{k:05d}.safetensors"
+        wanted = dict(notes, pictures=str(len(part)))
         if len(part) and not (path.exists() and load_tensors(path)[1] == wanted):
             through = to_bytes(reconstruct(vae, part.flatten(0, -4).to(vae.device)))
             save_tensors(path, dict(pixels=through.cpu().view(part.shape)), wanted)
@@ -154,6 +164,7 @@ def reconstruct_pictures(
         parts.append(load_tensors(path)[0]["pixels"] if len(part) else part)
     return torch.cat(parts)
 
+# %% ../../nbs/library/pretraining_judges.ipynb #be98ca4c
 def mix_reconstructions(
     pixels, # (b, 128, 128, 3) uint8
     through, # (b, 128, 128, 3) uint8: the same after the VAE, or None
@@ -161,9 +172,10 @@ def mix_reconstructions(
     generator, # torch.Generator
 )->torch.Tensor: # (b, 128, 128, 3) uint8
     "Each picture as it was rendered, or as the VAE gives it back."
-    return pixels if through is None else torch.where(torch.rand(len(pixels), 1, 1, 1, generator=generator) < share, through, pixels)
+    if through is None: return pixels
+    return torch.where(torch.rand(len(pixels), 1, 1, 1, generator=generator) < share, through, pixels)
 
-# %% ../../nbs/library/pretraining_judges.ipynb #79a98ead
+# %% ../../nbs/library/pretraining_judges.ipynb #49d490f3
 def attribute_batch(
     pictures:Pictures,
     through, # Pictures after the VAE, or None
@@ -175,11 +187,13 @@ def attribute_batch(
 )->tuple: # pixels (b, 3, 128, 128), codes (b, 6)
     "Augmented pictures of all styles, a fifth of them in the held-out style."
     g, known = seeded(seed, "attribute judge", step), len(pictures.pixels)
-    index = draw_balanced([torch.arange(known)]*4 + [torch.arange(known, len(codes))][:len(codes) - known], batch_size, g)
+    other = [torch.arange(known, len(codes))] if len(codes) > known else []
+    index = draw_balanced([torch.arange(known)]*4 + other, batch_size, g)
     copies = through and select_pictures(through, index)
     shown = mix_reconstructions(select_pictures(pictures, index), copies, share, g)
     return augment(to_pixels(shown), g), codes[index]
 
+# %% ../../nbs/library/pretraining_judges.ipynb #be808c2d
 def instance_batch(
     pixels, # (n, SHOTS, 128, 128, 3) uint8 of all things
     through, # the same pictures (perhaps more) after the VAE, or None
@@ -190,7 +204,8 @@ def instance_batch(
 )->tuple: # pixels (b, 3, 128, 128), things (b,)
     "Four shots of each thing; every other batch holds chairs of one colour only."
     g, each, every = seeded(seed, "instance judge", step), len(COLORS)*2, torch.arange(len(pixels))
-    some = torch.arange(0, len(pixels), each) + 2*int(torch.randint(len(COLORS), (), generator=g)) if step % 2 else every
+    some = every
+    if step % 2: some = torch.arange(0, len(pixels), each) + 2*int(torch.randint(len(COLORS), (), generator=g))
     some = some[some < len(pixels)]
     if len(some) < 2: some = every
     things = some[torch.randperm(len(some), generator=g)[:batch_size//4]].repeat_interleave(4)
@@ -198,7 +213,7 @@ def instance_batch(
     shown = mix_reconstructions(pixels[things, shots], None if through is None else through[things, shots], share, g)
     return augment(to_pixels(shown), g), things
 
-# %% ../../nbs/library/pretraining_judges.ipynb #b68fe5b3
+# %% ../../nbs/library/pretraining_judges.ipynb #c8ee263e
 class AttributeLoss(torch.nn.Module):
     "Pictures and codes in, loss of each picture out."
     def __init__(self, judge): # AttributeJudge
@@ -208,9 +223,11 @@ class AttributeLoss(torch.nn.Module):
     def forward(self, pixels, codes): # (b, 3, h, w), (b, 6) -> (b,)
         logits = self.judge(pixels)
         right = {name: (logits[name].argmax(1) == codes[:, k]).float().mean() for k, name in enumerate(ATTRIBUTES)}
-        self.numbers = {"right_" + name: value for name, value in right.items() if name != "color"} # not every style shows it
+        self.numbers = {"right_" + name: value for name, value in right.items()
+            if name != "color"} # not every style shows it
         return attribute_loss(logits, codes)
 
+# %% ../../nbs/library/pretraining_judges.ipynb #b4e2b741
 class InstanceLoss(torch.nn.Module):
     "Pictures and numbers of things in, loss of each picture out."
     def __init__(self, judge): # InstanceJudge
@@ -220,6 +237,7 @@ class InstanceLoss(torch.nn.Module):
     def forward(self, pixels, things): # (b, 3, h, w), (b,) -> (b,)
         return supervised_contrastive_loss(self.judge(pixels), things)
 
+# %% ../../nbs/library/pretraining_judges.ipynb #a51161e4
 def recalibrate_bn(
     judge, # with averaged weights
     batches, # iterable of pixels
@@ -232,6 +250,7 @@ def recalibrate_bn(
         for pixels in batches: judge(pixels)
     return judge.eval()
 
+# %% ../../nbs/library/pretraining_judges.ipynb #f4262816
 def initial_judge(
     run, # run folder
     name:str, # attributes or instances
@@ -243,14 +262,15 @@ def initial_judge(
     if f"judge_{name}" in before["stages"]: load_parent_weights(run, f"judges/{name}", judge)
     return judge, before["steps"].get(f"judge_{name}", 0)
 
-# %% ../../nbs/library/pretraining_judges.ipynb #ef320e48
+# %% ../../nbs/library/pretraining_judges.ipynb #c953052c
 def measure_attributes(
     judge, # AttributeJudge
     run, # run folder
 )->dict: # style -> attribute -> share right, over scenes that nothing trains on
     "Ask the judge about the validation scenes, style by style."
     folder, found = Path(run)/"data", {}
-    known, pixels = json.loads((folder/"validation.json").read_text()), load_tensors(folder/"validation.safetensors")[0]["pixels"]
+    known = json.loads((folder/"validation.json").read_text())
+    pixels = load_tensors(folder/"validation.safetensors")[0]["pixels"]
     scenes = [Scene(**scene) for scene in known["scenes"]]
     for k, style in enumerate(known["styles"]):
         right = right_answers(name_attributes(judge, pixels[:, k]), [replace(scene, style=style) for scene in scenes])
@@ -258,6 +278,7 @@ def measure_attributes(
         found[style] = {name: float(np.nanmean(right[name])) for name in asked}
     return found
 
+# %% ../../nbs/library/pretraining_judges.ipynb #d06ed796
 @torch.no_grad()
 def measure_instances(
     judge, # InstanceJudge
@@ -268,10 +289,11 @@ def measure_instances(
     things, cosines = torch.arange(len(pixels)).repeat_interleave(SHOTS), embeds @ embeds.T
     alike, itself = things[:, None] == things, torch.eye(len(things), dtype=torch.bool)
     nearest_one = cosines.masked_fill(itself, -2).argmax(1)
-    return dict(things=len(pixels), same_thing=float(cosines[alike & ~itself].mean()), other_things=float(cosines[~alike].mean()),
+    return dict(things=len(pixels), same_thing=float(cosines[alike & ~itself].mean()),
+        other_things=float(cosines[~alike].mean()),
         nearest_is_same=float((things[nearest_one] == things).float().mean()))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #4123b9a1
+# %% ../../nbs/library/pretraining_judges.ipynb #d9067946
 def judge_card(
     name:str, # attributes or instances
     config, # RunOptions and JudgeOptions
@@ -279,11 +301,13 @@ def judge_card(
     found:dict, # what was measured
 )->str: # markdown
     "What made a judge, and how good it is."
-    return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` ({steps:,} steps of up to {config.judge_batch_size} pictures, "
-        f"the last of them with seed {config.seed}, {config.judge_vae_share:.0%} of their pictures after the VAE) on renders of the diorama "
-        f"world; read with `sdxl_course.measure.judges.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n"
+    return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` ({steps:,} steps of up to "
+        f"{config.judge_batch_size} pictures, the last of them with seed {config.seed}, "
+        f"{config.judge_vae_share:.0%} of their pictures after the VAE) on renders of the diorama world; read with "
+        f"`sdxl_course.measure.judges.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n"
         f"```json\n{json.dumps(found, indent=1)}\n```\n")
 
+# %% ../../nbs/library/pretraining_judges.ipynb #9863c858
 def train_judge(
     name:str, # attributes or instances
     loss, # class of the trainee
@@ -305,19 +329,22 @@ def train_judge(
     save_judge(judge, run/"judges"/name, judge_card(name, config, first + steps, found))
     write_json(run/f"judge_{name}"/"measured.json", dict(found, step=steps))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #8cccf169
+# %% ../../nbs/library/pretraining_judges.ipynb #94144ca6
 def train_attribute_judge(
     config, # RunOptions, SceneOptions, VaeOptions and JudgeOptions
 ):
     "Train on renders of the run."
     pictures, through = read_pictures(config.output_dir), None
     if config.judge_vae_share:
-        copies = [reconstruct_pictures(part, name, config) for part, name in ((pictures.pixels, "known"), (pictures.held_out_style, "held-out"))]
+        copies = [reconstruct_pictures(part, name, config) for part,
+            name in ((pictures.pixels, "known"), (pictures.held_out_style, "held-out"))]
         through = replace(pictures, pixels=copies[0], held_out_style=copies[1])
     codes, settings = picture_codes(pictures), (config.seed, config.judge_batch_size, config.judge_vae_share)
-    train_judge("attributes", AttributeLoss, lambda step: attribute_batch(pictures, through, codes, step, *settings), config.judge_steps,
+    train_judge("attributes", AttributeLoss, lambda step: attribute_batch(pictures, through, codes, step, *settings),
+        config.judge_steps,
         config, lambda judge: measure_attributes(judge, config.output_dir))
 
+# %% ../../nbs/library/pretraining_judges.ipynb #01c784bb
 def train_instance_judge(
     config, # RunOptions, SceneOptions, VaeOptions and JudgeOptions
 ):
@@ -328,11 +355,13 @@ def train_instance_judge(
     def measure(judge):
         found = measure_instances(judge, pixels[-unseen:])
         return found if through is None else dict(found, through_the_vae=measure_instances(judge, through[-unseen:]))
-    train_judge("instances", InstanceLoss, lambda step: instance_batch(pixels[:-unseen], through, step, *settings), config.instance_steps,
+    train_judge("instances", InstanceLoss, lambda step: instance_batch(pixels[:-unseen], through, step, *settings),
+        config.instance_steps,
         config, measure)
 
+# %% ../../nbs/library/pretraining_judges.ipynb #ff2164d2
 def train_judges(
-    config, # RunOptions, SceneOptions, VaeOptions and JudgeOptions; CourseError if a judge is to be kept that is not there
+    config, # RunOptions, SceneOptions, VaeOptions, JudgeOptions; CourseError if a judge to be kept is not there
 ):
     "Both judges, one after the other; none that is given no steps."
     for name, steps in (("attributes", config.judge_steps), ("instances", config.instance_steps)):

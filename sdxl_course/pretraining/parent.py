@@ -14,8 +14,9 @@ from ..core import CourseError, load_tensors, write_json
 from ..model.components import tiny_path
 from .stage import steps_done
 
-# %% ../../nbs/library/pretraining_parent.ipynb #5a858fd3
-TRAINED = ("judge_attributes", "judge_instances", "vae", "decoder", "clip_1", "clip_2", "unet") # folders of the stages that train
+# %% ../../nbs/library/pretraining_parent.ipynb #6f92a2cb
+TRAINED = ("judge_attributes", "judge_instances", "vae", "decoder", "clip_1", "clip_2",
+    "unet") # folders of the stages that train
 
 def refuse_parent(
     run:Path, # run folder
@@ -30,8 +31,10 @@ def refuse_parent(
     for part in ("tokenizer", "tokenizer_2"):
         mine, theirs = (folder/part/"merges.txt" for folder in (run, source))
         if mine.exists() and mine.read_bytes() != theirs.read_bytes():
-            raise CourseError(f"{run}/{part} splits words otherwise than {model}'s: remove it, or choose another output_dir")
+            raise CourseError(f"{run}/{part} splits words otherwise than {model}'s: remove it, "
+                "or choose another output_dir")
 
+# %% ../../nbs/library/pretraining_parent.ipynb #ba41e268
 def copy_parent(
     run, # run folder
     model:str, # "tiny", or a folder that `export` wrote; CourseError if it cannot be gone on from
@@ -41,14 +44,16 @@ def copy_parent(
     if (run/"start").is_dir():
         known = json.loads((run/"start"/"start.json").read_text())["start_from"]
         if known == name: return
-        raise CourseError(f"{run} started from {known}, not from {name}: wanted the same start_from, or another output_dir")
+        raise CourseError(f"{run} started from {known}, not from {name}: wanted the same start_from, "
+            "or another output_dir")
     refuse_parent(run, source, model)
     shutil.rmtree(run/".start", ignore_errors=True)
     shutil.copytree(source, run/".start")
-    write_json(run/".start"/"start.json", dict(start_from=name, stages=[stage for stage in TRAINED if not steps_done(run, stage)]))
+    write_json(run/".start"/"start.json",
+        dict(start_from=name, stages=[stage for stage in TRAINED if not steps_done(run, stage)]))
     os.replace(run/".start", run/"start") # whole or not at all
 
-# %% ../../nbs/library/pretraining_parent.ipynb #ba6d9f30
+# %% ../../nbs/library/pretraining_parent.ipynb #434bb918
 def parent_run(
     run, # run folder
 )->dict: # stages, steps, logs, history and more of what `export` wrote; empty if the run starts from nothing
@@ -59,9 +64,10 @@ def parent_run(
     facts, stages = logs.pop("facts"), stages["stages"]
     seen = facts.get("seen", {"0": [facts["scenes"], facts["held_out"]]})
     steps = {name: steps for name, steps in facts["steps"].items() if name in stages}
-    return dict(facts, stages=stages, seen=seen, steps=steps, logs={name: one for name, one in logs.items() if name in stages})
+    return dict(facts, stages=stages, seen=seen, steps=steps,
+        logs={name: one for name, one in logs.items() if name in stages})
 
-# %% ../../nbs/library/pretraining_parent.ipynb #37ffb398
+# %% ../../nbs/library/pretraining_parent.ipynb #037e0165
 def load_parent_weights(
     run, # run folder
     part:str, # folder of the part in the model
@@ -74,11 +80,12 @@ def load_parent_weights(
     prefix = "" if hasattr(module, "text_model") else "text_model." # the name on disk, whatever transformers calls it
     tensors = {key.removeprefix(prefix): tensor.float() for key, tensor in load_tensors(path)[0].items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(fresh)}
-    known = {key: p for key, p in module.state_dict().items() if not key.startswith(fresh) and not key.endswith("position_ids")}
+    known = {key: p for key, p in module.state_dict().items() if not key.startswith(fresh)
+        and not key.endswith("position_ids")}
     odd = [key for key, p in known.items() if key not in tensors or tensors[key].shape != p.shape]
     odd += [key for key in tensors if key not in known and not key.endswith("position_ids")]
     if odd:
-        raise CourseError(f"{path} does not fit at {odd[0]}: it belongs to another architecture; choose another start_from, "
-            "or let that part begin anew (--unet_renewed)")
+        raise CourseError(f"{path} does not fit at {odd[0]}: it belongs to another architecture; choose another "
+            "start_from, or let that part begin anew (--unet_renewed)")
     module.load_state_dict(tensors, strict=False) # strict would ask for position ids, which are no weights
     return True

@@ -6,14 +6,15 @@
 __all__ = ['RunOptions', 'changed_options', 'log', 'training_device', 'warmup_stable_decay', 'follow_schedule', 'Hyperparameters',
            'make_state', 'average_file', 'write_averages', 'read_averages', 'refuse_others', 'resume_stage',
            'steps_done', 'load_ema', 'to_device', 'stage_batches', 'within', 'timing', 'reporting', 'saving_by_time',
-           'train_stage', 'read_log']
+           'save_stage', 'train_stage', 'read_log']
 
-# %% ../../nbs/library/pretraining_stage.ipynb #d981e854
+# %% ../../nbs/library/pretraining_stage.ipynb #419667dc
 import json
 import math
 import time
 import torch
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from safetensors import safe_open
 from ..core import CourseError, load_tensors, pick_device, save_tensors
@@ -24,19 +25,22 @@ from ..train.loop import TrainState, copy_into, fit
 from ..train.machine import accelerating, defer_signals, env_flag, resolve_precision
 from ..train.optimizer import MultiEma, muon_with_adamw
 
-# %% ../../nbs/library/pretraining_stage.ipynb #6f05ab9e
+# %% ../../nbs/library/pretraining_stage.ipynb #b3def198
 @dataclass(frozen=True)
 class RunOptions:
     "Where a run lies, which of its stages are run, how long, and in which number format."
     output_dir: str = option("sdxl-tiny-run", "run folder, continued if it exists")
     stage: str = option("all", "one of the stages, several with commas, or all")
-    export_dir: str = option("", 'where the stage export writes; empty: export inside the run folder, "tiny": into the package')
-    start_from: str = option("", "go on from this model: tiny, or a folder that the stage export wrote; empty: from random weights")
+    export_dir: str = option("",
+        'where the stage export writes; empty: export inside the run folder, "tiny": into the package')
+    start_from: str = option("",
+        "go on from this model: tiny, or a folder that the stage export wrote; empty: from random weights")
     seed: int = option(0, "names every draw of the run")
     max_minutes: float = option(0., "stop each training stage after so long; 0: no limit")
     checkpoint_minutes: float = option(5., "minutes between two checkpoints: how much work a crash may cost")
     log_every: int = option(20, "updates between two lines of progress")
-    mixed_precision: str = option("no", "number format of the arithmetic; the weights stay in fp32", choices=("no", "bf16", "fp16"))
+    mixed_precision: str = option("no", "number format of the arithmetic; the weights stay in fp32",
+        choices=("no", "bf16", "fp16"))
 
 def changed_options(
     config, # dataclass of options
@@ -110,7 +114,7 @@ def make_state(
     scheduler = warmup_stable_decay(optimizer, min(plan.warmup, updates//10), updates, plan.decay_share)
     return TrainState(parameters, prepare(optimizer), scheduler, seed, ema=MultiEma(parameters, plan.ema))
 
-# %% ../../nbs/library/pretraining_stage.ipynb #364fcc85
+# %% ../../nbs/library/pretraining_stage.ipynb #cbb8915c
 def average_file(
     number:int, # of a moving average, from 0
 )->str:
@@ -125,16 +129,19 @@ def write_averages(
         for k, ema in enumerate(state.ema.others, 1): save_tensors(Path(folder)/average_file(k), ema.average)
     return write
 
+# %% ../../nbs/library/pretraining_stage.ipynb #3e32aae4
 def read_averages(
     state:TrainState,
 ): # function of a folder, for `load_checkpoint`
     "Load the further averages; one that the checkpoint lacks begins as a copy of the first."
     def read(folder):
         for k, ema in enumerate(state.ema.others, 1):
-            found = next((path for path in (Path(folder)/average_file(k), Path(folder)/average_file(0)) if path.exists()))
+            found = next((path for path in (Path(folder)/average_file(k), Path(folder)/average_file(0))
+                if path.exists()))
             copy_into(ema.average, load_tensors(found)[0])
     return read
 
+# %% ../../nbs/library/pretraining_stage.ipynb #e9702604
 def refuse_others(
     checkpoint, # folder
     state:TrainState, # of this session
@@ -146,10 +153,10 @@ def refuse_others(
     for name in sorted(mine.keys() | shapes.keys()):
         if mine.get(name) == shapes.get(name): continue
         what = "lacks" if name not in shapes else "also holds" if name not in mine else "has another shape of"
-        raise CourseError(f"{checkpoint} {what} {name}: it belongs to another architecture, or to a run with other flags; "
-            "choose another output_dir")
+        raise CourseError(f"{checkpoint} {what} {name}: it belongs to another architecture, or to a run with other "
+            "flags; choose another output_dir")
 
-# %% ../../nbs/library/pretraining_stage.ipynb #9fded3a8
+# %% ../../nbs/library/pretraining_stage.ipynb #e5daf3fa
 def resume_stage(
     folder, # of the stage
     state:TrainState, # goes to where the newest whole checkpoint was written
@@ -167,6 +174,7 @@ def resume_stage(
         for key, value in memory.items():
             if value.shape == p.shape: memory[key] = torch.empty_like(p).copy_(value)
 
+# %% ../../nbs/library/pretraining_stage.ipynb #3218f2cb
 def steps_done(
     run, # run folder
     stage:str, # folder of the stage
@@ -175,6 +183,7 @@ def steps_done(
     found = latest_checkpoint(Path(run)/stage)
     return 0 if found is None else read_state(found)["step"]
 
+# %% ../../nbs/library/pretraining_stage.ipynb #9f11ae52
 def load_ema(
     run, # run folder
     stage:str, # folder of the stage
@@ -185,15 +194,18 @@ def load_ema(
     "Averaged weights of a module out of a stage's newest checkpoint; CourseError where they do not fit."
     found, known = latest_checkpoint(Path(run)/stage), dict(module.named_parameters())
     if not (found/average_file(number)).exists():
-        raise CourseError(f"{found} has no {average_file(number)}: wanted a run that keeps a second average; choose another unet_average")
-    saved = {name.removeprefix(prefix + "."): p for name, p in load_tensors(found/average_file(number))[0].items() if name.startswith(prefix + ".")}
+        raise CourseError(f"{found} has no {average_file(number)}: wanted a run that keeps a second average; "
+            "choose another unet_average")
+    saved = {name.removeprefix(prefix + "."): p for name, p in load_tensors(found/average_file(number))[0].items()
+        if name.startswith(prefix + ".")}
     odd = [name for name, p in saved.items() if name not in known or known[name].shape != p.shape]
     if odd or not saved:
-        raise CourseError(f"{found} does not fit at {(odd or [prefix])[0]}: it belongs to another architecture; choose another output_dir")
+        raise CourseError(f"{found} does not fit at {(odd or [prefix])[0]}: it belongs to another architecture; "
+            "choose another output_dir")
     copy_into({name: known[name] for name in saved}, saved)
     return read_state(found)["step"]
 
-# %% ../../nbs/library/pretraining_stage.ipynb #c2574ece
+# %% ../../nbs/library/pretraining_stage.ipynb #9748b572
 def to_device(
     value, # tensor, Batch, or anything else
     device, # where to
@@ -201,6 +213,7 @@ def to_device(
     "Move what can be moved."
     return value.to(device) if isinstance(value, (torch.Tensor, Batch)) else value
 
+# %% ../../nbs/library/pretraining_stage.ipynb #34f83589
 def stage_batches(
     batch_at, # step -> tuple of the trainee's arguments; the first one has a row for each sample
     first:int, # step, from 0
@@ -214,6 +227,7 @@ def stage_batches(
         number = len(getattr(batch[0], "latents", batch[0]))
         yield MicroBatch(step, 0, 0, tuple(range(number)), number, True), batch
 
+# %% ../../nbs/library/pretraining_stage.ipynb #2e5c9c21
 def within(
     items, # iterable
     minutes:float, # 0: no limit
@@ -225,7 +239,7 @@ def within(
         yield item
         if minutes and clock() - began > 60*minutes: return
 
-# %% ../../nbs/library/pretraining_stage.ipynb #1263d548
+# %% ../../nbs/library/pretraining_stage.ipynb #a1fe218f
 def timing(
     state:TrainState, # the seconds of earlier sessions count
     trainee, # its `numbers` belong to the last batch
@@ -237,6 +251,7 @@ def timing(
         row["seconds"] = round(before + time.monotonic() - began, 2)
     return hook
 
+# %% ../../nbs/library/pretraining_stage.ipynb #04c2e9c8
 def reporting(
     stage:str, # named in each line
     every:int, # updates between two lines
@@ -254,6 +269,7 @@ def reporting(
         losses.clear()
     return hook
 
+# %% ../../nbs/library/pretraining_stage.ipynb #0d0074c3
 def saving_by_time(
     folder, # of the stage
     minutes:float, # between two checkpoints
@@ -269,7 +285,20 @@ def saving_by_time(
         saved = clock()
     return hook
 
-# %% ../../nbs/library/pretraining_stage.ipynb #498b1174
+# %% ../../nbs/library/pretraining_stage.ipynb #fda4da89
+def save_stage(
+    folder:Path, # of the stage
+    state:TrainState,
+    plan:Hyperparameters, # goes into the checkpoint
+    scaler=None, # fp16: torch.amp.GradScaler
+):
+    "Write a checkpoint, unless there is one of this step; keep the last two."
+    target = folder/f"checkpoint-{state.step}"
+    if target.exists() or not state.step: return
+    save_checkpoint(target, state, write_averages(state), asdict(plan), scaler)
+    prune_checkpoints(folder, 2)
+
+# %% ../../nbs/library/pretraining_stage.ipynb #f6e334ca
 def train_stage(
     stage:str, # name of its folder, and in its lines of progress
     trainee, # module: a batch's arguments -> loss of each sample (b,); `numbers`, if it has any, go into the log
@@ -280,29 +309,28 @@ def train_stage(
     threads:int=4, # that prepare batches for a GPU
 )->TrainState: # on the device; `state.step` says how far it came
     "Train from the newest checkpoint to the end of the plan, or as far as the time goes; Ctrl-C leaves a checkpoint."
-    folder = Path(config.output_dir)/stage
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(config.output_dir)/stage).mkdir(parents=True, exist_ok=True)
     with accelerating(resolve_precision(config.mixed_precision)) as accelerator:
-        if accelerator.num_processes > 1: raise CourseError("pretrain was started in several processes: wanted one, on one device")
+        if accelerator.num_processes > 1:
+            raise CourseError("pretrain runs in one process: wanted no launcher of several")
         trainee, scaler, device = accelerator.prepare(trainee), accelerator.scaler, accelerator.device
         state = make_state(trainee, plan, config.seed, accelerator.prepare)
         resume_stage(folder, state, scaler)
-        def save(state):
-            target = folder/f"checkpoint-{state.step}"
-            if target.exists() or not state.step: return
-            save_checkpoint(target, state, write_averages(state), asdict(plan), scaler)
-            prune_checkpoints(folder, 2)
-        hooks = [timing(state, trainee), logging_to(folder/"training_log.jsonl", state), reporting(stage, config.log_every, state.step, plan.steps),
+        save = partial(save_stage, folder, plan=plan, scaler=scaler)
+        hooks = [timing(state, trainee), logging_to(folder/"training_log.jsonl", state),
+            reporting(stage, config.log_every, state.step, plan.steps),
             saving_by_time(folder, config.checkpoint_minutes, save), *after_update]
         batches = stage_batches(batch_at, state.step, plan.steps, device, 0 if device.type == "cpu" else threads)
-        try: fit(trainee, within(batches, config.max_minutes), state, accelerator, after_update=hooks, name_of="sample {}".format)
+        try:
+            fit(trainee, within(batches, config.max_minutes), state, accelerator, after_update=hooks,
+                name_of="sample {}".format)
         except KeyboardInterrupt:
             with defer_signals(patient=True): save(state)
             raise
         save(state)
     return state
 
-# %% ../../nbs/library/pretraining_stage.ipynb #362f4851
+# %% ../../nbs/library/pretraining_stage.ipynb #1f9fea02
 def read_log(
     path, # training_log.jsonl
     most:int=200, # rows that are left
@@ -312,9 +340,12 @@ def read_log(
     path, before = Path(path), before or {}
     earlier = [dict(zip(before, values)) for values in zip(*before.values())]
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if earlier: rows = earlier + [dict(row, **{key: row[key] + earlier[-1][key] for key in ("step", "seconds")}) for row in rows]
+    if earlier:
+        rows = earlier + [dict(row, **{key: row[key] + earlier[-1][key] for key in ("step", "seconds")})
+            for row in rows]
     keys = [key for key in (rows[0] if rows else ()) if key != "epoch" and all(key in row for row in rows)]
     size = max(1, math.ceil(len(rows)/most))
     groups = [rows[k:k + size] for k in range(0, len(rows), size)]
     mean = lambda key, group: float(f"{sum(row[key] for row in group)/len(group):.5g}")
-    return {key: [group[-1][key] if key in ("step", "seconds") else mean(key, group) for group in groups] for key in keys}
+    return {key: [group[-1][key] if key in ("step", "seconds") else mean(key, group) for group in groups]
+        for key in keys}

@@ -58,7 +58,7 @@ def pre_tokenize(
     "The runs of letters, digits and other signs that CLIP's tokenizer sees."
     return [part for word in words for part in re.findall(r"[^\W\d_]+|\d|[^\s\w]+", word.lower())]
 
-# %% ../../nbs/library/pretraining_tokenizer.ipynb #9d29573b
+# %% ../../nbs/library/pretraining_tokenizer.ipynb #3147912f
 def merge_pair(
     pieces:list, # of one word
     left:str, # first piece of the pair
@@ -72,12 +72,13 @@ def merge_pair(
         k += 2 if pair else 1
     return out
 
+# %% ../../nbs/library/pretraining_tokenizer.ipynb #37d4953a
 def learn_merges(
     words:dict, # word -> how often it counts
     number:int, # merges to learn
     merges:list, # merges so far, extended in place
 )->list: # merges
-    "Byte-pair encoding (Sennrich et al., 2016): join the most frequent neighbours, again and again; ties go to the alphabet."
+    "Byte-pair encoding (Sennrich et al., 2016): join the most frequent neighbours; ties go to the alphabet."
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     for left, right in merges: split = {word: merge_pair(pieces, left, right) for word, pieces in split.items()}
     while len(merges) < number:
@@ -90,7 +91,7 @@ def learn_merges(
         split = {word: merge_pair(pieces, *best) for word, pieces in split.items()}
     return merges
 
-# %% ../../nbs/library/pretraining_tokenizer.ipynb #ae94d707
+# %% ../../nbs/library/pretraining_tokenizer.ipynb #9d623fa1
 def learn_vocabulary(
     vocab_size:int, # tokens
 )->tuple: # (tokens in their order, merges)
@@ -103,6 +104,7 @@ def learn_vocabulary(
     tokens += [f"<|unused{k}|>" for k in range(vocab_size - 2 - len(tokens))]
     return tokens + ["<|startoftext|>", "<|endoftext|>"], merges
 
+# %% ../../nbs/library/pretraining_tokenizer.ipynb #1d3a83cc
 def make_tokenizers(
     run, # run folder
     vocab_size:int=1024, # tokens of each
@@ -119,6 +121,7 @@ def make_tokenizers(
             model_max_length=77, tokenizer_class="CLIPTokenizer"))
     return read_tokenizers(run)
 
+# %% ../../nbs/library/pretraining_tokenizer.ipynb #6b4fac71
 def read_tokenizers(
     run, # run folder; CourseError if it has none
 )->tuple: # (tokenizer, tokenizer_2)
@@ -126,4 +129,5 @@ def read_tokenizers(
     folders = (Path(run), Path(run)/"start")
     folder = next((one for one in folders if (one/"tokenizer_2"/"tokenizer_config.json").exists()), None)
     if folder is None: raise CourseError(f"{run} has no tokenizers: run the stage `tokenizer` first")
-    return tuple(CLIPTokenizer.from_pretrained(str(folder/name), local_files_only=True) for name in ("tokenizer", "tokenizer_2"))
+    return tuple(CLIPTokenizer.from_pretrained(str(folder/name), local_files_only=True)
+        for name in ("tokenizer", "tokenizer_2"))

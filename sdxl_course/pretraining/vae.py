@@ -24,7 +24,7 @@ from .stage import Hyperparameters, load_ema, log, steps_done, train_stage
 from .parent import load_parent_weights, parent_run
 from .data import Pictures, SIDE, draw_balanced, read_pictures, select_pictures, style_groups
 
-# %% ../../nbs/library/pretraining_vae.ipynb #661869f8
+# %% ../../nbs/library/pretraining_vae.ipynb #879cbb2d
 @dataclass(frozen=True)
 class VaeOptions:
     "How the autoencoder and its decoder are trained."
@@ -32,7 +32,8 @@ class VaeOptions:
     vae_schedule_steps: int = option(0, "length of its learning-rate plan; 0: vae_steps")
     vae_batch_size: int = option(16, "pictures, or windows of pictures, in a batch")
     vae_crop: int = option(64, "side of the random crops of the first part")
-    vae_full_share: float = option(0.2, "share of the plan, at its end, that sees whole pictures, half a batch at a time")
+    vae_full_share: float = option(0.2,
+        "share of the plan, at its end, that sees whole pictures, half a batch at a time")
     vae_lr: float = option(1.5e-3, "learning rate of AdamW; Muon's is matrix_rate times that")
     matrix_rate: float = option(6., "learning rate of Muon, as a multiple of AdamW's, in every stage but unet")
     vae_kl_weight: float = option(1e-3, "weight of the mean KL of one latent number")
@@ -41,11 +42,13 @@ class VaeOptions:
     decoder_steps: int = option(1200, "updates of the decoder alone, on whole pictures, all styles alike")
     decoder_lr: float = option(1e-3, "learning rate of the decoder alone")
 
-VAE_LIMITS = dict(vae_steps="0 ..", vae_schedule_steps="0 ..", vae_batch_size="1 ..", vae_crop="1 ..", vae_full_share="0 .. 1",
-    vae_lr="0 ..", matrix_rate="0 ..", vae_kl_weight="0 ..", vae_gradient_weight="0 ..", vae_square_weight="0 ..", decoder_steps="0 ..",
+VAE_LIMITS = dict(vae_steps="0 ..", vae_schedule_steps="0 ..", vae_batch_size="1 ..", vae_crop="1 ..",
+    vae_full_share="0 .. 1",
+    vae_lr="0 ..", matrix_rate="0 ..", vae_kl_weight="0 ..", vae_gradient_weight="0 ..", vae_square_weight="0 ..",
+    decoder_steps="0 ..",
     decoder_lr="0 ..")
 
-# %% ../../nbs/library/pretraining_vae.ipynb #03d7c59f
+# %% ../../nbs/library/pretraining_vae.ipynb #79c9456e
 def picture_error(
     drawn, # (b, 3, h, w) in [-1, 1]
     wanted, # (b, 3, h, w)
@@ -62,8 +65,9 @@ def picture_error(
         if size < 2: gap = F.avg_pool2d(gap, 2)
     return loss
 
+# %% ../../nbs/library/pretraining_vae.ipynb #1cf3502b
 class VaeLoss(torch.nn.Module):
-    "Pictures in, loss of each out: reconstruction through a drawn latent, and the KL to a standard normal (Kingma and Welling, 2014)."
+    "Pictures in, loss of each out: reconstruction, and KL to a standard normal (Kingma and Welling, 2014)."
     def __init__(self,
         vae, # AutoencoderKL; what requires a gradient is trained
         kl_weight:float, # on the mean KL of one latent number
@@ -82,7 +86,7 @@ class VaeLoss(torch.nn.Module):
         self.numbers = dict(psnr=psnr.mean(), kl=kl.detach().mean())
         return picture_error(drawn, pixels, *self.weights) + self.kl_weight*kl
 
-# %% ../../nbs/library/pretraining_vae.ipynb #f7fc9138
+# %% ../../nbs/library/pretraining_vae.ipynb #496ff317
 def vae_batch(
     pictures:Pictures,
     vae, # AutoencoderKL, for the shape of its latents
@@ -103,7 +107,7 @@ def vae_batch(
     pixels = torch.where(mirror.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
     return pixels, torch.randn(batch_size, vae.config.latent_channels, small, small, generator=g)
 
-# %% ../../nbs/library/pretraining_vae.ipynb #9ebbf47c
+# %% ../../nbs/library/pretraining_vae.ipynb #48023060
 @torch.no_grad()
 def measure_vae(
     vae, # AutoencoderKL with the weights to measure
@@ -118,11 +122,14 @@ def measure_vae(
     styles = json.loads((folder/"validation.json").read_text())["styles"] if (folder/"validation.json").exists() else ()
     for k, style in enumerate(styles):
         shown = load_tensors(folder/"validation.safetensors")[0]["pixels"][:, k]
-        errors = [((reconstruct(vae, part) - part)/2).square().mean((1, 2, 3)) for part in map(pixels, shown.split(16))]
+        errors = [((reconstruct(vae, part) - part)/2).square().mean((1, 2, 3))
+            for part in map(pixels, shown.split(16))]
         psnr[style] = float(-10*torch.log10(torch.cat(errors)).mean())
-    return dict(scaling_factor=float(1/latents.std()), latent_mean=float(latents.mean()), channel_std=latents.std((0, 2, 3)).tolist(),
+    return dict(scaling_factor=float(1/latents.std()), latent_mean=float(latents.mean()),
+        channel_std=latents.std((0, 2, 3)).tolist(),
         psnr=psnr, psnr_overall=sum(psnr.values())/len(psnr) if psnr else None) # every style has as many pictures
 
+# %% ../../nbs/library/pretraining_vae.ipynb #ddfaedcd
 def write_measured(
     stage:str, # vae or decoder
     vae, # AutoencoderKL with the averaged weights
@@ -136,7 +143,7 @@ def write_measured(
     log(stage, scaling_factor=found["scaling_factor"], **decibels)
     write_json(Path(run)/stage/"measured.json", dict(found, step=step))
 
-# %% ../../nbs/library/pretraining_vae.ipynb #0cb77629
+# %% ../../nbs/library/pretraining_vae.ipynb #eb2f29c4
 def decoding_part(
     vae, # AutoencoderKL
 )->torch.nn.Module: # its layers after the latents
@@ -149,7 +156,7 @@ def encoding_part(
     "What decides the latents."
     return torch.nn.ModuleList([vae.encoder, vae.quant_conv])
 
-# %% ../../nbs/library/pretraining_vae.ipynb #de6d610e
+# %% ../../nbs/library/pretraining_vae.ipynb #ffa79015
 def train_vae(
     config, # RunOptions and VaeOptions
 ):
@@ -157,17 +164,21 @@ def train_vae(
     run, vae = Path(config.output_dir), tiny_architecture(config.seed).vae.requires_grad_(True)
     pictures, first = read_pictures(run), parent_run(run)["steps"].get("vae", 0)
     load_parent_weights(run, "vae", vae)
-    log("vae", pictures=len(pictures.pixels), held_out_style=len(pictures.held_out_style), parameters=count_parameters(vae))
+    log("vae", pictures=len(pictures.pixels), held_out_style=len(pictures.held_out_style),
+        parameters=count_parameters(vae))
     windows = (config.vae_schedule_steps or config.vae_steps)*(1 - config.vae_full_share)
     def batch_at(step):
-        side, number = (config.vae_crop, config.vae_batch_size) if step < windows else (SIDE, max(1, config.vae_batch_size//2))
+        side, number = (config.vae_crop, config.vae_batch_size) if step < windows else (SIDE,
+            max(1, config.vae_batch_size//2))
         return vae_batch(pictures, vae, first + step, config.seed, number, side)
     loss = VaeLoss(vae, config.vae_kl_weight, config.vae_gradient_weight, config.vae_square_weight)
-    plan = Hyperparameters(config.vae_steps, config.vae_lr, config.vae_schedule_steps, 200, matrix_rate=config.matrix_rate,
+    plan = Hyperparameters(config.vae_steps, config.vae_lr, config.vae_schedule_steps, 200,
+        matrix_rate=config.matrix_rate,
         weight_decay=1e-4, ema=(0.998,))
     state = train_stage("vae", loss, batch_at, plan, config)
     with eval_weights(state): write_measured("vae", vae, run, pictures, state.step)
 
+# %% ../../nbs/library/pretraining_vae.ipynb #3522a10b
 def load_vae(
     run, # run folder; CourseError if it has no trained VAE
     vae, # AutoencoderKL, receives the weights
@@ -183,7 +194,7 @@ def load_vae(
     vae.register_to_config(scaling_factor=json.loads(measured.read_text())["scaling_factor"])
     return vae.eval().requires_grad_(False)
 
-# %% ../../nbs/library/pretraining_vae.ipynb #c1188951
+# %% ../../nbs/library/pretraining_vae.ipynb #06ba802b
 def train_decoder(
     config, # RunOptions and VaeOptions
 ):
@@ -195,7 +206,8 @@ def train_decoder(
     decoding_part(vae).requires_grad_(True)
     loss = VaeLoss(vae, 0., config.vae_gradient_weight, config.vae_square_weight)
     batch_at = lambda step: vae_batch(pictures, vae, first + step, config.seed, number, SIDE, groups)
-    plan = Hyperparameters(config.decoder_steps, config.decoder_lr, 0, 50, matrix_rate=config.matrix_rate, weight_decay=1e-4)
+    plan = Hyperparameters(config.decoder_steps, config.decoder_lr, 0, 50, matrix_rate=config.matrix_rate,
+        weight_decay=1e-4)
     state = train_stage("decoder", loss, batch_at, plan, config)
     if state.step < plan.steps: return
     with eval_weights(state): write_measured("decoder", vae, run, pictures, state.step)
