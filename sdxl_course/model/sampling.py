@@ -49,14 +49,16 @@ def draw_pictures(
 
 # %% ../../nbs/library/model_sampling.ipynb #f1255070
 def inference_scheduler(
-    config, # TrainConfig
     scheduler, # the model's own
+    prediction_type:str=None, # what the training asks the model for, if the options know better
+    rescale_betas_zero_snr:bool=False, # it was trained to begin with pure noise
 ): # a scheduler that draws as the training trains
-    "What the model predicts, if the options know better, and from where drawing begins."
-    wishes = dict(prediction_type=config.prediction_type) if config.prediction_type else {}
-    if config.rescale_betas_zero_snr: wishes |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    if config.rescale_betas_zero_snr: NoiseSchedule.of(scheduler, config.prediction_type, True) # refuses epsilon
-    return type(scheduler).from_config({**scheduler.config, **wishes}) if wishes else scheduler
+    "The scheduler to draw with: the model's prediction type, and from where drawing begins; CourseError for epsilon with zero SNR."
+    changes = dict(prediction_type=prediction_type) if prediction_type else {}
+    if rescale_betas_zero_snr:
+        NoiseSchedule.of(scheduler, prediction_type, True) # raises CourseError for epsilon
+        changes |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return type(scheduler).from_config({**scheduler.config, **changes}) if changes else scheduler
 
 # %% ../../nbs/library/model_sampling.ipynb #22c2af38
 def _pair_up(

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'SCORE_SECTION', 'THROUGH_SECTION', 'CARD_HEAD', 'CARD_TAIL
            'score_row', 'vae_row', 'score_section', 'training_row', 'card_text', 'seen_scenes', 'gather_facts',
            'stage_logs', 'export_model', 'tokenize_run', 'run_stages', 'main']
 
-# %% ../../nbs/library/pretraining_export.ipynb #bac71051
+# %% ../../nbs/library/pretraining_export.ipynb #8111d4d4
 import json
 import shutil
 import sys
@@ -15,30 +15,28 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import CourseError, provenance, save_tensors, write_atomic, write_json
-from ..options import check_limits, run_command
+from ..options import check_options, run_command
 from ..world.scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, VIEWS
 from ..model.components import save_components, tiny_path
 from ..train.machine import open_output, output_lock
 from .stage import RunOptions, changed_options, log, read_log, steps_done
 from .parent import TRAINED, copy_parent, parent_run
-from .data import SCENE_LIMITS, SIDE, SceneOptions, TRAIN_SEED, make_data
+from .data import SIDE, SceneOptions, TRAIN_SEED, make_data
 from .tokenizer import make_tokenizers
-from .vae import VAE_LIMITS, VaeOptions, train_decoder, train_vae
-from .judges import JUDGE_LIMITS, JudgeOptions, train_judges
-from .clip import CLIP_LIMITS, ClipOptions, load_clip, train_clip
-from .cache import CACHE_LIMITS, CacheOptions, make_cache
-from .unet import UNET_LIMITS, UNetOptions, load_parts, train_unet
+from .vae import VaeOptions, train_decoder, train_vae
+from .judges import JudgeOptions, train_judges
+from .clip import ClipOptions, load_clip, train_clip
+from .cache import CacheOptions, make_cache
+from .unet import UNetOptions, load_parts, train_unet
 
-# %% ../../nbs/library/pretraining_export.ipynb #420584bd
+# %% ../../nbs/library/pretraining_export.ipynb #bb6a73ca
 STAGES = ("data", "tokenizer", "vae", "decoder", "judges", "clip", "cache", "unet", "export")
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(UNetOptions, CacheOptions, ClipOptions, JudgeOptions, VaeOptions, SceneOptions, RunOptions):
     "Make sdxl-tiny from scratch, or go on making it."
     def __post_init__(self): # raises CourseError
-        run = dict(seed="0 ..", max_minutes="0 ..", checkpoint_minutes="0 ..", log_every="1 ..")
-        limits = UNET_LIMITS | CACHE_LIMITS | CLIP_LIMITS | JUDGE_LIMITS | VAE_LIMITS | SCENE_LIMITS | run
-        check_limits(self, limits)
+        check_options(self)
         wrong = [name for name in self.stage.split(",") if name not in STAGES + ("all",)]
         if wrong: raise CourseError(f"stage {wrong[0]!r} is unknown: wanted all, or some of {', '.join(STAGES)}")
 

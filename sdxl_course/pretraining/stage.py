@@ -8,7 +8,7 @@ __all__ = ['RunOptions', 'changed_options', 'log', 'training_device', 'warmup_st
            'steps_done', 'load_ema', 'to_device', 'stage_batches', 'within', 'timing', 'reporting', 'saving_by_time',
            'save_stage', 'train_stage', 'read_log']
 
-# %% ../../nbs/library/pretraining_stage.ipynb #419667dc
+# %% ../../nbs/library/pretraining_stage.ipynb #04979368
 import json
 import math
 import time
@@ -20,13 +20,14 @@ from safetensors import safe_open
 from ..core import CourseError, load_tensors, pick_device, save_tensors
 from ..options import option
 from ..data.loader import Batch, MicroBatch, prefetch
-from ..train.checkpoint import latest_checkpoint, load_checkpoint, logging_to, prune_checkpoints, read_state, remove_partial, save_checkpoint
+from ..train.checkpoint import latest_checkpoint, load_checkpoint, logging_to, prune_checkpoints
+from ..train.checkpoint import read_state, remove_partial, save_checkpoint
 from ..train.loop import TrainState, copy_into, fit
 from ..train.machine import accelerating, defer_signals, env_flag, resolve_precision
 from ..train.optimizer import MultiEma, muon_with_adamw
 
-# %% ../../nbs/library/pretraining_stage.ipynb #b3def198
-@dataclass(frozen=True)
+# %% ../../nbs/library/pretraining_stage.ipynb #35ef7562
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     "Where a run lies, which of its stages are run, how long, and in which number format."
     output_dir: str = option("sdxl-tiny-run", "run folder, continued if it exists")
@@ -35,10 +36,10 @@ class RunOptions:
         'where the stage export writes; empty: export inside the run folder, "tiny": into the package')
     start_from: str = option("",
         "go on from this model: tiny, or a folder that the stage export wrote; empty: from random weights")
-    seed: int = option(0, "names every draw of the run")
-    max_minutes: float = option(0., "stop each training stage after so long; 0: no limit")
-    checkpoint_minutes: float = option(5., "minutes between two checkpoints: how much work a crash may cost")
-    log_every: int = option(20, "updates between two lines of progress")
+    seed: int = option(0, "names every draw of the run", "0 ..")
+    max_minutes: float = option(0., "stop each training stage after so long; 0: no limit", "0 ..")
+    checkpoint_minutes: float = option(5., "minutes between two checkpoints: how much work a crash may cost", "0 ..")
+    log_every: int = option(20, "updates between two lines of progress", "1 ..")
     mixed_precision: str = option("no", "number format of the arithmetic; the weights stay in fp32",
         choices=("no", "bf16", "fp16"))
 
