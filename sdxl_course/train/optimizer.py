@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'OptimizerOptions', 'ProdigyOptions', 'ScheduleOptions', 'EmaOptions', 'make_optimizer',
-           'make_schedule', 'Ema']
+           'make_schedule', 'Ema', 'orthogonalize', 'Muon', 'CombinedOptimizer', 'muon_with_adamw', 'MultiEma']
 
 # %% ../../nbs/library/train_optimizer.ipynb #ae1ff78b
 from dataclasses import dataclass
@@ -156,3 +156,97 @@ class Ema:
         "Move towards the parameters; as in diffusers' EMAModel, the first steps are long."
         decay = min(self.decay, step / (9 + step)) if step > 1 else 0.0
         for name, p in parameters.items(): self.average[name].lerp_(p.detach(), 1 - decay)
+
+# %% ../../nbs/library/train_optimizer.ipynb #48095fff
+def orthogonalize(
+    matrix, # (n, m)
+    steps:int=5, # iterations; each makes the singular values more equal
+): # (n, m)
+    "Nearly the closest matrix with singular values of one, by a Newton-Schulz iteration (Jordan et al., 2024)."
+    x = matrix / (matrix.norm() + 1e-7)
+    if len(x) > len(x.T): return orthogonalize(matrix.T, steps).T
+    gram, turn = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
+    for _ in range(steps): # only the small square matrices go round; x itself is multiplied once
+        factor = (-4.7750*gram).addmm_(gram, gram, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        gram, turn = factor @ gram @ factor, factor @ turn
+    return turn @ x
+
+# %% ../../nbs/library/train_optimizer.ipynb #9ef1c2b2
+class Muon(torch.optim.Optimizer):
+    "Momentum whose every step is orthogonalized (Jordan et al., 2024), as long as AdamW's (Liu et al., 2025)."
+    def __init__(self,
+        parameters, # matrices and kernels (n, ...), or groups of them
+        lr:float, # step size, on AdamW's scale
+        momentum:float=0.95, # share of the old direction that is kept
+        weight_decay:float=0.0, # pull towards zero, times lr
+    ): super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "Move every matrix by one step."
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                step = orthogonalize(p.grad.lerp(momentum, group["momentum"]).flatten(1)) # Nesterov: look one step ahead
+                p.mul_(1 - group["lr"]*group["weight_decay"])
+                p.add_(step.view(p.shape), alpha=-group["lr"]*0.2*max(step.shape)**0.5)
+
+# %% ../../nbs/library/train_optimizer.ipynb #04988d77
+class CombinedOptimizer(torch.optim.Optimizer):
+    "Several optimizers that step together and are scheduled, saved and restored as one."
+    def __init__(self,
+        optimizers, # torch optimizers, each with parameters of its own
+    ):
+        self.optimizers = list(optimizers)
+        super().__init__([dict(group) for part in self.optimizers for group in part.param_groups], {})
+        self._share()
+
+    def _share(self):
+        first = 0
+        for part in self.optimizers: # each works on its own groups and in the common memory
+            part.state, end = self.state, first + len(part.param_groups)
+            part.param_groups, first = self.param_groups[first:end], end
+
+    def __setstate__(self, state): # what `load_state_dict` ends with
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure=None):
+        "One step of each."
+        for part in self.optimizers: part.step()
+
+# %% ../../nbs/library/train_optimizer.ipynb #7b54708b
+def muon_with_adamw(
+    module, # nn.Module; what requires a gradient is trained
+    learning_rate:float, # of AdamW
+    matrix_rate:float=1.0, # learning rate of Muon, as a multiple of AdamW's; 0: AdamW for everything
+    betas=(0.9, 0.999), # AdamW's two decay rates
+    weight_decay:float=1e-2, # of both
+): # torch optimizer; AdamW's groups come first
+    "Muon for matrices and kernels, AdamW for embeddings, for what is thinner than eight, and for the rest."
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    wide = lambda p: p.ndim > 1 and id(p) not in tables and min(p.flatten(1).shape) >= 8
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if matrix_rate and wide(p)]
+    others = [p for p in trained if not (matrix_rate and wide(p))]
+    parts = [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)] if others else []
+    if matrices: parts.append(Muon(matrices, learning_rate*matrix_rate, weight_decay=weight_decay))
+    return CombinedOptimizer(parts)
+
+# %% ../../nbs/library/train_optimizer.ipynb #604839b5
+class MultiEma(Ema):
+    "Several moving averages, to choose from after training, as EDM2 does post hoc (Karras et al., 2024)."
+    def __init__(self,
+        parameters:dict, # name -> tensor
+        decays, # of each average; the first one is what counts until somebody chooses
+    ):
+        super().__init__(parameters, decays[0])
+        self.others = [Ema(parameters, decay) for decay in decays[1:]]
+
+    def update(self,
+        parameters:dict, # name -> tensor, after the update
+        step:int, # updates done, from 1
+    ):
+        "Move every average towards the parameters."
+        for ema in (super(), *self.others): ema.update(parameters, step)
