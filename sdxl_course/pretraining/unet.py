@@ -7,7 +7,7 @@ __all__ = ['SAMPLE_PROMPTS', 'UNetOptions', 'drawn_pictures', 'spread_timesteps'
            'load_encoders', 'load_parts', 'ablation', 'last_layers', 'reinitialise', 'sampling_weights', 'UNetLoss',
            'unet_batches', 'sampling', 'train_unet']
 
-# %% ../../nbs/library/pretraining_unet.ipynb #8a88b02f
+# %% ../../nbs/library/pretraining_unet.ipynb #a1226a8f
 import json
 import math
 import re
@@ -84,7 +84,7 @@ def spread_timesteps(
     even = (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator))/number
     return (1000*even**power).long().clamp(max=999)
 
-# %% ../../nbs/library/pretraining_unet.ipynb #8f4e26a1
+# %% ../../nbs/library/pretraining_unet.ipynb #8933e6fa
 @torch.no_grad()
 def unet_batch(
     components, # has the tokenizers and text encoders; the batch is where they are
@@ -243,26 +243,24 @@ def sampling_weights(
         times[word] = float(value)
     return torch.tensor([math.prod(times.get(scene[name], 1.) for name in ATTRIBUTES) for scene in scenes])
 
-# %% ../../nbs/library/pretraining_unet.ipynb #3abf9e9b
+# %% ../../nbs/library/pretraining_unet.ipynb #893a64e0
 class UNetLoss(torch.nn.Module):
-    """Batch, noise and timesteps in, loss of each sample out.
-
-    Weighted by debiased estimation (Yu et al., 2024) or min-SNR (Hang et al., 2023), with REPA on wish."""
+    "Batch, noise and timesteps in, loss of each sample out, with REPA's loss where there is a head for it."
     def __init__(self,
         unet, # UNet2DConditionModel
         schedule, # NoiseSchedule
-        snr_gamma:float, # cap of the min-SNR weight; 0: debiased estimation
+        weighting, # of the noise levels, from `make_weighting`
         unmasked_weight:float, # weight outside the object's mask
         aligner=None, # Aligner that listens to the UNet
         alignment_weight:float=0., # of its loss
     ):
         super().__init__()
-        self.unet, self.schedule, self.unmasked_weight = unet, schedule, unmasked_weight
-        self.weighting = make_weighting(snr_gamma=snr_gamma or None, debiased_estimation_loss=not snr_gamma)
+        self.unet, self.schedule, self.weighting, self.unmasked_weight = unet, schedule, weighting, unmasked_weight
         self.aligner, self.alignment_weight = aligner, alignment_weight
 
     def forward(self, batch, noise, timesteps, features=None): # features (b, 128, 8, 8) for the aligner -> (b,)
-        losses = denoising_loss(self.unet, batch, self.schedule, noise, timesteps, self.weighting, self.unmasked_weight)
+        losses = denoising_loss(self.unet, batch, self.schedule, noise, timesteps, self.weighting,
+            self.unmasked_weight)
         if features is None: return losses
         apart = self.aligner(features, batch.extra["mask"], self.unmasked_weight)
         self.numbers = dict(apart=apart.detach().mean())
@@ -301,7 +299,7 @@ def sampling(
             image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(folder/f"sample-{state.step:06d}.png")
     return hook
 
-# %% ../../nbs/library/pretraining_unet.ipynb #00f91b89
+# %% ../../nbs/library/pretraining_unet.ipynb #e3b9117a
 def train_unet(
     config, # RunOptions, CacheOptions and UNetOptions; CourseError if something that it needs is not trained
 ):
@@ -317,7 +315,8 @@ def train_unet(
     log("unet", pictures=len(scenes), parameters=count_parameters(unet))
     aligner, features = make_aligner(run, unet, config.reframed_share,
         config.seed) if config.alignment_weight else (None, None)
-    loss = UNetLoss(unet, NoiseSchedule.of(parts.scheduler), config.snr_gamma, config.unmasked_weight, aligner,
+    weighting = make_weighting(snr_gamma=config.snr_gamma or None, debiased_estimation_loss=not config.snr_gamma)
+    loss = UNetLoss(unet, NoiseSchedule.of(parts.scheduler), weighting, config.unmasked_weight, aligner,
         config.alignment_weight)
     batch_at = unet_batches(config, parts, cache, done.get("unet", 0), features)
     if config.unet_renewed: # a checkpoint overwrites it
