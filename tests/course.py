@@ -186,12 +186,14 @@ def environment(root=ROOT, cache=None):
     return found | ({"SDXL_COURSE_CACHE": str(cache)} if cache else {})
 
 
-def execute(nb, folder, env=None, timeout=600):
-    "Run a notebook in `folder`; flagged cells are neither run nor cleared. Returns the notebook with new outputs."
+def execute(nb, folder, env=None, kernel=None, timeout=600):
+    """Run a notebook in `folder`, with the command of a kernel or a plain one. Returns the notebook with new outputs.
+    Flagged cells are neither run nor cleared."""
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     kept = {i: (cell.source, cell.outputs) for i, cell in enumerate(nb.cells) if is_skipped(cell)}
     for i in kept: nb.cells[i].source = ""
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    if kernel: client.create_kernel_manager().kernel_spec.argv = kernel
     with client.setup_kernel(env=env or environment()):
         for i, cell in enumerate(nb.cells): client.execute_cell(cell, i)
     for i, (source, outputs) in kept.items(): nb.cells[i].source, nb.cells[i].outputs = source, outputs
