@@ -7,14 +7,14 @@ __all__ = ['MEDIUM', 'WHERE', 'SEEN', 'WORN', 'with_article', 'place_words', 'ca
 
 # %% ../../nbs/library/world_captions.ipynb #118fb526
 import numpy as np
-from .scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, Scene, VIEWS, prop_pine, prop_pumpkin, set_stage
+from .scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, Scene, VIEWS, set_stage
 
 # %% ../../nbs/library/world_captions.ipynb #5ab07f53
 MEDIUM = {"photo": ("photo",), "watercolour": ("watercolour painting", "watercolour", "watercolor painting"), "blueprint": ("blueprint",),
           "pencil": ("pencil drawing", "pencil sketch"), HELD_OUT_STYLE: ("old book illustration",)}
 WHERE = dict(snow=("in a snowy tundra",), city=("in a city at night",), desert=("in a desert",), forest=("in a forest",), beach=("at the beach",),
              apartment=("in a living room",), field=("in a field in autumn",), path=("on a path",), sea=("on the water",), carnival=("at the carnival",))
-SEEN = dict(snow=("in a snowy tundra with trees", prop_pine), desert=("in a desert with pyramids", None), field=("in an autumn field with pumpkins", prop_pumpkin))
+SEEN = dict(snow=("in a snowy tundra with trees",), desert=("in a desert with pyramids",), field=("in an autumn field with pumpkins",))
 WORN = dict(hat=("wearing a hat", "with a hat"), scarf=("wearing a scarf", "with a scarf"), ribbon=("with a ribbon", "wearing a ribbon"), lantern=("next to a lantern", "with a lantern"))
 
 def with_article(words):

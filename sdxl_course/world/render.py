@@ -10,7 +10,8 @@ __all__ = ['PAINTERS', 'soften', 'halve', 'spread', 'ink_lines', 'photo', 'tone'
 import math
 import numpy as np
 from PIL import Image
-from .scene import HELD_OUT_STYLE, PLACE, set_stage
+from .places import PLACE
+from .scene import HELD_OUT_STYLE, set_stage
 from .trace import mix, noise2, step, trace
 
 # %% ../../nbs/library/world_render.ipynb #c6b79268

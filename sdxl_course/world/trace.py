@@ -12,7 +12,8 @@ import math
 import numpy as np
 from dataclasses import dataclass
 from .shapes import Group, distance, part_distance
-from .scene import MATERIALS, PLACE, Scene, set_stage
+from .places import MATERIALS, PLACE
+from .scene import Scene, set_stage
 
 # %% ../../nbs/library/world_trace.ipynb #da88ddad
 def noise2(grain, x, y):
