@@ -25,14 +25,16 @@ EXPORTS = {"export", "exports", "exporti"}
 # The rooms of the library, from the ground up: a room imports only from rooms before it. This is the one place where they stand in order.
 ROOMS = """
 core options
-world.shapes world.scene world.trace world.render world.captions world.samples
-model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.lora_files model.words
+world.shapes world.objects world.places world.scene world.trace world.render world.captions world.samples
+model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_files
+model.words
 data.records data.preprocess data.report data.check data.cache data.loader
-train.config train.machine train.objective train.optimizer train.loop train.checkpoint train.validation train.results train.run
-train.class_images
-text_to_image dreambooth
-inference measure.judges measure.metrics evaluate study demo
-pretraining.data pretraining.learner pretraining.clip pretraining.vae pretraining.judges pretraining.unet pretraining.export
+train.machine train.objective train.optimizer train.loop train.checkpoint train.validation train.results train.config train.prepare
+train.weights train.run train.build train.class_images
+text_to_image dreambooth full textual_inversion
+inference measure.metrics measure.judges measure.subject measure.claims evaluate study demo
+pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
+pretraining.cache pretraining.alignment pretraining.unet pretraining.export
 cli
 """.split()
 RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion"}
@@ -143,8 +145,9 @@ def misplaced(modules, rooms=ROOMS):
 
 def course_imports(room, tree, rooms=ROOMS):
     "The rooms that a room imports, at whatever depth."
-    def named(base, alias): # `from base import alias`: a module in a wing, or a name out of a module
-        return inner if (inner := f"{base}.{alias}".lstrip(".")) in rooms else base
+    def named(base, alias): # `from base import alias`: a module or a wing, or a name out of a module
+        inner = f"{base}.{alias}".lstrip(".")
+        return inner if any(f"{other}.".startswith(f"{inner}.") for other in rooms) else base
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.removeprefix(f"{LIB.name}.") for alias in node.names if alias.name.startswith(f"{LIB.name}."))
