@@ -55,6 +55,7 @@ def serve(number):
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             with listener.accept()[0] as connection:
                 if os.fork() == 0: listener.close(); become_kernel(connection, kernelapp)
+    os._exit(0)  # cleaning up after all the libraries takes seconds
 
 
 def become_kernel(connection, kernelapp):
