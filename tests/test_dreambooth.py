@@ -32,7 +32,7 @@ from sdxl_course.data.preprocess import prepare_image
 from sdxl_course.train.objective import DenoisingLoss
 from sdxl_course.data.loader import BatchLoader
 from sdxl_course.model.adapters import inject, trained_parts
-from sdxl_course.data.loader import SampleRNG, MicroBatch
+from sdxl_course.data.sampler import SampleRNG, MicroBatch
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
 
@@ -347,7 +347,7 @@ def test_defects_1_2_3_prompts_sizes_and_weights_go_with_their_pictures_in_both_
 def test_prior_loss_closed_form_in_a_real_update(dream, paired, prior, text):
     config, components, feeder = paired
     first = dream(**prior, train_text_encoder=text, prior_loss_weight=0.7, train_batch_size=4, max_train_steps=1).log[0]["loss"]
-    from sdxl_course.data.loader import BatchSampler
+    from sdxl_course.data.sampler import BatchSampler
     micro = next(BatchSampler(5, 4, 1, seed=0).micro_steps(0, 1))
     partners = [5 + i % 3 for i in micro.indices]
     loss = weighed(config, components)

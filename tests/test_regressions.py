@@ -28,7 +28,7 @@ from sdxl_course.data.records import with_masks
 from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.optimizer import optimizer_for
-from sdxl_course.data.loader import MicroBatch
+from sdxl_course.data.sampler import MicroBatch
 from test_trainer import REFERENCE
 from toy import files_of
 from torch.utils._python_dispatch import TorchDispatchMode

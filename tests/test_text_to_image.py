@@ -20,7 +20,7 @@ from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_imag
 from sdxl_course.train.results import license_of
 from sdxl_course.train.run import load_base
 from sdxl_course.model.adapters import trained_parts
-from sdxl_course.data.loader import SampleRNG, MicroBatch, epoch_order
+from sdxl_course.data.sampler import SampleRNG, MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sdxl_course.core import CourseError
 from sdxl_course.text_to_image import TextToImageConfig, main
-from sdxl_course.data.loader import SampleRNG, BatchSampler
+from sdxl_course.data.sampler import SampleRNG, BatchSampler
 from sdxl_course.train.config import TrainConfig
 from sdxl_course.options import config_dict, parse_config
 from sdxl_course.train.optimizer import make_optimizer, make_schedule
