@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['DataOptions', 'check_candidates', 'find_examples', 'scan', 'choose_samples', 'check_dataset', 'read_dataset',
-           'load_tokenizer', 'check_data', 'check_data_flags', 'run_check_data', 'main']
+           'load_tokenizer', 'check_data', 'CheckDataConfig', 'run_check_data', 'main']
 
 # %% ../../nbs/library/data_check.ipynb #ba038e27
-import argparse
 import os
 import sys
 import torch
@@ -19,7 +18,7 @@ from .records import METADATA, SUFFIXES, UNREAD, caption_list, content_key, insp
 from .records import list_files, natural_key, normalize_name, open_header, read_metadata, read_sidecar
 from .preprocess import bucket_sizes
 from .report import DataReport, FitReport, at_resolution, caption_remarks
-from ..options import option
+from ..options import option, parse_config
 from dataclasses import dataclass
 
 # %% ../../nbs/library/data_check.ipynb #20eeb0ae
@@ -288,43 +287,35 @@ def check_data(
     return at_resolution(report, resolution, use_aspect_ratio_buckets)
 
 # %% ../../nbs/library/data_check.ipynb #3d5551e1
-def check_data_flags(
-    words, # of the command line
-): # argparse.Namespace
-    "Read the flags of `sdxl-course check-data`."
-    parser = argparse.ArgumentParser("sdxl-course check-data", description="Find what would go wrong in a folder of pictures.", allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder with pictures and captions")
-    flags = dict(train_data_dir=dict(metavar="DIR", help="the same, as the trainers call it"),
-                 resolution=dict(type=int, default=1024, help="side of the square that is trained, pixels (default 1024)"),
-                 use_aspect_ratio_buckets=dict(action="store_true", help="let pictures keep their shape"),
-                 image_column=dict(default="image", help="column of the metadata that names the file (default file_name or image)"),
-                 caption_column=dict(default="text", help="column of the metadata with the caption (default text)"),
-                 model=dict(default="tiny", help="whose tokenizer measures captions: tiny, a folder or a hub id"),
-                 max_token_length=dict(type=int, default=75, choices=(75, 150, 225), help="tokens of a caption that are read (default 75)"),
-                 output=dict(metavar="FILE.json", help="write the whole report there too"))
-    for name, how in flags.items(): parser.add_argument(*dict.fromkeys([f"--{name}", "--" + name.replace("_", "-")]), **how)
-    def refuse(message): raise CourseError(f"{message}; see sdxl-course check-data --help")
-    parser.error = refuse
-    found, unknown = parser.parse_known_args(words)
-    if unknown:
-        close = nearest(unknown[0], [f"--{name}" for name in flags])
-        raise CourseError(f"sdxl-course check-data does not know {unknown[0]!r}" + (f"; did you mean {close}?" if close else "; see sdxl-course check-data --help"))
-    if found.folder and found.train_data_dir: raise CourseError(f"two folders were given, {found.folder!r} and {found.train_data_dir!r}: name one")
-    found.folder = found.folder or found.train_data_dir
-    if not found.folder: raise CourseError("no folder was given: wanted sdxl-course check-data DIR")
-    return found
+@dataclass(frozen=True, kw_only=True)
+class CheckDataConfig:
+    "Find what would go wrong in a folder of pictures."
+    folder: str | None = option(None, "folder with pictures and captions; also without the flag: check-data DIR")
+    train_data_dir: str | None = option(None, "the same, as the trainers call it")
+    resolution: int = option(1024, "side of the square that is trained, pixels")
+    use_aspect_ratio_buckets: bool = option(False, "let pictures keep their shape")
+    image_column: str = option("image", "column of the metadata that names the file; or file_name")
+    caption_column: str = option("text", "column of the metadata with the caption")
+    model: str = option("tiny", "whose tokenizer measures captions: tiny, a folder or a hub id")
+    max_token_length: int = option(75, "tokens of a caption that are read", choices=(75, 150, 225))
+    output: str | None = option(None, "file that gets the whole report as JSON too")
+
+    def place(self)->str: # the folder that is meant; CourseError for none or two
+        if self.folder and self.train_data_dir:
+            raise CourseError(f"two folders were given, {self.folder!r} and {self.train_data_dir!r}: name one")
+        if not (self.folder or self.train_data_dir): raise CourseError("no folder was given: wanted sdxl-course check-data DIR")
+        return self.folder or self.train_data_dir
 
 # %% ../../nbs/library/data_check.ipynb #fe561f18
 def run_check_data(
-    words, # of the command line
+    config:CheckDataConfig,
 )->int: # exit code
-    "Print the report, write it down if asked, and say whether anything can be used."
-    flags = check_data_flags(words)
+    "Print the report, write it down if asked; CourseError where nothing can be used."
     bar = lambda items, what: tqdm(items, desc=what, disable=not watched(), leave=False)
-    report = check_data(flags.folder, flags.resolution, flags.use_aspect_ratio_buckets, flags.model, image_column=flags.image_column,
-                        caption_column=flags.caption_column, max_token_length=flags.max_token_length, bar=bar)
+    report = check_data(config.place(), config.resolution, config.use_aspect_ratio_buckets, config.model,
+        image_column=config.image_column, caption_column=config.caption_column, max_token_length=config.max_token_length, bar=bar)
     if report.records or report.problems: print(report)
-    if flags.output: print(f"\nwritten to {write_json(flags.output, report.values())}")
+    if config.output: print(f"\nwritten to {write_json(config.output, report.values())}")
     report.usable("skip")
     return 0
 
@@ -332,7 +323,7 @@ def main(
     argv=None, # the words after check-data; None takes them from the command line
 )->int: # exit code: 0 usable, 2 not
     "`sdxl-course check-data`"
-    return guarded(run_check_data, sys.argv[1:] if argv is None else list(argv))
+    return guarded(lambda: run_check_data(parse_config(CheckDataConfig, argv, "sdxl-course check-data", "folder")))
 
 # %% ../../nbs/library/data_check.ipynb #5965724f
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__
