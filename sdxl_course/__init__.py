@@ -1,1 +1,31 @@
+"""A course on fine-tuning Stable Diffusion XL whose notebooks are this library.
+
+    from sdxl_course import load_pipeline, generate, show_images
+    show_images(generate(load_pipeline("tiny"), "a photo of a red house in the snow", seeds=range(4)))
+
+What people use every day can be imported from here, as above; everything else from its own module, as in
+`from sdxl_course.model.lora import add_lora`. Importing this package imports nothing else: a name brings its
+module when it is first asked for."""
+import importlib
+
 __version__ = "0.1.0"
+
+NAMES = dict( # name -> module that defines it
+    CourseError="core", show_images="core",
+    sample_dir="world.samples",
+    load_components="model.components", tiny_path="model.components", generate="model.sampling",
+    check_dataset="data.check",
+    load_pipeline="inference", set_lora_scale="inference", sweep_lora_scale="inference",
+    TextToImageConfig="text_to_image", train_text_to_image="text_to_image",
+    DreamBoothConfig="dreambooth", train_dreambooth="dreambooth",
+    EvaluateConfig="evaluate", evaluate_model="evaluate",
+)
+__all__ = [*NAMES, "__version__"]
+
+
+def __getattr__(name):
+    if name not in NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{NAMES[name]}"), name)
+
+
+def __dir__(): return sorted({*globals(), *NAMES})

@@ -67,7 +67,7 @@ def train(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     usual = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(data), resolution=64, train_batch_size=2, max_train_steps=3,
         learning_rate=1e-2, seed=0, report_to="none", checkpointing_steps=1000)
 
-    def train(name="run", say=lambda text: None, curve=False, **options):
-        if not curve: monkeypatch.setattr("sdxl_course.train.results.save_curve", lambda path, *points: Path(path).write_bytes(b""))  # a fifth of the time
-        return train_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), say)
+    def train(name="run", log=lambda text: None, curve=False, **options):
+        if not curve: monkeypatch.setattr("sdxl_course.train.run.save_curve", lambda path, *points: Path(path).write_bytes(b""))  # a fifth of the time
+        return train_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), log)
     return train

@@ -63,14 +63,20 @@ def prepare():
     for i in range(6): Image.linear_gradient("L").rotate(60*i).resize((72, 96)).save(f"masks/{i}.png")
 
 
+def given(value):
+    "Without options that are off, so that a new option changes nothing."
+    if isinstance(value, dict): return {key: given(one) for key, one in value.items() if one is not None and one is not False}
+    return [given(one) for one in value] if isinstance(value, list) else value
+
+
 def content(path):
     "The bytes that count."
     data = path.read_bytes()
-    if path.suffix == ".json": return json.dumps(json.loads(data), sort_keys=True).encode()
+    if path.suffix == ".json": return json.dumps(given(json.loads(data)), sort_keys=True).encode()
     if path.suffix == ".jsonl": return "\n".join(json.dumps(json.loads(line), sort_keys=True) for line in data.decode().splitlines()).encode()
     if path.name == "config.yaml":
         import yaml
-        return json.dumps(yaml.safe_load(data), sort_keys=True).encode()
+        return json.dumps(given(yaml.safe_load(data)), sort_keys=True).encode()
     return data
 
 

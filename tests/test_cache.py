@@ -1,4 +1,4 @@
-"What a cache must survive: other writers, broken files, changed pictures, a stopped run (page 32)."
+"What a cache must survive: other writers, broken files, changed pictures, a stopped run (page 22)."
 import multiprocessing
 import os
 import subprocess
@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sdxl_course import cache as cache_module
+from sdxl_course.data import cache as cache_module
 from sdxl_course.data.cache import LatentCache, crop_origin, fingerprint, hashed
-from sdxl_course.data.loader import collate
+from sdxl_course.data.loader import BatchLoader, MicroBatch, collate
 from sdxl_course.model.latents import draw_latents, posterior, vae_dtype
 from sdxl_course.model.components import load_components
 from sdxl_course.model.architecture import tiny_architecture
 from sdxl_course.model.conditioning import encode_prompts
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.data.records import ImageRecord, inspect_picture, open_image
+from sdxl_course.data.records import MASK, Companion, ImageRecord, content_key, inspect_picture, open_image, with_masks
 from sdxl_course.data.check import read_dataset
 from sdxl_course.data.preprocess import prepare_image
 
@@ -109,7 +109,7 @@ def test_buckets_masks_and_the_format_of_the_autoencoder_are_part_of_the_name(co
     half = deepcopy(components.vae).to(torch.bfloat16)
     names = [store.picture(record, components.vae, 32)[0], store.picture(record, half, 32)[0],
              *[store.picture(record, components.vae, 32, crop_top_left=(0, 0), target_size=target)[0] for target in (None, (24, 40), (40, 24))],
-             *[store.picture(replace(record, mask=tmp_path / name), components.vae, 32)[0] for name in ("white.png", "black.png")]]
+             *[store.picture(replace(record, companions={"mask": tmp_path / name}), components.vae, 32)[0] for name in ("white.png", "black.png")]]
     assert len(set(names)) == len(names)
 
 
@@ -344,7 +344,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from sdxl_course.data.cache import LatentCache, hashed
-from sdxl_course.data.loader import collate
+from sdxl_course.data.loader import BatchLoader, MicroBatch, collate
 from sdxl_course.data.check import read_dataset
 n, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -398,3 +398,87 @@ def test_a_batch_holds_each_entry_s_own_facts(components, tmp_path):
         assert batch.time_ids[i].tolist() == [records[i].height, records[i].width, *one.crop_top_left, 32, 32]
     alone = collate([entries[1]], [noise[1]])
     assert torch.equal(alone.latents[0], batch.latents[1])                             # a sample does not depend on its neighbours
+
+
+# ---- companions ------------------------------------------------------------------------------------------------------------
+
+TWIN, COPY = Companion("twin", keep="latents"), Companion("copy")
+
+
+def copied(records):
+    "Each picture is its own companion, as latents and as pixels, and its own mask."
+    return [replace(record, companions=dict(twin=record.path, copy=record.path, mask=record.path)) for record in records]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_companion_is_encoded_as_its_picture_is(components, record, tmp_path, dtype):
+    record, store = copied([record])[0], LatentCache(tmp_path / "store")
+    for options in (dict(), dict(flip=True, crop_top_left=(0, 3)), dict(target_size=(24, 40), interpolation="box")):
+        key, tensors, sizes = store.picture(record, components.vae, 32, dtype=dtype, companions=(TWIN, COPY), **options)
+        mean, std = posterior(components.vae, tensors["copy"][None])
+        assert set(tensors) == {"latent_mean", "latent_std", "twin_mean", "twin_std", "copy", "mask"} and tensors["copy"].dtype == torch.float32
+        for name in ("mean", "std"): assert torch.equal(tensors[f"twin_{name}"], tensors[f"latent_{name}"]) and tensors[f"twin_{name}"].dtype == dtype
+        assert torch.equal(mean[0].to(dtype), tensors["latent_mean"])
+    entry = store.entry(record, "a", components, 32, companions=(TWIN, COPY))
+    assert set(entry.extra) == {"twin_mean", "twin_std", "copy", "mask"} and torch.equal(entry.extra["mask"], torch.ones(1, *entry.latent_mean.shape[1:]))
+    assert all(torch.equal(entry.extra[name], store.load(entry.key).extra[name]) for name in entry.extra)
+
+
+def test_companions_are_part_of_the_name(components, record, tmp_path):
+    store, vae, names = LatentCache(), components.vae, []
+    for seed in range(2):
+        make_record(tmp_path / "other.png", seed=seed + 1)
+        with_other = replace(record, companions=dict(other=tmp_path / "other.png", more=tmp_path / "other.png"))
+        kinds = [(Companion("other"),), (Companion("other", keep="latents"),), (Companion("other", "L"),), (Companion("other", "L", "mask"),), (Companion("more"),),
+                 (Companion("other"), Companion("more"))]
+        names += [store.picture(with_other, vae, 32, companions=companions)[0] for companions in kinds]
+        assert store.picture(with_other, vae, 32, companions=kinds[-1][::-1])[0] == names[-1]                                  # the order does not matter
+        assert store.picture(with_other, vae, 32)[0] == store.picture(record, vae, 32)[0]                                      # nor what nobody asked for
+    assert len(set(names)) == len(names)
+    with pytest.raises(CourseError, match="has no other picture"): store.picture(record, vae, 32, companions=(Companion("other"),))
+
+
+def test_names_without_companions_and_with_a_mask_are_those_of_old_caches(components, record):
+    fixed = record.key, [32, 32], False, crop_origin(record, 32), "lanczos", fingerprint(components.vae), "torch.float32"
+    masked, = with_masks([record])
+    assert LatentCache().picture(record, components.vae, 32)[0] == hashed("picture 2", *fixed, None)
+    for companions in ((), (MASK,)):
+        key, tensors, _ = LatentCache().picture(masked, components.vae, 32, companions=companions)
+        assert key == hashed("picture 2", *fixed, content_key(record.path.read_bytes())) and sorted(tensors) == ["latent_mean", "latent_std", "mask"]
+
+
+def test_a_companion_whose_latents_are_not_numbers_is_named(components, record, tmp_path):
+    broken, calls = deepcopy(components.vae), []
+    hook = broken.quant_conv.register_forward_hook(lambda module, given, out: calls.append(1) or (out * float("nan") if len(calls) == 2 else out))
+    record = replace(record, companions={"twin": make_record(tmp_path / "twin.png", seed=1).path})
+    with pytest.raises(CourseError, match="twin.png: its latents are not finite"): LatentCache().picture(record, broken, 32, companions=(TWIN,))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(center_crop=True), dict(buckets=True), dict(cached_crops=2)], ids=str)
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "cached"])
+def test_companions_share_crop_and_flip_in_every_batch(toy, make_pictures, options, kept):
+    records, components = copied(read_dataset(make_pictures(4, size=(96, 144)))), toy()
+    loader = BatchLoader(records, components, 3, 64, random_flip=True, companions=(TWIN, COPY), **options)
+    loader.encode_once(kept, True)
+    views = set()
+    for epoch in range(4):
+        micro = MicroBatch(epoch, 0, epoch, (0, 2, 1, 3), 4, True)
+        batch = loader.batch(micro, loader.prepare(micro), 1000)[0].to("cpu")
+        means = torch.cat([posterior(components.vae, pixels[None])[0] for pixels in batch.extra["copy"]])
+        torch.testing.assert_close(batch.extra["twin_mean"], means, rtol=1e-4, atol=1e-5)                # what is kept as pixels is what was encoded
+        for (tensors, sizes), twin, std, mask in zip(loader.encode(micro, loader.prepare(micro)), batch.extra["twin_mean"], batch.extra["twin_std"], batch.extra["mask"]):
+            torch.testing.assert_close(twin, tensors["latent_mean"], rtol=1e-4, atol=1e-5); torch.testing.assert_close(std, tensors["latent_std"], rtol=1e-4, atol=1e-5)
+            assert torch.equal(mask, torch.ones(1, *twin.shape[1:]))
+        views |= {(i, *loader.view(epoch, i)) for i in range(4)}
+    assert len({flipped for i, flipped, crop in views}) == 2
+
+
+def test_a_missing_mask_counts_everywhere_and_another_companion_may_not_be_missing(components, tmp_path):
+    first, second = (make_record(tmp_path / f"{i}.png", seed=i) for i in range(2))
+    Image.linear_gradient("L").resize((48, 40)).save(tmp_path / "mask.png")
+    store, masked = LatentCache(), replace(first, companions=dict(mask=tmp_path / "mask.png", copy=first.path))
+    some = collate([store.entry(masked, "", components, 32), store.entry(second, "", components, 32)])
+    assert torch.equal(some.extra["mask"][1], torch.ones_like(some.extra["mask"][1])) and some.extra["mask"][0].min() < 0.2
+    assert collate([store.entry(second, "", components, 32)]).extra == {}
+    with pytest.raises(CourseError, match="1 of 2 samples of a batch have no 'copy'"):
+        collate([store.entry(masked, "", components, 32, companions=(COPY,)), store.entry(second, "", components, 32)])

@@ -100,7 +100,7 @@ def test_resuming_twice_and_stopping_early_change_nothing(train):
     train("steps", max_train_steps=2, **options)
     train("steps", max_train_steps=4, resume_from_checkpoint="latest", **options)
     said = []
-    folder = train("steps", max_train_steps=N, resume_from_checkpoint="latest", say=said.append, **options).output_dir
+    folder = train("steps", max_train_steps=N, resume_from_checkpoint="latest", log=said.append, **options).output_dir
     assert lasting(folder) == straight
     assert any("resuming" in text and "4 of 6" in text for text in said)
 
@@ -199,7 +199,7 @@ def test_trap_7_the_old_checkpoint_goes_only_when_the_new_one_is_whole(train, mo
 def test_a_fresh_run_does_not_take_an_earlier_runs_checkpoints_for_its_own(train):
     train(max_train_steps=4, checkpointing_steps=2)
     said = []
-    folder = train(max_train_steps=2, checkpointing_steps=2, rank=8, say=said.append).output_dir
+    folder = train(max_train_steps=2, checkpointing_steps=2, rank=8, log=said.append).output_dir
     assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-2"] and (folder / "earlier-1" / "checkpoint-4").is_dir()
     assert any("earlier-1" in text for text in said)
 

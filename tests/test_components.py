@@ -1,4 +1,4 @@
-"What page 10 has no room for: wrong folders, replacement VAEs, single files, other people's readers."
+"What the pages of components and architecture have no room for: wrong folders, replacement VAEs, single files, other people's readers."
 import json
 import shutil
 
@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from sdxl_course.model.components import NETWORKS, PARTS, load_components, quiet, save_components
-from sdxl_course.model.architecture import TINY, sdxl_architecture, tiny_architecture
 from sdxl_course.core import CourseError
+from sdxl_course.model.architecture import TINY, sdxl_architecture, tiny_architecture
+from sdxl_course.model.components import NETWORKS, PARTS, load_components, quiet, save_components
 
 
 def small_tokenizer(folder, pad):

@@ -1,9 +1,10 @@
-"Folders, tables and files that try to break the reader (page 30)."
+"Folders, tables and files that try to break the reader (page 20)."
 import hashlib
 import io
 import json
 import pickle
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 from sdxl_course.core import CourseError
-from sdxl_course.data.records import caption_list, decode, inspect_picture, natural_key, open_image, read_metadata, row_name, to_rgb
-from sdxl_course.data.report import caption_remarks, escape, DataReport
-from sdxl_course.data.check import check_dataset, choose, read_dataset, scan
+from sdxl_course.data.records import MASK, Companion, caption_list, companions_of, decode, inspect_picture, natural_key, open_companion, open_image, open_mask
+from sdxl_course.data.records import read_metadata, row_name, to_rgb, with_companions, with_masks
+from sdxl_course.data.report import DataReport, caption_remarks, escape_markdown
+from sdxl_course.data.check import check_dataset, choose_samples, read_dataset, scan
 from toy import make_tokenizer
 
 calm = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,7 +57,7 @@ def test_no_name_leaves_the_folder(name):
 @calm
 @given(st.text(max_size=80))
 def test_reports_show_strangers_text_as_text(text):
-    shown = escape(text)
+    shown = escape_markdown(text)
     assert not set(shown) & set("<>[]|*_`\\!\n\r") and '"' not in shown
     report = DataReport(text, [], [(text, text)], [(text, text)], [text])
     table = report._repr_markdown_()
@@ -224,8 +226,8 @@ def test_a_subset_is_repeatable_and_not_checked_beyond_itself(tmp_path):
     lines(tmp_path, [{"file_name": f"{i}.png", "text": str(i)} for i in range(12)])
     kept = read_dataset(tmp_path, max_train_samples=5, seed=3)
     assert kept == read_dataset(tmp_path, max_train_samples=5, seed=3) and len(kept) == 5
-    assert [int(record.captions[0]) for record in kept] == choose(12, 5, 3)
-    assert {tuple(choose(12, 5, seed)) for seed in range(5)} != {tuple(choose(12, 5, 0))}
+    assert [int(record.captions[0]) for record in kept] == choose_samples(12, 5, 3)
+    assert {tuple(choose_samples(12, 5, seed)) for seed in range(5)} != {tuple(choose_samples(12, 5, 0))}
 
 
 def test_the_report_counts_every_file_once(tmp_path):
@@ -234,7 +236,7 @@ def test_the_report_counts_every_file_once(tmp_path):
     lines(tmp_path, [{"file_name": name, "text": "a"} for name in ("1.png", "2.png", "copy.png")])
     report = scan(tmp_path)
     assert (len(report.records), len(report.problems), report.others) == (2, 1, ["x.pdf"])
-    assert ("copy.png", "the same picture as another: 1.png") in report.remarks and report.copies() == [["1.png", "copy.png"]]
+    assert ("copy.png", "the same picture as another: 1.png") in report.remarks and report.duplicates() == [["1.png", "copy.png"]]
     assert "2.png" in str(report) and "usable pictures | 2, 1 different" in report._repr_markdown_()
 
 
@@ -282,6 +284,89 @@ def test_a_record_is_small_and_survives_another_process(tmp_path):
     picture().save(tmp_path / "a.png")
     record = inspect_picture(tmp_path / "a.png", ["a"])[0]
     assert not hasattr(record, "__dict__") and pickle.loads(pickle.dumps(record)) == record
+
+
+# ---- companions ------------------------------------------------------------------------------------------------------------
+
+def some_records(folder, n=3):
+    folder.mkdir()
+    for i in range(n): picture(seed=i).save(folder / f"{i}.png")
+    return read_dataset(folder, require_captions=False)
+
+
+def test_companions_are_found_by_the_picture_s_name_whatever_their_ending(tmp_path):
+    records, folder = some_records(tmp_path / "a"), tmp_path / "b"
+    folder.mkdir(); (folder / "notes.txt").write_text("not a picture")
+    for i, ending in enumerate(("png", "webp", "tiff")): picture(seed=9 + i).save(folder / f"{i}.{ending}", **dict(lossless=True) if ending == "webp" else {})
+    both = with_masks(with_companions(records, "control", folder), folder)
+    assert [sorted(record.companions) for record in both] == [["control", "mask"]] * 3 and all(not record.companions for record in records)
+    for i, record in enumerate(both):
+        assert np.array_equal(np.asarray(open_companion(record, Companion("control"))), np.asarray(picture(seed=9 + i)))
+        assert np.array_equal(np.asarray(open_companion(record, Companion("control", "L"))), np.asarray(picture(seed=9 + i).convert("L")))
+        assert np.array_equal(np.asarray(open_mask(record)), np.asarray(picture(seed=9 + i).convert("L")))
+        assert replace(record, companions={}) == records[i] != record and pickle.loads(pickle.dumps(record)) == record and hash(record) == hash(records[i])
+
+
+@pytest.mark.parametrize("name, noun", [("mask", "mask"), ("original", "original picture")])
+def test_a_companion_that_is_missing_is_named(name, noun, tmp_path):
+    records, folder = some_records(tmp_path / "a"), tmp_path / "b"
+    with pytest.raises(CourseError) as error: with_companions(records, name, folder)
+    assert str(error.value) == f"{name}_data_dir {str(folder)!r} is not there: wanted a folder of {noun}s named like the pictures"
+    folder.mkdir(); picture().save(folder / "0.png")
+    with pytest.raises(CourseError) as error: with_companions(records, name, folder)
+    assert str(error.value) == f"{folder} has no {noun} for 2 of 3 pictures, for instance 1.png: wanted 1.png"
+    with pytest.raises(CourseError, match=f"0.png has no {noun}: wanted one for every picture"): open_companion(records[0], Companion(name))
+
+
+@pytest.mark.parametrize("companion, article", [(MASK, "a mask"), (Companion("original", keep="latents"), "an original picture")])
+def test_a_companion_that_does_not_fit_or_open_is_one_sentence(companion, article, tmp_path):
+    record, file = some_records(tmp_path / "a", 1)[0], tmp_path / "b" / "0.png"
+    file.parent.mkdir(); picture(20, 24).save(file)
+    record, = with_companions([record], companion.name, file.parent)
+    with pytest.raises(CourseError, match="is 20 x 24, its picture 32 x 24: wanted the same size"): open_companion(record, companion)
+    data = encoded(picture(), format="PNG")
+    for damaged in (b"", b"no picture", data[:len(data) // 2], data[:30]):
+        file.write_bytes(damaged)
+        with pytest.raises(CourseError, match=f"0.png: it cannot be opened as {article} "): open_companion(record, companion)
+    file.unlink()
+    with pytest.raises(CourseError, match=f"cannot be opened as {article} .*No such file"): open_companion(record, companion)
+
+
+def test_companions_are_upright_and_keep_what_their_mode_can_hold(tmp_path):
+    exif, upright = Image.Exif(), picture()
+    exif[0x0112] = 6
+    for folder in ("a", "b"): (tmp_path / folder).mkdir()
+    upright.save(tmp_path / "a" / "0.png"); upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b" / "0.png", exif=exif)
+    record, = with_companions([inspect_picture(tmp_path / "a" / "0.png")[0]], "control", tmp_path / "b")
+    assert np.array_equal(np.asarray(open_companion(record, Companion("control"))), np.asarray(upright))
+    deep = np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 80                                 # a depth map of 16 bits
+    Image.fromarray(deep).save(tmp_path / "b" / "0.png")
+    assert np.array_equal(np.asarray(open_companion(record, Companion("control", "L"))), np.round(deep / 257).astype(np.uint8))
+
+
+def test_a_picture_is_its_own_mask_by_its_alpha_and_its_own_companion_by_its_colours(tmp_path):
+    alpha, image = np.tile(np.uint8([0, 60, 255, 255]), (24, 8)), picture()
+    image.putalpha(Image.fromarray(alpha)); image.save(tmp_path / "0.png")
+    record, = with_masks([inspect_picture(tmp_path / "0.png")[0]])
+    record = replace(record, companions=record.companions | {"original": record.path})
+    assert np.array_equal(np.asarray(open_mask(record)), alpha)
+    assert np.array_equal(np.asarray(open_companion(record, Companion("original"))), np.asarray(open_image(record.path)))
+    picture().save(tmp_path / "1.png")
+    assert open_mask(with_masks([inspect_picture(tmp_path / "1.png")[0]])[0]).getextrema() == (255, 255)
+
+
+def test_a_mask_travels_without_being_asked_for(tmp_path):
+    plain, = some_records(tmp_path / "a", 1)
+    masked, control, other = with_masks([plain])[0], Companion("control"), Companion("mask", "L")
+    assert companions_of(plain) == () and companions_of(plain, [control]) == (control,) and companions_of(masked) == (MASK,)
+    assert companions_of(masked, (control,)) == (control, MASK) and companions_of(masked, (MASK, control)) == (MASK, control)
+    assert companions_of(masked, (other,)) == (other,)
+
+
+@pytest.mark.parametrize("words, say", [(("", "RGB"), "name of its own"), (("latent_mean", "RGB"), "name of its own"), (("x", "P"), "'RGB' or 'L'"),
+    (("x", "L", "numbers"), "pixels, latents, mask"), (("x", "RGB", "mask"), "masks are 'L'"), (("x", "L", "latents"), "masks are 'L'")])
+def test_a_companion_that_makes_no_sense_is_refused(words, say):
+    with pytest.raises(CourseError, match=say): Companion(*words)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------

@@ -24,14 +24,14 @@ from sdxl_course.train.class_images import NOTE, class_file, class_pictures, mis
 from sdxl_course.dreambooth import DreamBoothConfig, main, read_subject, train_dreambooth
 from sdxl_course.model.noise import EdmSchedule
 from sdxl_course.train.objective import SubjectLoss, PriorDistillation, subject_schedule, without_adapters
-from sdxl_course.model.lora import add_lora, lora_parameters
+from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.lora_files import continue_lora
 from sdxl_course.model.noise import NoiseSchedule
 from sdxl_course.train.objective import per_sample_mse, predict, prediction_target
 from sdxl_course.data.preprocess import prepare_image
 from sdxl_course.train.objective import DenoisingLoss
 from sdxl_course.data.loader import BatchLoader
-from sdxl_course.model.lora import inject, trained_parts
+from sdxl_course.model.adapters import inject, trained_parts
 from sdxl_course.data.loader import SampleRNG, MicroBatch
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
@@ -66,7 +66,7 @@ def dream(home, usual, toy):
     "A function that trains the toy model and remembers: the same options are trained once. `name` asks for a folder of that name."
     done = {}
 
-    def dream(name=None, say=lambda text: None, components=None, **options):
+    def dream(name=None, log=lambda text: None, components=None, **options):
         key = json.dumps([name, options], sort_keys=True)
         if key not in done or components or name:
             config = DreamBoothConfig(**{**usual, "output_dir": str(home / (name or f"run-{len(done)}")), **options})
@@ -206,7 +206,7 @@ def test_every_flag_has_an_effect(dream, prior, options, beside):
     for result in (dream(**beside), dream(**{**beside, **options})):
         memory = {name: data for name, data in files_of(result.output_dir).items() if "optimizer" in name}
         memory = {name: json.loads(data)["groups"][0].get("d_numerator") if name.endswith("json") else data for name, data in memory.items()}  # not the options themselves
-        found.append((result.log, result.lora_path.read_bytes(), memory))
+        found.append((result.log, result.weights_path.read_bytes(), memory))
     assert found[0] != found[1]
 
 
@@ -237,9 +237,9 @@ def test_captions_speak_when_asked_and_the_prompt_fills_gaps(usual, tmp_path):
     folder = make_pictures(tmp_path / "thing", 4, captions=["one", "", "   ", "four"])
     (folder / "1.txt").write_text("beside it")
     heard = []
-    captions = [r.captions[0] for r in read_subject(make(usual, instance_data_dir=str(folder), caption_column="text"), say=heard.append)]
+    captions = [r.captions[0] for r in read_subject(make(usual, instance_data_dir=str(folder), caption_column="text"), log=heard.append)]
     assert captions == ["one", "beside it", PROMPT, "four"] and "1 of 4 pictures have no caption" in heard[0]
-    assert {r.captions[0] for r in read_subject(make(usual, instance_data_dir=str(folder)), say=heard.append)} == {PROMPT} and "--caption_column text would" in heard[1]
+    assert {r.captions[0] for r in read_subject(make(usual, instance_data_dir=str(folder)), log=heard.append)} == {PROMPT} and "--caption_column text would" in heard[1]
     with pytest.raises(CourseError, match="txet"): read_subject(make(usual, instance_data_dir=str(folder), caption_column="txet"))
     (folder / "metadata.jsonl").unlink(), (folder / "1.txt").unlink()
     with pytest.raises(CourseError, match="leads to no caption"): read_subject(make(usual, instance_data_dir=str(folder), caption_column="text"))
@@ -574,9 +574,9 @@ def test_loading_once_is_enough_when_the_number_format_fits(usual, toy, tmp_path
     loaded, real = [], dreambooth.load_components
     for module in (dreambooth, sys.modules["sdxl_course.text_to_image"]):
         monkeypatch.setattr(module, "load_components", lambda *a, **k: (loaded.append(a), real(*a, **k))[1])
-    train_dreambooth(class_config(usual, tmp_path / "c", 1, output_dir=str(tmp_path / "o"), max_train_steps=1), say=lambda text: None)
+    train_dreambooth(class_config(usual, tmp_path / "c", 1, output_dir=str(tmp_path / "o"), max_train_steps=1), log=lambda text: None)
     assert len(loaded) == 1  # defect 27: nor is anything loaded at the end
-    train_dreambooth(class_config(usual, tmp_path / "b", 1, output_dir=str(tmp_path / "o2"), max_train_steps=1, prior_generation_precision="bf16"), say=lambda text: None)
+    train_dreambooth(class_config(usual, tmp_path / "b", 1, output_dir=str(tmp_path / "o2"), max_train_steps=1, prior_generation_precision="bf16"), log=lambda text: None)
     assert len(loaded) == 3  # drawn in another format: loaded for it, and again to train
 
 
@@ -625,7 +625,7 @@ def test_the_teacher_needs_no_pictures_and_keeps_the_class_where_it_was(dream, t
     noisy, t = torch.randn(1, 4, 8, 8, generator=seeded("x")), torch.tensor([500])
     def drift(result):
         live = toy()
-        live.unet.load_lora_adapter(load_file(result.lora_path), prefix="unet")
+        live.unet.load_lora_adapter(load_file(result.weights_path), prefix="unet")
         with torch.no_grad(): return float(per_sample_mse(predict(live.unet, noisy, t, Rows), predict(base.unet, noisy, t, Rows)))
     assert drift(held) < 0.5 * drift(free)
     assert dream(prior_teacher=True, class_prompt=CLASS, prior_loss_weight=0.0).losses == pytest.approx(dream().losses, rel=1e-5)
@@ -822,7 +822,7 @@ def test_another_set_of_class_pictures_is_refused_at_resume_and_a_moved_one_is_n
     shutil.copytree(home / "class", tmp_path / "class")
     options["class_data_dir"] = str(tmp_path / "class")
     straight = dream("straight", **{**prior, "checkpointing_steps": 1}, max_train_steps=4)
-    assert dream("moved", **options, max_train_steps=4, resume_from_checkpoint="latest").lora_path.read_bytes() == straight.lora_path.read_bytes()
+    assert dream("moved", **options, max_train_steps=4, resume_from_checkpoint="latest").weights_path.read_bytes() == straight.weights_path.read_bytes()
     (tmp_path / "class" / "5.png").unlink()
     with pytest.raises(CourseError, match="data"): dream("moved", **options, max_train_steps=6, resume_from_checkpoint="latest")
     with pytest.raises(CourseError, match="prior_loss_weight"): dream("moved", **{**prior, "prior_loss_weight": 0.5}, max_train_steps=6, resume_from_checkpoint="latest")
@@ -830,14 +830,14 @@ def test_another_set_of_class_pictures_is_refused_at_resume_and_a_moved_one_is_n
 
 # ---------------------------------------------------------------- the result
 
-def test_the_same_run_twice_is_the_same_file(dream, prior): assert dream("one", **prior).lora_path.read_bytes() == dream("two", **prior).lora_path.read_bytes()
+def test_the_same_run_twice_is_the_same_file(dream, prior): assert dream("one", **prior).weights_path.read_bytes() == dream("two", **prior).weights_path.read_bytes()
 
 
 @pytest.mark.parametrize("options", [dict(), dict(train_text_encoder=True, text_encoder_lr=1e-2), dict(use_dora=True), dict(use_dora=True, train_text_encoder=True, text_encoder_lr=1e-2, lora_alpha=2.0)], ids=str)
 def test_defects_31_32_kohya_files_hold_everything_under_the_right_names(dream, toy, options):
     result = dream(output_kohya_format=True, **options)
     kohya = load_file(result.output_dir / "pytorch_lora_weights_kohya.safetensors")
-    ours = load_file(result.lora_path)
+    ours = load_file(result.weights_path)
     assert {name.split(".")[-2 if name.endswith("weight") else -1] for name in kohya} == {"lora_down", "lora_up", "alpha"} | ({"dora_scale"} if "use_dora" in options else set())
     modules = {name.split(".")[0] for name in kohya}
     assert all(f"{module}.{end}" in kohya for module in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))

@@ -12,9 +12,10 @@ from sdxl_course.model.components import load_components
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT, Scene, sample_scene
 from sdxl_course.world.render import render, render_styles
-from sdxl_course.measure.metrics import SubjectJudge, ClipJudge, bootstrap_interval, drift, mean_similarity, memorised, nearest_neighbours, normalised, prior_metrics, shrunk, vae_report, vae_scores, vae_table
-from sdxl_course.measure.judges import BODY, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, to_pixels
-from sdxl_course.evaluate import EvaluateConfig, evaluate, evaluation_scenes, main, prompt_of, read_judged, save_judged, scene_of, score_columns, score_table, summarise
+from sdxl_course.measure.metrics import ClipJudge, bootstrap_interval, drift, mean_similarity, memorized, nearest_neighbours, normalized, prior_metrics, thumbnail_embeds, to_pixels
+from sdxl_course.measure.judges import BODY, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, vae_report, vae_scores, vae_table
+from sdxl_course.measure.subject import SubjectJudge
+from sdxl_course.evaluate import EvaluateConfig, evaluate_model, evaluation_scenes, main, prompt_of, read_judged, save_judged, scene_of, score_columns, score_table, summarize
 
 SMALL = dict(BODY, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
 
@@ -155,8 +156,8 @@ def test_each_score_is_the_share_that_its_name_says(monkeypatch):
     elsewhere, painted = next(p for p in PLACES if p != known.place), next(c for c in COLORS if c != known.color)
     asked = [known, known, pencil, book, other, other, other]
     seen = [wrong(known), wrong(known, color=painted), wrong(pencil, place=elsewhere, color=painted), wrong(book, style="pencil"), wrong(other), wrong(other), wrong(other, object="lamp" if other.object != "lamp" else "mug")]
-    monkeypatch.setattr("sdxl_course.measure.judges.name_attributes", lambda judge, pictures: seen)
-    found = summarise(score_columns([Image.new("RGB", (128, 128))]*7, asked))
+    monkeypatch.setattr("sdxl_course.evaluate.name_attributes", lambda judge, pictures: seen)
+    found = summarize(score_columns([Image.new("RGB", (128, 128))]*7, asked))
     wanted = dict(object_accuracy=4/4, color_accuracy=1/2, place_accuracy=3/4, content_accuracy=3/4, joint_accuracy=2/4, joint_accuracy_held_out=2/3, style_accuracy=6/6, style_score=6/7)
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
 
@@ -201,15 +202,15 @@ def test_metrics_of_identical_and_of_unrelated_sets():
 
 
 def test_a_score_needs_a_ceiling_above_its_floor():
-    assert normalised(.5, 0, 1) == .5 and normalised(-1, 0, 1) == -1
-    with pytest.raises(CourseError, match="cannot tell them apart"): normalised(.5, .7, .7)
+    assert normalized(.5, 0, 1) == .5 and normalized(-1, 0, 1) == -1
+    with pytest.raises(CourseError, match="cannot tell them apart"): normalized(.5, .7, .7)
 
 
 def test_copies_are_found_and_fresh_pictures_are_not(drawn):
     pictures = drawn["photo"][0]
-    learned, fresh = shrunk(pictures[:5]), shrunk(pictures[5:])
-    pale = shrunk((pictures[:5].float() * .7 + 30).byte())
-    assert memorised(pale, learned, fresh).all() and not memorised(fresh, learned, fresh).any()
+    learned, fresh = thumbnail_embeds(pictures[:5]), thumbnail_embeds(pictures[5:])
+    pale = thumbnail_embeds((pictures[:5].float() * .7 + 30).byte())
+    assert memorized(pale, learned, fresh).all() and not memorized(fresh, learned, fresh).any()
     assert nearest_neighbours(pale, learned)[1].tolist() == list(range(5))
 
 
@@ -228,7 +229,7 @@ def test_an_interval_narrows_with_more_pictures():
 
 
 def test_nothing_asked_leaves_no_score():
-    found = summarise(dict(a=[1, float("nan"), 0], b=[float("nan")]*3))
+    found = summarize(dict(a=[1, float("nan"), 0], b=[float("nan")]*3))
     assert found["a"] == .5 and set(found) == {"a", "a_interval"} and "a " in score_table(found)
 
 
@@ -276,7 +277,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
 def test_copies_of_training_pictures_show(tmp_path):
     scenes = evaluation_scenes(3, seed=5)
     save_judged([render(s) for s in scenes], scenes, tmp_path)
-    report = evaluate(EvaluateConfig(images=str(tmp_path), train_data_dir=str(tmp_path)))
+    report = evaluate_model(EvaluateConfig(images=str(tmp_path), train_data_dir=str(tmp_path)))
     assert report["nearest_training"] == pytest.approx(1, abs=1e-4)
 
 

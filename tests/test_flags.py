@@ -74,7 +74,7 @@ def ran(home, place, toy):
             filled = {name: value.format(**place) if isinstance(value, str) else value for name, value in {**usual, **options}.items()}
             own = {"pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "variant", "revision"} & options.keys()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sdxl_course.train.results.save_curve", lambda *curve: None)  # a fifth of the time
+                patch.setattr("sdxl_course.train.run.save_curve", lambda *curve: None)  # a fifth of the time
                 result = train_text_to_image(TextToImageConfig(**filled), None if own else toy(), said.append)
             done[key] = SimpleNamespace(log=result.log, losses=result.losses, result=result, said=" | ".join(said), folder=folder, options=options)
         return done[key]
@@ -350,7 +350,7 @@ def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_mode
     inside(monkeypatch, lambda unet, batch, *_: seen.extend(batch.prompt_embeds.detach().clone()))
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, num_train_epochs=12, seed=0,
         proportion_empty_prompts=0.5, learning_rate=1e-9, train_text_encoder=text, report_to="none", output_dir=str(tmp_path / "o"))
-    module.train_text_to_image(config, parts, say=lambda text: None)
+    module.train_text_to_image(config, parts, log=lambda text: None)
     dropped = [bool((told - empty).abs().max() < 1e-5) for told in seen]
     assert len(dropped) == 24 and 5 < sum(dropped) < 19
     assert len({tuple(dropped[i:i + 2]) for i in range(0, 24, 2)}) > 2  # not the same in every epoch
@@ -387,7 +387,7 @@ def test_the_result_goes_to_the_hub_and_nothing_else_does(train, hub, monkeypatc
     events = []
     inside(monkeypatch, lambda *_: events.append(len(hub.told)))
     said, token = [], "hf_" + "Tk4" * 12
-    result = train(push_to_hub=True, hub_token=token, checkpointing_steps=1, report_to="tensorboard", logging_dir="curves", cache_dir=str(tmp_path / "run" / "mine"), say=said.append)
+    result = train(push_to_hub=True, hub_token=token, checkpointing_steps=1, report_to="tensorboard", logging_dir="curves", cache_dir=str(tmp_path / "run" / "mine"), log=said.append)
     assert [what for what, *_ in hub.told] == ["create", "upload"] and events == [1] * 3  # the repository is there before the first step
     assert hub.told[0][1:3] == ("run", token) and hub.told[1][1:3] == ("me/run", token) and result.url == "https://hub/me/run"
     assert hub.told[1][3] == ["README.md", "config.yaml", "loss.png", "pytorch_lora_weights.safetensors", "training_log.jsonl"]
@@ -418,7 +418,7 @@ def test_trackers_get_curves_pictures_and_no_token(train, tmp_path):
 def test_a_missing_tracker_is_a_sentence_and_the_run_goes_on(train, name, monkeypatch):
     monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
     said = []
-    assert len(train(report_to=name, say=said.append, max_train_steps=1).log) == 1 and any(f"{name} is not installed" in text for text in said)
+    assert len(train(report_to=name, log=said.append, max_train_steps=1).log) == 1 and any(f"{name} is not installed" in text for text in said)
 
 
 @pytest.mark.parametrize("moment", ["start", "log", "log_images"])
@@ -428,7 +428,7 @@ def test_a_tracker_that_breaks_does_not_stop_the_training(train, monkeypatch, mo
     def broken(self, *args, **options): raise ConnectionError("the tracker is away")
     monkeypatch.setattr(TensorBoardTracker, moment, broken)
     said = []
-    assert len(train(report_to="tensorboard", validation_prompt="x", num_validation_images=1, say=said.append).log) == 3 and sum("tensorboard" in text and "ConnectionError" in text and "training_log.jsonl" in text for text in said) == 1
+    assert len(train(report_to="tensorboard", validation_prompt="x", num_validation_images=1, log=said.append).log) == 3 and sum("tensorboard" in text and "ConnectionError" in text and "training_log.jsonl" in text for text in said) == 1
     assert "the tracker is away" not in " ".join(said)  # what it says may hold an address with a key
 
 
@@ -471,7 +471,7 @@ def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
     assert re.findall(r"from ipywidgets import (.+)", inspect.getsource(LiveView)) == ["HTML, Image as Picture, VBox"]
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, max_train_steps=3, seed=0,
         validation_prompt="x", num_validation_images=1, report_to="none", output_dir=str(tmp_path / "o"))
-    run = open_text_to_image(config, toy(), say=lambda text: None, live=True)
+    run = open_text_to_image(config, toy(), log=lambda text: None, live=True)
     try: run.train(), run.finish()
     finally: run.close()
     assert "update 3 of 3" in run.live.words.value and all(bytes(view.value).startswith(b"\x89PNG") for view in (run.live.curve, run.live.sheet))

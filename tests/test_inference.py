@@ -6,7 +6,8 @@ from PIL import Image
 from sdxl_course.model.components import load_components
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.inference import GenerateConfig, adapter_names, draw_and_save, load_pipeline, main, set_lora_scale, sweep_lora_scale
-from sdxl_course.model.sampling import generate
+from sdxl_course.model.conditioning import empty_prompt_embeds, encode_prompts
+from sdxl_course.model.sampling import draw_pictures, generate, sample_pictures
 from sdxl_course.model.lora import add_lora, lora_parameters
 from sdxl_course.model.lora_files import save_lora
 from sdxl_course.options import parse_config
@@ -53,6 +54,26 @@ def test_the_seed_is_the_one_stock_diffusers_takes(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     stock = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(3), num_inference_steps=2, guidance_scale=5.0).images
     assert gap(ours, stock) == 0 and ours[0].size == (64, 64)
+
+
+def test_prompts_and_embeddings_give_the_same_picture(toy_model, pipeline):
+    parts = load_components(toy_model)
+    with torch.no_grad(): embeds, empty = encode_prompts(parts, PROMPTS[0]), empty_prompt_embeds(parts)
+    drawn = draw_pictures(parts, [x[0] for x in embeds], [x[0] for x in empty], [3, 4], steps=2)
+    assert gap(drawn, generate(pipeline, PROMPTS[0], [3, 4], **QUICK)) <= 1
+    assert gap(drawn[1:], draw_pictures(parts, [x[0] for x in embeds], [x[0] for x in empty], [4], steps=2)) <= 1
+    assert gap(drawn, sample_pictures(pipeline, dict(prompt=PROMPTS[:1]*2), [3, 4], (64, 64), steps=2, decode_singly=True)) <= 1
+
+
+def test_another_scheduler_draws_and_is_put_back(pipeline):
+    from diffusers import DDIMScheduler
+    own = pipeline.scheduler
+    other = DDIMScheduler.from_config(own.config)
+    ours = generate(pipeline, PROMPTS[0], 3, scheduler=other, **QUICK)
+    assert pipeline.scheduler is own and gap(ours, generate(pipeline, PROMPTS[0], 3, **QUICK)) > 1
+    pipeline.scheduler = other
+    try: assert gap(ours, generate(pipeline, PROMPTS[0], 3, **QUICK)) == 0
+    finally: pipeline.scheduler = own
 
 
 def test_one_seed_or_one_prompt_serve_all(pipeline):

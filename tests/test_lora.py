@@ -1,4 +1,4 @@
-"What the page 21_lora does not show: every kind of LoRA through diffusers' own reader, and equal bytes across processes."
+"What the pages 13_lora, model_adapters and model_lora_files do not show: every kind of LoRA through diffusers' own reader, and equal bytes across processes."
 import copy
 import json
 import os
@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
-from sdxl_course.model.lora import add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
-from sdxl_course.model.lora_files import attach_lora, continue_lora, load_lora_into, lora_file_tensors, read_lora, save_kohya, save_lora, sgm_name
+from sdxl_course.model.adapters import add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
+from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
+from sdxl_course.model.lora_files import attach_lora, continue_lora, load_lora_into, lora_file_tensors, read_lora
+from sdxl_course.model.lora_files import save_kohya, save_lora, sgm_name
 
 EVERYTHING = "attention+feedforward+convolution"
 BASE = tiny_architecture(0)
@@ -187,7 +188,8 @@ def test_targets_in_words():
 
 
 def test_equal_values_give_equal_bytes_in_any_process(tmp_path):
-    code = ("import sys; from sdxl_course.components import tiny_architecture; from sdxl_course.core import seeded; from sdxl_course.lora import *\n"
+    code = ("import sys; from sdxl_course.model.architecture import tiny_architecture; from sdxl_course.core import seeded\n"
+        "from sdxl_course.model.adapters import add_lora; from sdxl_course.model.lora_files import save_lora\n"
         "save_lora(sys.argv[1], add_lora(tiny_architecture(0).unet, layers='attention+feedforward', generator=seeded(5)))")
     there, here = tmp_path / "there.safetensors", tmp_path / "here.safetensors"
     subprocess.run([sys.executable, "-c", code, str(there)], check=True, env={**os.environ, "PYTHONHASHSEED": "12"})

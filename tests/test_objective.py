@@ -29,7 +29,7 @@ def unet():
 
 def make_batch(b=4, mask=None):
     g = seeded("batch", b)
-    return SimpleNamespace(latents=torch.randn(b, 4, 8, 8, generator=g), prompt_embeds=torch.randn(b, 77, 16, generator=g), mask=mask,
+    return SimpleNamespace(latents=torch.randn(b, 4, 8, 8, generator=g), prompt_embeds=torch.randn(b, 77, 16, generator=g), extra={} if mask is None else dict(mask=mask),
         pooled_prompt_embeds=torch.randn(b, 8, generator=g), time_ids=torch.tensor([[64., 96, 0, 16, 64, 64]]*b))
 
 
@@ -61,7 +61,7 @@ def test_loss_of_a_step_is_the_closed_form(unet, kind, weighting, offset, masked
     noise = plain + offset*shift.expand(4, 4, 8, 8)
     target = {"epsilon": noise, "v_prediction": library.get_velocity(batch.latents, noise, TIMES), "sample": batch.latents}[kind]
     error = (ask(unet, library.add_noise(batch.latents, noise, TIMES), TIMES, batch) - target)**2
-    if masked is not None: error = torch.where(batch.mask == 1, error, torch.where(batch.mask == 0, error*masked, error*(0.5 + 0.5*masked)))
+    if masked is not None: error = torch.where(batch.extra["mask"] == 1, error, torch.where(batch.extra["mask"] == 0, error*masked, error*(0.5 + 0.5*masked)))
     signal = library.alphas_cumprod[TIMES]
     snr = signal / (1 - signal)
     capped = torch.tensor([min(float(s), 5.0) for s in snr])
@@ -90,7 +90,8 @@ def test_a_sample_does_not_feel_its_neighbours(unet):
     batch, noise, schedule = make_batch(mask=half_mask()), draw_noise(), NoiseSchedule.of(DDPMScheduler(**SDXL))
     whole = denoising_loss(unet, batch, schedule, noise, TIMES, snr_gamma=5)
     for i in range(4):
-        one = SimpleNamespace(**{name: value[i:i + 1] for name, value in vars(batch).items()})
+        part = lambda value: {name: part(x) for name, x in value.items()} if isinstance(value, dict) else value[i:i + 1]
+        one = SimpleNamespace(**{name: part(value) for name, value in vars(batch).items()})
         torch.testing.assert_close(denoising_loss(unet, one, schedule, noise[i:i + 1], TIMES[i:i + 1], snr_gamma=5), whole[i:i + 1], rtol=1e-4, atol=1e-7)
 
 
@@ -238,7 +239,7 @@ def test_edm_loss_is_the_closed_form_of_edm_euler(unet, kind, masked):
     noisy = batch.latents + wide*noise
     answer = ask(unet, library.precondition_inputs(noisy, wide), library.precondition_noise(sigma), batch)
     error = (library.precondition_outputs(noisy, answer, wide) - batch.latents)**2
-    if masked: error = error*(0.2 + 0.8*batch.mask)
+    if masked: error = error*(0.2 + 0.8*batch.extra["mask"])
     options = dict(preconditioning="edm", prediction_type=kind, sigma_data=0.5, unmasked_weight=0.2)
     torch.testing.assert_close(edm_denoising_loss(unet, batch, noise, sigma, weighted=False, **options), error.mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(edm_denoising_loss(unet, batch, noise, sigma, **options), error.mean((1, 2, 3))*(sigma**2 + 0.25)/(0.5*sigma)**2, rtol=1e-3, atol=1e-6)

@@ -1,4 +1,4 @@
-"Properties of resize, buckets, flip and crop that hold for every size, and the report on a folder (page 31)."
+"Properties of resize, buckets, flip and crop that hold for every size, and the report on a folder (page 21)."
 import json
 import math
 import re
@@ -152,6 +152,32 @@ def test_extreme_shapes_are_refused_before_memory_is():
     with pytest.raises(CourseError, match="extreme"): prepare_image(Image.new("RGB", (8000, 4)), 1024, center_crop=True)
 
 
+# ---- companions ------------------------------------------------------------------------------------------------------------
+
+@calm
+@given(side, side, st.booleans(), st.booleans(), st.sampled_from([None, (24, 40), (40, 24), (32, 32)]), st.integers(0, 1000), st.sampled_from(sorted(INTERPOLATIONS)))
+def test_a_companion_that_is_a_copy_stays_a_copy(height, width, flip, middle, target, seed, interpolation):
+    image = noisy(height, width, seed)
+    one = prepare_image(image, 32, middle, flip, interpolation, seeded(seed), target_size=target, companions=dict(copy=image.copy(), grey=image.convert("L")))
+    alone = prepare_image(image, 32, middle, flip, interpolation, seeded(seed), target_size=target)
+    assert torch.equal(one.pixels, alone.pixels) and one.crop_top_left == alone.crop_top_left and alone.extra == {}   # companions draw nothing
+    assert torch.equal(one.extra["copy"], one.pixels)
+    grey = resize(image.convert("L"), covering_size((height, width), one.target_size), "bilinear")
+    want = to_tensor(crop(flip_left_right(grey) if flip else grey, one.crop_top_left, one.target_size))
+    assert one.extra["grey"].shape == (1, *one.target_size) and one.extra["grey"].dtype == torch.float32 and torch.equal(one.extra["grey"], want)
+
+
+def test_a_companion_of_another_size_is_refused():
+    for name, companion in (("mask", Image.new("L", (40, 31))), ("control", noisy(40, 30))):
+        with pytest.raises(CourseError) as error: prepare_image(noisy(30, 40), 16, True, companions={"right": noisy(30, 40), name: companion})
+        assert str(error.value) == f"the {name} is {companion.width} x {companion.height}, its picture 40 x 30: wanted the same size"
+
+
+def test_transparent_companions_lie_on_white():
+    one = prepare_image(noisy(30, 40), 16, True, companions=dict(clear=Image.new("RGBA", (40, 30), (0, 0, 0, 0))))
+    assert torch.equal(one.extra["clear"], torch.ones(3, 16, 16))
+
+
 # ---- the report on a folder ------------------------------------------------------------------------------------------------
 
 def report_on(sizes, res, buckets=False):
@@ -235,7 +261,7 @@ def test_captions_are_measured_by_the_asked_for_model(make_pictures, toy_model, 
     folder = make_pictures(1, captions=["a chair " * 20])
     assert main([str(folder)]) == 0 and "not heard" not in capsys.readouterr().out
     assert main([str(folder), "--model", str(toy_model)]) == 0 and "120" not in capsys.readouterr().err   # a tokenizer of single letters
-    assert check_data(folder, 64, model=toy_model).kinds()["a caption over 77 tokens"][0][1].startswith("122, not heard: ")
+    assert check_data(folder, 64, model=toy_model).remarks_by_kind()["a caption over 77 tokens"][0][1].startswith("122, not heard: ")
     assert check_data(folder, 64, model=toy_model, max_token_length=150).remarks == []
 
 

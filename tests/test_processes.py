@@ -60,7 +60,7 @@ def test_launchers_that_cut_the_weights_get_whole_ones_and_the_same_run(variable
     plain = train("plain", max_train_steps=2, checkpointing_steps=1)
     monkeypatch.setenv(variable, "true")
     said = []
-    cut = train("cut", max_train_steps=2, checkpointing_steps=1, say=said.append)
+    cut = train("cut", max_train_steps=2, checkpointing_steps=1, log=said.append)
     assert [SHARDED[variable] in text for text in said].count(True) == 1 and os.environ[variable] == "true"
     assert (cut.output_dir / "pytorch_lora_weights.safetensors").read_bytes() == (plain.output_dir / "pytorch_lora_weights.safetensors").read_bytes()
 

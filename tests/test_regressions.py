@@ -37,12 +37,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 @pytest.fixture
 def start(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     "A function that opens a run over five toy pictures, ready to train; what it opened is closed in the end."
-    monkeypatch.setattr("sdxl_course.train.results.save_curve", lambda path, *points: Path(path).write_bytes(b""))
+    monkeypatch.setattr("sdxl_course.train.run.save_curve", lambda path, *points: Path(path).write_bytes(b""))
     usual, runs = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(5)), resolution=64, train_batch_size=5, max_train_steps=3, learning_rate=1e-2, seed=0,
         report_to="none", checkpointing_steps=1000), []
 
     def start(name="run", **options):
-        runs.append(open_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), say=lambda text: None))
+        runs.append(open_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), log=lambda text: None))
         return runs[-1]
     yield start
     for run in runs: run.close()
@@ -103,7 +103,7 @@ def test_text_encoders_get_gradients_under_gradient_checkpointing(train):
     "Recomputing reentrantly, from inputs that need no gradient, would leave the first layers without one, silently."
     plain, saved = (train(name, train_text_encoder=True, gradient_checkpointing=name == "saved") for name in ("plain", "saved"))
     assert [row["grad_norm"] for row in saved.log] == pytest.approx([row["grad_norm"] for row in plain.log], rel=1e-5)
-    a, b = (load_file(run.lora_path) for run in (plain, saved))
+    a, b = (load_file(run.weights_path) for run in (plain, saved))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max() for name in a) < 1e-4
     for part in ("text_encoder", "text_encoder_2"):
         for layer in ("q_proj", "k_proj", "v_proj", "out_proj"): assert b[f"{part}.text_model.encoder.layers.0.self_attn.{layer}.lora_B.weight"].abs().max() > 1e-3, (part, layer)
@@ -166,7 +166,7 @@ def test_masks_are_mirrored_with_their_pictures(toy, make_pictures, kept):
     feeder.encode_once(pictures=kept, texts=True)
     for epoch in range(2):
         micro = MicroBatch(0, 0, epoch, tuple(range(5)), 5, True)
-        for i, mask in zip(micro.indices, feeder.batch(micro, feeder.prepare(micro), 1000)[0].mask):
+        for i, mask in zip(micro.indices, feeder.batch(micro, feeder.prepare(micro), 1000)[0].extra["mask"]):
             alpha, mirrored = torch.tensor(np.array(Image.open(records[i].path).getchannel("A"))) / 255, feeder.view(epoch, i)[0]
             want = alpha.reshape(8, 8, 8, 8).mean((1, 3))
             assert torch.allclose(mask[0], want.flip(-1) if mirrored else want, atol=1e-6)
@@ -200,7 +200,7 @@ def test_a_damaged_entry_is_rebuilt_with_a_sentence_and_the_run_is_the_same(trai
     bent.write_bytes(whole)
     with pytest.warns(UserWarning, match="damaged and is made again") as told: again = train("b", cache_dir=str(tmp_path / "cache"), random_flip=True)
     assert {name for name in (cut.name, bent.name) for warning in told if name in str(warning.message)} == {cut.name, bent.name}
-    assert again.log == first.log and again.lora_path.read_bytes() == first.lora_path.read_bytes()
+    assert again.log == first.log and again.weights_path.read_bytes() == first.weights_path.read_bytes()
     assert {name: data for name, data in files_of(tmp_path / "cache").items() if name.endswith(".safetensors")} == files
 
 

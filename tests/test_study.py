@@ -10,7 +10,10 @@ from sdxl_course.core import CourseError, plain, write_json
 from sdxl_course.data.records import open_image
 from sdxl_course.world.samples import sample_dir
 from sdxl_course.dreambooth import DreamBoothConfig
-from sdxl_course.study import APPLICATIONS, CLAIMS, VARIANTS, StudyConfig, Variant, Scorer, compare, gather, main, eval_steps_of, read_study, student_interval, training_of, verdict, verdicts
+from sdxl_course.measure.claims import compare, verdict, verdicts
+from sdxl_course.measure.metrics import student_interval
+from sdxl_course.measure.subject import APPLICATIONS, Scorer
+from sdxl_course.study import CLAIMS, VARIANTS, StudyConfig, Variant, eval_steps_of, gather, main, read_study, training_of
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
@@ -24,10 +27,10 @@ def test_a_variant_differs_from_the_one_it_is_compared_with_in_one_thing(name):
 
 @pytest.mark.parametrize("steps", [16, 150, 160])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_there_is_a_checkpoint_at_every_mark(name, steps):
+def test_there_is_a_checkpoint_at_every_evaluation(name, steps):
     training = training_of(name, 0, StudyConfig(max_train_steps=steps))
-    marks = eval_steps_of(name, StudyConfig(max_train_steps=steps))
-    assert marks[-1] == training.max_train_steps and not any(mark % training.checkpointing_steps for mark in marks) and abs(marks[-1] - VARIANTS[name].longer * steps) <= 8
+    judged = eval_steps_of(name, StudyConfig(max_train_steps=steps))
+    assert judged[-1] == training.max_train_steps and not any(step % training.checkpointing_steps for step in judged) and abs(judged[-1] - VARIANTS[name].longer * steps) <= 8
 
 
 @pytest.mark.parametrize("words, told", [(["--variants", "plain,sofa"], "sofa"), (["--seeds", "0"], "--seeds is 0"), (["--sed", "1"], "did you mean")], ids=str)
@@ -39,27 +42,27 @@ def test_mistakes_end_in_one_sentence(words, told, capsys, tmp_path):
 
 def made_up(seed, shift):
     rng = np.random.default_rng(seed)
-    pictures = {name: {key: (rng.normal(size=6) + shift).tolist() for key in ("likeness", "obeyed", "clip_t")} for name in APPLICATIONS}
+    pictures = {name: {key: (rng.normal(size=6) + shift).tolist() for key in ("subject_fidelity", "prompt_fidelity", "clip_t")} for name in APPLICATIONS}
     return dict(pictures, **{key: (rng.normal(size=12) + shift).tolist() for key in ("pres", "div", "drift", "unrelated", "copied")})
 
 
 def test_pairs_of_the_same_seed_and_picture_are_compared():
     "The noise is common to both: the difference is exact, however much the pictures differ."
-    rows = [dict(variant=name, seed=seed, marks={"5": made_up(seed, shift)}) for name, shift, seeds in (("plain", 0., (2, 0, 1)), ("prior", -.1, (0, 1, 2))) for seed in seeds]  # whatever the order of the rows
-    study = dict(rows=rows + [dict(variant="base", seed=seed, marks={"0": made_up(seed, 0.)}) for seed in range(3)])
+    rows = [dict(variant=name, seed=seed, eval_steps={"5": made_up(seed, shift)}) for name, shift, seeds in (("plain", 0., (2, 0, 1)), ("prior", -.1, (0, 1, 2))) for seed in seeds]  # whatever the order of the rows
+    study = dict(rows=rows + [dict(variant="base", seed=seed, eval_steps={"0": made_up(seed, 0.)}) for seed in range(3)])
     found = compare(study, "prior", "plain", "pres")
     assert found == pytest.approx(dict(difference=-.1, low=-.1, high=-.1))
-    shows = {row["claim"]: row["verdict"] == "shows" for row in verdicts(study)}
+    shows = {row["claim"]: row["verdict"] == "shows" for row in verdicts(study, CLAIMS)}
     assert len(shows) == sum({claim.one, claim.other} <= {"plain", "prior", "base", None} for claim in CLAIMS) and shows["prior preservation keeps other chairs from becoming ours"]
     assert not shows["training makes it our chair"] and not shows["prior preservation keeps other chairs different"]
-    json.dumps(verdicts(study))
+    json.dumps(verdicts(study, CLAIMS))
 
 
 def test_only_seeds_that_both_have_are_compared():
-    rows = [dict(variant=name, seed=seed, marks={"5": made_up(seed, shift)}) for name, shift, seeds in (("plain", 0., (0, 1, 2, 3)), ("tok", .05, (3, 1)), ("rank_1", 0., (9,))) for seed in seeds]
-    assert compare(dict(rows=rows), "tok", "plain", "likeness") == pytest.approx(dict(difference=.05, low=.05, high=.05))
-    assert {row["claim"]: row["verdict"] for row in verdicts(dict(rows=rows))}["another rare identifier makes no difference"] == "shows"
-    with pytest.raises(CourseError, match="no seed that both"): compare(dict(rows=rows), "rank_1", "plain", "likeness")
+    rows = [dict(variant=name, seed=seed, eval_steps={"5": made_up(seed, shift)}) for name, shift, seeds in (("plain", 0., (0, 1, 2, 3)), ("tok", .05, (3, 1)), ("rank_1", 0., (9,))) for seed in seeds]
+    assert compare(dict(rows=rows), "tok", "plain", "subject_fidelity") == pytest.approx(dict(difference=.05, low=.05, high=.05))
+    assert {row["claim"]: row["verdict"] for row in verdicts(dict(rows=rows), CLAIMS)}["another rare identifier makes no difference"] == "shows"
+    with pytest.raises(CourseError, match="no seed that both"): compare(dict(rows=rows), "rank_1", "plain", "subject_fidelity")
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -80,13 +83,13 @@ def test_rows_of_other_settings_are_left_out(tmp_path):
     settings = dict(weights="new")
     def row(name, seed, **other):
         written = dict(settings, variant=plain(VARIANTS.get(name, Variant("chair")))) | other
-        write_json(tmp_path / "rows" / f"{name}-{seed}.json", dict(variant=name, seed=seed, seconds=1., marks={"0": made_up(seed, 0.)}, settings=written, provenance=dict(time=str(seed), device="cpu")))
+        write_json(tmp_path / "rows" / f"{name}-{seed}.json", dict(variant=name, seed=seed, seconds=1., eval_steps={"0": made_up(seed, 0.)}, settings=written, provenance=dict(time=str(seed), device="cpu")))
         Image.new("RGB", (596, 96)).save(tmp_path / "rows" / f"{name}-{seed}.png")
     for seed in (0, 1): row("base", seed)
     row("plain", 0)
     row("tok", 0, weights="old")
     row("prior", 0, variant=plain(Variant("sofa")))
-    study = gather(tmp_path, settings, SimpleNamespace(ends={}))
+    study = gather(tmp_path, settings, SimpleNamespace(scale={}))
     assert sorted((one["variant"], one["seed"]) for one in study["rows"]) == [("base", 0), ("base", 1), ("plain", 0)]
     assert study["provenance"] == [dict(time="0", device="cpu")] and read_study(tmp_path / "study.json") == study
     assert Image.open(tmp_path / "study.jpg").height == 2 * (96 + 14) + 4  # what is wanted, base and plain
@@ -101,4 +104,13 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, text):
 def test_a_mirrored_copy_is_a_copy():
     "Training sees mirrored pictures too."
     learnt = [open_image(path) for path in sorted(sample_dir("green_chair").glob("*.png"))]
-    assert Scorer().nearest(learnt + [ImageOps.mirror(picture) for picture in learnt]) == pytest.approx([1.] * 2 * len(learnt), abs=1e-4)
+    assert Scorer(applications=["view"]).nearest(learnt + [ImageOps.mirror(picture) for picture in learnt]) == pytest.approx([1.] * 2 * len(learnt), abs=1e-4)
+
+
+def test_the_shipped_study_says_what_its_numbers_say():
+    "Keys, claims and verdicts of the file are those of the code."
+    study = read_study()
+    judged = [measured for row in study["rows"] for measured in row["eval_steps"].values()]
+    assert all(set(measured[name]) == {"subject_fidelity", "prompt_fidelity", "clip_t"} for measured in judged for name in APPLICATIONS)
+    assert [row["claim"] for row in study["verdicts"]] == [claim.text for claim in CLAIMS]
+    for row, found in zip(study["verdicts"], verdicts(study, CLAIMS)): assert {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()} == row

@@ -19,7 +19,7 @@ from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.results import license_of
 from sdxl_course.train.run import load_base
-from sdxl_course.model.lora import trained_parts
+from sdxl_course.model.adapters import trained_parts
 from sdxl_course.data.loader import SampleRNG, MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
@@ -60,7 +60,7 @@ def test_stock_diffusers_draws_our_picture_from_our_files(toy, toy_model, make_p
     live, text = toy(), options.get("train_text_encoder", False)
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(3)), output_dir=str(tmp_path / "o"), resolution=64, train_batch_size=2, max_train_steps=3,
         learning_rate=1e-2, seed=0, report_to="none", output_kohya_format=True, skip_final_inference=True, **options)
-    run = open_text_to_image(config, live, say=lambda text: None)
+    run = open_text_to_image(config, live, log=lambda text: None)
     try: run.train(), run.finish()
     finally: run.close()
     if run.state.ema:
@@ -254,28 +254,28 @@ def test_what_can_be_refused_is_refused_before_the_long_encoding(train, monkeypa
 
 
 def test_seed_0_counts_and_repeats(train):
-    first, second, other = train("a").lora_path.read_bytes(), train("b").lora_path.read_bytes(), train("c", seed=1).lora_path.read_bytes()
+    first, second, other = train("a").weights_path.read_bytes(), train("b").weights_path.read_bytes(), train("c", seed=1).weights_path.read_bytes()
     assert first == second != other
 
 
 def test_validation_and_workers_change_nothing_in_training(train):
-    plain = train("a").lora_path.read_bytes()
-    assert plain == train("b", validation_prompt="a house", validation_prompts=["x", "y"], num_validation_images=1).lora_path.read_bytes()
-    assert plain == train("c", dataloader_num_workers=2, checkpointing_steps=1, debug_loss=True).lora_path.read_bytes()
+    plain = train("a").weights_path.read_bytes()
+    assert plain == train("b", validation_prompt="a house", validation_prompts=["x", "y"], num_validation_images=1).weights_path.read_bytes()
+    assert plain == train("c", dataloader_num_workers=2, checkpointing_steps=1, debug_loss=True).weights_path.read_bytes()
 
 
 def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(train, toy, monkeypatch):
     seen = []
     plain = train("a", train_text_encoder=True)
-    monkeypatch.setattr("sdxl_course.model.lora.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
+    monkeypatch.setattr("sdxl_course.model.adapters.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
     saved = train("b", train_text_encoder=True, gradient_checkpointing=True)
     assert len(seen) == 3 and all(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) for model in seen)
     assert [row["loss"] for row in plain.log] == pytest.approx([row["loss"] for row in saved.log], rel=1e-5)
 
 
 def test_text_encoder_lora_learns(train):
-    before = load_file(train("a", max_train_steps=1, train_text_encoder=True, learning_rate=1e-12).lora_path)
-    after = load_file(train("b", max_train_steps=3, train_text_encoder=True).lora_path)
+    before = load_file(train("a", max_train_steps=1, train_text_encoder=True, learning_rate=1e-12).weights_path)
+    after = load_file(train("b", max_train_steps=3, train_text_encoder=True).weights_path)
     for part in ("unet.", "text_encoder.", "text_encoder_2."):
         assert any((before[key] - after[key]).abs().max() > 1e-3 for key in after if key.startswith(part)), part
 
@@ -321,7 +321,7 @@ def test_lora_and_adam_are_fp32_under_bf16_and_fp16_falls_back_on_a_cpu(train, m
         assert all(tensor.dtype == torch.float32 for tensor in load_file(half.output_dir / name).values())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = []
-    assert train("b", mixed_precision="fp16", say=said.append).losses == train("c").losses
+    assert train("b", mixed_precision="fp16", log=said.append).losses == train("c").losses
     assert any("fp16 needs a GPU" in text for text in said)
 
 
@@ -347,7 +347,7 @@ def test_a_broken_number_stops_the_run_with_names_and_keeps_the_checkpoint(train
 def test_long_captions_are_reported(train, make_pictures):
     "trainers.md 2.14 number 11: captions were cut at 77 tokens without a word."
     said = []
-    folder = train(train_data_dir=str(make_pictures(2, "long", captions=["short", "word " * 60])), max_train_steps=1, say=said.append).output_dir
+    folder = train(train_data_dir=str(make_pictures(2, "long", captions=["short", "word " * 60])), max_train_steps=1, log=said.append).output_dir
     assert any("longer than 77 tokens" in text for text in said)
     (remark,) = [row for row in json.loads((folder / "data_report.json").read_text())["remarks"] if "tokens" in str(row)]
     assert "over 77 tokens" in str(remark) and "not heard" in str(remark)
@@ -385,8 +385,8 @@ def test_components_that_carry_a_lora_are_refused(toy, train, toy_model, make_pi
     used = toy()
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(2, "two")), output_dir=str(tmp_path / "o"), resolution=64, train_batch_size=2,
         max_train_steps=1, seed=0, report_to="none")
-    train_text_to_image(config, used, say=lambda text: None)
-    with pytest.raises(CourseError, match="freshly loaded"): train_text_to_image(config, used, say=lambda text: None)
+    train_text_to_image(config, used, log=lambda text: None)
+    with pytest.raises(CourseError, match="freshly loaded"): train_text_to_image(config, used, log=lambda text: None)
 
 
 # ---------------------------------------------------------------- from a terminal

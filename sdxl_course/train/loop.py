@@ -7,10 +7,11 @@ __all__ = ['TrainState', 'eval_weights', 'copy_into', 'forward_backward', 'mean_
 
 # %% ../../nbs/library/train_loop.ipynb #15b5b0df
 import math
-import torch
-from accelerate.utils import gather_object
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
 from ..core import CourseError, seeded_rng
 from ..data.loader import MicroBatch
 from .machine import defer_signals
@@ -31,7 +32,7 @@ class TrainState:
     ema: Ema | None = None # moving average of the parameters
 
     @property
-    def averages(self)->bool: # whether what is shown differs from what is trained
+    def averages(self)->bool: # whether the weights to validate and save differ from those that train
         return self.ema is not None or hasattr(getattr(self.optimizer, "optimizer", self.optimizer), "eval")
 
 # %% ../../nbs/library/train_loop.ipynb #2d8d8161
@@ -39,19 +40,19 @@ class TrainState:
 def eval_weights(
     state:TrainState, # its parameters change inside and are the same bits afterwards
 ):
-    "The weights that count as the result: the moving average, or what a schedule-free optimizer has found."
+    "The weights to validate and save inside: the EMA weights, or the average of a schedule-free optimizer."
     optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
     if not state.averages:
         yield
         return
-    kept = {name: p.detach().clone() for name, p in state.parameters.items()}
+    trained = {name: p.detach().clone() for name, p in state.parameters.items()}
     modes = [group.get("train_mode") for group in optimizer.param_groups]
     try:
         if state.ema is None: optimizer.eval()
         else: copy_into(state.parameters, state.ema.average)
         yield
     finally:
-        copy_into(state.parameters, kept)
+        copy_into(state.parameters, trained)
         for group, mode in zip(optimizer.param_groups, modes):
             if mode is not None: group["train_mode"] = mode
 
@@ -71,7 +72,7 @@ def forward_backward(
     seed:int, # of the run
     accelerator, # accelerate.Accelerator
 ): # (b,) the losses, detached
-    "Add this micro-step's share to the gradients."
+    "Forward and backward pass of one micro-batch; its share is added to the gradients."
     alone = accelerator.num_processes == 1
     with nullcontext() if micro.last or alone else accelerator.no_sync(trainee):
         with seeded_rng(seed, "dropout", micro.step, micro.part, accelerator.process_index, device=accelerator.device):
@@ -82,14 +83,16 @@ def forward_backward(
 # %% ../../nbs/library/train_loop.ipynb #60b75cae
 def mean_loss(
     state:TrainState, # remembers the loss of each sample
-    parts:list, # (Micro, losses) of this update and process
+    parts:list, # (MicroBatch, losses) of this update and process
     accelerator, # accelerate.Accelerator
     name_of, # sample index -> its name
     single:bool=False, # bring the losses of single samples together as well
 )->float: # mean over all samples of the update, of all processes
-    "Look at the losses, once per update, so that a GPU need not wait in between."
-    state.recent = {name_of(i): loss for micro, losses in parts if micro.live for i, loss in zip(micro.indices, losses.tolist())}
-    mean = float(accelerator.reduce(torch.cat([losses for _, losses in parts]).sum(), "sum")) / parts[-1][0].total
+    "The loss of an update: read once, so that a GPU need not wait in between."
+    state.recent = {name_of(i): loss for micro, losses in parts if micro.live
+        for i, loss in zip(micro.indices, losses.tolist())}
+    total = torch.cat([losses for _, losses in parts]).sum()
+    mean = float(accelerator.reduce(total, "sum")) / parts[-1][0].total
     if accelerator.num_processes > 1 and (single or not math.isfinite(mean)): # to name the broken ones
         state.recent = {name: loss for recent in gather_object([state.recent]) for name, loss in recent.items()}
     return mean
@@ -102,14 +105,16 @@ def ensure_finite(
     scaled:bool=False, # fp16: single overflows of the gradient are normal
     skip:bool=False, # broken updates are left out, up to 20 in a row
 )->bool: # whether the update may be made
-    "Stop before a broken number reaches the weights."
+    "Raise CourseError before a number that is not finite reaches the weights."
     whole = math.isfinite(loss) and math.isfinite(grad_norm)
     state.overflows = 0 if whole else state.overflows + 1
-    if whole or state.overflows < 20 and (skip or scaled and math.isfinite(loss)): return whole or scaled # fp16's scaler leaves it out by itself
+    if whole or state.overflows < 20 and (skip or scaled and math.isfinite(loss)):
+        return whole or scaled # fp16's scaler leaves it out by itself
     broken = [name for name, value in state.recent.items() if not math.isfinite(value)] or list(state.recent)
-    shown = ", ".join(broken[:4]) + (f" and {len(broken) - 4} more" if len(broken) > 4 else "")
-    raise CourseError(f"update {state.step + 1} got loss {loss} and gradient norm {grad_norm} from {shown}: wanted finite numbers; nothing was changed "
-        "and the last checkpoint is good; try a lower --learning_rate, bf16 in place of fp16, or look at the pictures named")
+    names = ", ".join(broken[:4]) + (f" and {len(broken) - 4} more" if len(broken) > 4 else "")
+    raise CourseError(f"update {state.step + 1} got loss {loss} and gradient norm {grad_norm} from {names}: "
+        "wanted finite numbers; nothing was changed and the last checkpoint is good; "
+        "try a lower --learning_rate, bf16 in place of fp16, or look at the pictures named")
 
 # %% ../../nbs/library/train_loop.ipynb #5166907f
 def finish_update(
@@ -120,7 +125,7 @@ def finish_update(
     accelerator, # accelerate.Accelerator
     skip_nan:bool=False, # leave out updates that are not finite
 )->dict: # the log's new row
-    "Clip, check, step."
+    "Clip the gradient, check it, step optimizer, schedule and EMA weights."
     norm = float(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm))
     if ensure_finite(loss, norm, state, accelerator.scaler is not None, skip_nan): state.optimizer.step()
     rate, finite = state.lr_scheduler.get_last_lr()[0], lambda value: value if math.isfinite(value) else None
@@ -134,7 +139,7 @@ def finish_update(
 # %% ../../nbs/library/train_loop.ipynb #ff45fb85
 def fit(
     trainee, # module: batch -> loss of each sample (b,), as accelerate prepared it
-    batches, # iterable of (Micro, tuple of arguments), in order
+    batches, # iterable of (MicroBatch, tuple of arguments), in order
     state:TrainState, # goes forward in place
     accelerator, # accelerate.Accelerator
     max_grad_norm:float=1.0, # gradient clipping
@@ -143,9 +148,10 @@ def fit(
     skip_nan:bool=False, # leave out updates that are not finite
     single:bool=False, # `state.recent` holds the samples of every process, not of this one only
 )->TrainState: # the same state
-    "Train on every batch; one log row per optimizer update."
+    "The training loop: train on every batch, write one log row per optimizer update."
     trainee.train()
-    if hasattr(optimizer := getattr(state.optimizer, "optimizer", state.optimizer), "train"): optimizer.train() # schedule-free
+    optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
+    if hasattr(optimizer, "train"): optimizer.train() # schedule-free
     state.optimizer.zero_grad()
     parts = []
     for micro, batch in batches:
