@@ -129,6 +129,7 @@ def sample_scenes(
         return [Scene(SUBJECT, "green", p, view=v, seed=71000 + i) for i, (v, p) in enumerate(spots)]
     return [sample_scene(72000 + i, "photo", object="chair", accessory="") for i in range(40)]
 
+# %% ../../nbs/library/world_samples.ipynb #8d3842e4
 def write_samples(
     name:str, # one of `SAMPLES`
     folder,   # where to write
