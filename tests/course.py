@@ -25,7 +25,7 @@ EXPORTS = {"export", "exports", "exporti"}
 # The rooms of the library, from the ground up: a room imports only from rooms before it. This is the one place where they stand in order.
 ROOMS = """
 core options
-world.shapes world.objects world.places world.scene world.trace world.render world.captions world.samples
+world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
 model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_files
 model.words
 data.records data.preprocess data.report data.check data.cache data.loader
