@@ -6,7 +6,7 @@
 __all__ = ['CourseError', 'guarded', 'nearest', 'watched', 'progress', 'available_devices', 'pick_device', 'weight_dtype',
            'seed_from', 'seeded', 'seeded_rng', 'to_pil', 'wrap_title', 'grid_columns', 'image_grid', 'ShownImages',
            'show_images', 'sync_folder', 'write_atomic', 'plain', 'write_json', 'sorted_header', 'save_tensors',
-           'load_tensors', 'cache_dir', 'provenance', 'hint', 'check', 'writable_folder']
+           'load_tensors', 'cache_dir', 'provenance', 'hint', 'check']
 
 # %% ../nbs/library/core.ipynb #81b95f1c
 import base64
@@ -398,19 +398,3 @@ def check(
     wrong = "not tried yet" if given is None else hint(given, want, tolerance)
     print(f"{name}: {wrong or 'right'}")
     return not wrong
-
-# %% ../nbs/library/core.ipynb #574de7a8
-def writable_folder(
-    folder, # made if it is not there; ~ is the home folder
-    complaint:str, # begins the CourseError, before what the system says
-    remedy:str, # ends it
-)->Path: # the folder
-    "Make a folder and try to write into it; CourseError where that fails."
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{uuid.uuid4().hex}.part"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error: raise CourseError(f"{complaint} ({error.strerror}): {remedy}") from error
-    return path

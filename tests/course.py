@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import nbformat
@@ -21,12 +22,39 @@ SKIP_FLAGS = set(SETTINGS["tst_flags"].split())
 NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts))
 EXPORTS = {"export", "exports", "exporti"}
 
+# The rooms of the library, from the ground up: a room imports only from rooms before it. This is the one place where they stand in order.
+ROOMS = """
+core options
+world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
+model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_files
+model.words
+data.records data.preprocess data.report data.check data.cache data.loader
+train.machine train.objective train.optimizer train.loop train.checkpoint train.validation train.results train.config train.prepare
+train.weights train.run train.build train.class_images
+text_to_image dreambooth full textual_inversion
+inference measure.metrics measure.judges measure.subject measure.claims evaluate study demo
+pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
+pretraining.cache pretraining.alignment pretraining.unet pretraining.export
+cli
+""".split()
+RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion"}
+
 
 # ---------------------------------------------------------------- reading
 
 def read(path):
     "A notebook, with sources as strings."
     return nbformat.read(path, as_version=4)
+
+
+def page_name(path):
+    "A page's name below nbs/: 13_lora, library/model_lora, index."
+    return path.relative_to(NBS).with_suffix("").as_posix()
+
+
+def kind(name):
+    "What kind of page a name belongs to: a lesson, a workshop page of the library, or the index."
+    return "index" if name == "index" else "workshop" if name.startswith("library/") else "lesson"
 
 
 def directives(cell):
@@ -39,16 +67,29 @@ def directives(cell):
     return found
 
 
+def default_exps(nb):
+    "Every module that a notebook says it exports."
+    return [directives(cell)["default_exp"] for cell in nb.cells if cell.cell_type == "code" and "default_exp" in directives(cell)]
+
+
 def default_exp(nb):
     "The module that a notebook exports, or None."
-    names = [directives(cell)["default_exp"] for cell in nb.cells if cell.cell_type == "code" and "default_exp" in directives(cell)]
-    return names[0] if names else None
+    return next(iter(default_exps(nb)), None)
 
 
 def is_skipped(cell):
     "Is this cell left alone when notebooks are run here?"
-    found = directives(cell)
-    return cell.cell_type == "code" and (bool(found.keys() & SKIP_FLAGS) or found.get("eval", "").lower() == "false")
+    return cell.cell_type == "code" and bool(directives(cell).keys() & SKIP_FLAGS)
+
+
+def is_exported(cell):
+    "Does this cell become part of the library?"
+    return cell.cell_type == "code" and bool(directives(cell).keys() & EXPORTS)
+
+
+def lines_of(cell):
+    "A cell's lines of code: neither blank nor a directive."
+    return [line for line in cell.source.splitlines() if line.strip() and not re.match(r"#\s*\|", line)]
 
 
 def code_cells(nb):
@@ -63,6 +104,79 @@ def parse(cell):
     return ast.parse("\n".join(lines))
 
 
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+def holds_imports(cell):
+    "Is an import among the statements of this cell?"
+    return any(isinstance(node, IMPORTS) for node in parse(cell).body)
+
+
+def public_names(nb):
+    "What a page puts into its module's `__all__`: public functions, classes and values; not what is patched into a class."
+    found = {}
+    for _, cell in code_cells(nb):
+        if not is_exported(cell) or "exporti" in directives(cell): continue
+        for node in parse(cell).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                decorators = [getattr(one, "func", one) for one in node.decorator_list]
+                if not any(getattr(one, "id", "").startswith("patch") for one in decorators): found[node.name] = None
+            elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets: found |= {one.id: None for one in getattr(target, "elts", [target]) if isinstance(one, ast.Name)}
+    return [name for name in found if not name.startswith("_")]
+
+
+# ---------------------------------------------------------------- rooms
+
+def room_of(path, lib=LIB):
+    "A module's dotted name below the package."
+    return ".".join(path.relative_to(lib).with_suffix("").parts)
+
+
+def misplaced(modules, rooms=ROOMS):
+    "Modules that have no place in the order, and places without a module; one sentence each."
+    for name in modules:
+        if name not in rooms: yield f"{name} has no place in the order of rooms: add it to ROOMS in tests/course.py, after every room that it imports"
+    for name in rooms:
+        if name not in modules: yield f"ROOMS in tests/course.py lists {name}, which no page exports: take it out, or correct the name"
+        if rooms.count(name) > 1: yield f"ROOMS in tests/course.py lists {name} more than once"
+
+
+def course_imports(room, tree, rooms=ROOMS):
+    "The rooms that a room imports, at whatever depth."
+    def named(base, alias): # `from base import alias`: a module or a wing, or a name out of a module
+        inner = f"{base}.{alias}".lstrip(".")
+        return inner if any(f"{other}.".startswith(f"{inner}.") for other in rooms) else base
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix(f"{LIB.name}.") for alias in node.names if alias.name.startswith(f"{LIB.name}."))
+        elif isinstance(node, ast.ImportFrom):
+            if node.level: base = ".".join([*room.split(".")[:-node.level], *filter(None, [node.module])])
+            elif node.module and node.module.split(".")[0] == LIB.name: base = node.module.removeprefix(LIB.name).lstrip(".")
+            else: continue
+            yield from (named(base, alias.name) for alias in node.names)
+
+
+def uphill(room, text, rooms=ROOMS):
+    "Imports of a room, on top or inside functions, that do not go to a room before it."
+    if room not in rooms: raise AssertionError(next(misplaced([room], rooms)))
+    return sorted({other for other in course_imports(room, ast.parse(text), rooms)
+                   if other not in ("", *rooms[:rooms.index(room)])})
+
+
+def room_length(text):
+    "Lines of a generated module from its first cell on: docstring and `__all__` are not counted."
+    lines = text.rstrip().splitlines()
+    return len(lines) - next((i for i, line in enumerate(lines) if line.startswith("# %% ") and not line.startswith("# %% auto")), 0)
+
+
+def too_long(room, text):
+    "A sentence if a room is too long to be read at one go."
+    limit = 200 if room in RECIPES else 400
+    if (length := room_length(text)) > limit: yield f"{room} has {length} lines, {limit} is the limit: split it, or move what others need down"
+
+
 # ---------------------------------------------------------------- running
 
 def environment(root=ROOT, cache=None):
@@ -75,12 +189,14 @@ def environment(root=ROOT, cache=None):
     return found | ({"SDXL_COURSE_CACHE": str(cache)} if cache else {})
 
 
-def execute(nb, folder, env=None, timeout=600):
-    "Run a notebook in `folder`; flagged cells are neither run nor cleared. Returns the notebook with new outputs."
+def execute(nb, folder, env=None, kernel=None, timeout=600):
+    """Run a notebook in `folder`, with the command of a kernel or a plain one. Returns the notebook with new outputs.
+    Flagged cells are neither run nor cleared."""
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     kept = {i: (cell.source, cell.outputs) for i, cell in enumerate(nb.cells) if is_skipped(cell)}
     for i in kept: nb.cells[i].source = ""
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    if kernel: client.create_kernel_manager().kernel_spec.argv = kernel
     with client.setup_kernel(env=env or environment()):
         for i, cell in enumerate(nb.cells): client.execute_cell(cell, i)
     for i, (source, outputs) in kept.items(): nb.cells[i].source, nb.cells[i].outputs = source, outputs
@@ -110,7 +226,7 @@ def readme(nb):
 
 
 # ---------------------------------------------------------------- judging
-# A rule takes a notebook's name and the notebook; it yields one sentence for each thing that is wrong.
+# A rule takes a page's name and the notebook; it yields one sentence for each thing that is wrong.
 
 HEADER = "| learn | need | time | cost | exports |"
 KB = 1000
@@ -119,20 +235,35 @@ KB = 1000
 def text_of(output):
     "Everything in an output that is text."
     if "text" in output: yield output["text"]
-    for kind, data in output.get("data", {}).items():
-        if not kind.startswith("image/") or kind == "image/svg+xml": yield data if isinstance(data, str) else json.dumps(data)
+    for mime, data in output.get("data", {}).items():
+        if not mime.startswith("image/") or mime == "image/svg+xml": yield data if isinstance(data, str) else json.dumps(data)
     yield from output.get("traceback", [])
 
 
-def header(name, nb):
-    "Question, subtitle, and the table that says what the page costs and gives."
-    if name == "index": return
+def opening(nb):
+    "The lines of text before the first code that is more than an import."
     start = next((i for i, cell in enumerate(nb.cells) if cell.cell_type == "markdown"), len(nb.cells))
-    leading = list(itertools.takewhile(lambda cell: cell.cell_type == "markdown", nb.cells[start:]))
-    text = "\n".join(cell.source for cell in leading)
-    if any(not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in parse(cell).body) for i, cell in code_cells(nb) if i < start):
+    leading = itertools.takewhile(lambda cell: cell.cell_type == "markdown", nb.cells[start:])
+    return [line.strip() for cell in leading for line in cell.source.splitlines() if line.strip()]
+
+
+def headings(nb):
+    "The titles of a page's sections."
+    return [head.strip() for head in re.findall(r"^## (.+)$", "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown"), re.M)]
+
+
+def solutions(nb):
+    "The folded cells that hold an exercise's solution."
+    return [cell for cell in nb.cells if cell.cell_type == "code" and "code-fold" in directives(cell)]
+
+
+def header(name, nb):
+    "A lesson begins with a question, a subtitle, and the table that says what it costs and gives."
+    if kind(name) != "lesson": return
+    start = next((i for i, cell in enumerate(nb.cells) if cell.cell_type == "markdown"), len(nb.cells))
+    if any(not all(isinstance(node, IMPORTS) for node in parse(cell).body) for i, cell in code_cells(nb) if i < start):
         yield "only imports may stand before the title"
-    lines = [line.strip() for line in text.splitlines() if line.strip()][:5]
+    lines = opening(nb)[:5]
     if len(lines) != 5: yield "the page must begin with a title, a subtitle and a table of three lines"; return
     if not (lines[0].startswith("# ") and lines[0].endswith("?")): yield f"the title is not a question: {lines[0]!r}"
     if not lines[1].startswith("> "): yield f"the second line is not a subtitle: {lines[1]!r}"
@@ -145,25 +276,48 @@ def header(name, nb):
 
 
 def ending(name, nb):
-    "Exercises with solutions that run, then what we have, then what comes next."
-    if name == "index": return
-    heads = re.findall(r"^## (.+)$", "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown"), re.M)
+    "A lesson ends with exercises whose solutions run, then what we have, then what comes next."
+    if kind(name) != "lesson": return
     want = ["Exercises", "What we now have", "Next"]
-    if [head.strip() for head in heads[-3:]] != want: yield f"the page must end with the headings {want}, it ends with {heads[-3:]}"
-    if not any("code-fold" in directives(cell) and not is_skipped(cell) for cell in nb.cells if cell.cell_type == "code"):
-        yield "no exercise has a folded solution that is run"
+    if headings(nb)[-3:] != want: yield f"the page must end with the headings {want}, it ends with {headings(nb)[-3:]}"
+    if all(is_skipped(cell) for cell in solutions(nb)): yield "no exercise has a folded solution that is run"
+
+
+def share(name, nb):
+    "A lesson is read for its story: at most 30 % of its lines of code are exported."
+    if kind(name) != "lesson": return
+    every = sum(len(lines_of(cell)) for _, cell in code_cells(nb))
+    exported = sum(len(lines_of(cell)) for _, cell in code_cells(nb) if is_exported(cell))
+    if exported * 100 > every * 30: yield f"{exported} of {every} lines of code are exported; 30 % may be: move plumbing to a page in nbs/library"
+
+
+def workshop(name, nb):
+    "A workshop page says which module it is, imports once, uses every public name, and sets no exercises."
+    if kind(name) != "workshop": return
+    modules, lines = default_exps(nb), [*opening(nb), "", ""]
+    if len(modules) != 1: yield f"the page needs exactly one default_exp, it has {len(modules)}"
+    if lines[0] != f"# {default_exp(nb)}": yield f"the title must be the module's dotted name, '# {default_exp(nb)}', it is {lines[0]!r}"
+    if not lines[1].startswith("> "): yield f"the second line is not a subtitle: {lines[1]!r}"
+    importing = [i for i, cell in code_cells(nb) if is_exported(cell) and holds_imports(cell)]
+    if len(importing) != 1: yield f"the page needs exactly one exported cell of imports, it has {len(importing)}: {importing}"
+    used = set()
+    for _, cell in code_cells(nb):
+        if is_exported(cell) or is_skipped(cell): continue
+        for node in ast.walk(parse(cell)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load): used.add(node.id)
+            elif isinstance(node, ast.Attribute): used.add(node.attr)
+    if unused := [one for one in public_names(nb) if one not in used]: yield f"no cell shows how to use {', '.join(unused)}"
+    if "Exercises" in headings(nb) or solutions(nb): yield "exercises belong into a lesson"
 
 
 def imports(name, nb):
     "Cells with imports hold nothing else; flagged cells hold none; nothing here imports nbdev."
     for i, cell in code_cells(nb):
-        tree, found = parse(cell), directives(cell)
-        kinds = (ast.Import, ast.ImportFrom)
-        exported = bool(found.keys() & EXPORTS)
-        inside = [node for node in (tree.body if exported else ast.walk(tree)) if isinstance(node, kinds)]
-        if inside and not all(isinstance(node, kinds) for node in tree.body): yield f"cell {i} mixes imports with other code"
-        if (inside or exported) and found.keys() & SKIP_FLAGS: yield f"cell {i} is flagged, but the docs would run it for its imports or exports"
-        modules = [alias.name for node in ast.walk(tree) if isinstance(node, kinds) for alias in node.names]
+        tree, exported = parse(cell), is_exported(cell)
+        inside = [node for node in (tree.body if exported else ast.walk(tree)) if isinstance(node, IMPORTS)]
+        if inside and not all(isinstance(node, IMPORTS) for node in tree.body): yield f"cell {i} mixes imports with other code"
+        if (inside or exported) and is_skipped(cell): yield f"cell {i} is flagged, but the docs would run it for its imports or exports"
+        modules = [alias.name for node in ast.walk(tree) if isinstance(node, IMPORTS) for alias in node.names]
         modules += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         if any(module.split(".")[0] == "nbdev" for module in modules): yield f"cell {i} imports nbdev, which readers do not have"
 
@@ -192,8 +346,11 @@ def budgets(name, nb):
         for output in cell.outputs:
             size = len(json.dumps(output))
             if size > 120 * KB: yield f"an output of cell {i} has {size // KB} KB, 120 is the limit"
-        lines = len([line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")])
-        if directives(cell).keys() & EXPORTS and lines > 40: yield f"exported cell {i} has {lines} lines, 40 is the limit"
+        if not is_exported(cell): continue
+        lines = lines_of(cell)
+        if len(lines) > 30: yield f"exported cell {i} has {len(lines)} lines, 30 is the limit"
+        for line in lines:
+            if len(line) > 120: yield f"exported cell {i} has a line of {len(line)} characters, 120 is the limit: {line.strip()[:60]!r}"
 
 
 def outputs(name, nb):
@@ -201,7 +358,7 @@ def outputs(name, nb):
     for i, cell in code_cells(nb):
         for output in cell.outputs:
             if output.output_type == "error": yield f"cell {i} stored an error"
-            if any("widget" in kind for kind in output.get("data", {})): yield f"cell {i} stored a widget, which shows nothing on a page"
+            if any("widget" in mime for mime in output.get("data", {})): yield f"cell {i} stored a widget, which shows nothing on a page"
             if any(re.search(r"/tmp/|\b0x[0-9a-f]{9,}", text) for text in text_of(output)): yield f"cell {i} printed a temporary path or address"
 
 
@@ -215,12 +372,13 @@ def secrets(name, nb):
 
 
 def evaluated(name, nb):
-    "Only a __main__ guard may be left unrun without a flag."
+    "Run All reaches the end: nothing is left unrun without a flag, and a __main__ guard sleeps in a notebook."
+    guard = ast.dump(ast.parse('__name__ == "__main__" and __spec__', mode="eval").body)
     for i, cell in code_cells(nb):
-        if "eval" in directives(cell) and "__main__" not in cell.source: yield f"cell {i} is marked eval: false; flag it {sorted(SKIP_FLAGS)} or run it"
-        body = parse(cell).body
-        guarded = [node for node in body if isinstance(node, ast.If) and "__main__" in ast.dump(node.test)]
-        if guarded and directives(cell).get("eval", "").lower() != "false": yield f"cell {i} has a __main__ guard, which runs in a notebook; mark it eval: false"
+        if "eval" in directives(cell): yield f"cell {i} is marked eval, which plain Jupyter does not know; flag it {sorted(SKIP_FLAGS)} or run it"
+        for node in ast.walk(parse(cell)):
+            if isinstance(node, (ast.If, ast.IfExp)) and "'__main__'" in ast.dump(node.test) and ast.dump(node.test) != guard:
+                yield f'cell {i} has a __main__ guard, which would end the page; write: if __name__ == "__main__" and __spec__: sys.exit(main())'
     if any(re.search(r"^\s*skip_(exec|showdoc)\s*:", cell.source, re.M) for cell in nb.cells if cell.cell_type == "raw"): yield "the page is skipped as a whole"
 
 
@@ -238,4 +396,9 @@ def prose(name, nb):
         if any(not one.isascii() for one in names): yield f"cell {i} has names outside ASCII"
 
 
-RULES = {rule.__name__: rule for rule in (header, ending, imports, checks, budgets, outputs, secrets, evaluated, prose)}
+RULES = {rule.__name__: rule for rule in (header, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose)}
+
+
+def typical_length(pages):
+    "The median number of lines of all exported cells that define something."
+    return statistics.median(len(lines_of(cell)) for nb in pages for _, cell in code_cells(nb) if is_exported(cell) and not holds_imports(cell))

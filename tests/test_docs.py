@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from course import NBS, NOTEBOOKS, environment
+from course import NOTEBOOKS, environment, page_name
 
 STAGE = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
 
@@ -18,18 +18,21 @@ def test_docs_stage(fresh_copy):
     made = make_docs(fresh_copy)
     assert made.returncode == 0, made.stderr[-3000:]
     pages = fresh_copy / "_proc"
-    assert {path.name for path in pages.rglob("*.ipynb")} == {path.name for path in NOTEBOOKS}
+    assert {path.relative_to(pages).as_posix() for path in pages.rglob("*.ipynb")} == {f"{page_name(path)}.ipynb" for path in NOTEBOOKS}
     assert (pages / "_quarto.yml").is_file() and not (pages / "_quarto.yml").is_symlink()
-    core = json.loads((pages / "00_core.ipynb").read_text(encoding="utf-8"))
+    core = json.loads((pages / "library" / "core.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in core["cells"])
     assert "pick_device" in text and "default_exp" not in text
 
 
-def test_a_page_that_cannot_be_made_is_noticed(fresh_copy):
-    for path in (fresh_copy / "nbs").glob("*.ipynb"):
-        if path.stem != "00_core": path.unlink()
-    path = fresh_copy / "nbs" / "00_core.ipynb"
-    nb = json.loads((NBS / path.name).read_text(encoding="utf-8"))
-    nb["cells"].append({"cell_type": "code", "execution_count": None, "id": "broken00", "metadata": {}, "outputs": [], "source": ["#| export\n", "1 / 0"]})
-    path.write_text(json.dumps(nb), encoding="utf-8")
-    assert make_docs(fresh_copy).returncode != 0
+@pytest.mark.parametrize("source, made", [("1 / 0", False), ("import sys\nif __name__ == '__main__': sys.exit('the end')", False),
+                                          ("if __name__ == '__main__' and __spec__: sys.exit('the end')", True)])
+def test_a_page_that_cannot_be_made_is_noticed(fresh_copy, source, made):
+    "Among them a page that ends at its __main__ guard; the guard that the pages have does not."
+    page = fresh_copy / "nbs" / "library" / "core.ipynb"
+    for path in (fresh_copy / "nbs").rglob("*.ipynb"):
+        if path != page: path.unlink()
+    nb = json.loads(page.read_text(encoding="utf-8"))
+    nb["cells"].append({"cell_type": "code", "execution_count": None, "id": "broken00", "metadata": {}, "outputs": [], "source": "#| export\n" + source})
+    page.write_text(json.dumps(nb), encoding="utf-8")
+    assert (make_docs(fresh_copy).returncode == 0) == made

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from course import LIB, environment
+from course import LIB, environment, room_of
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_help_is_quick(bare):
 
 
 def test_every_module_can_be_imported(bare):
-    names = sorted(path.stem for path in LIB.glob("*.py") if not path.stem.startswith("_"))
+    names = sorted(room_of(path) for path in LIB.rglob("*.py") if not path.stem.startswith("_"))
     code = "import importlib, sys; [importlib.import_module(f'sdxl_course.{name}') for name in sys.argv[1:]]"
     found = bare("python", "-c", code, *names)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -7,11 +7,15 @@ import sys
 import pytest
 import yaml
 
-from course import LIB, NBS, NOTEBOOKS, ROOT, SETTINGS, default_exp, environment, read, readme
+from course import (LIB, NBS, NOTEBOOKS, RECIPES, ROOMS, ROOT, SETTINGS, course_imports, default_exp, environment, kind, misplaced, page_name, public_names, read,
+                    readme, room_of, too_long, uphill)
 
 EXPORTING = {path: name for path in NOTEBOOKS if (name := default_exp(read(path)))}
-MODULES = sorted(path for path in LIB.rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
-ORDER = {name: path.stem for path, name in EXPORTING.items()}
+MODULES = {room_of(path): path for path in sorted(LIB.rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")}
+LESSONS = [path.name for path in NOTEBOOKS if kind(page_name(path)) == "lesson"]
+
+
+def text(room): return MODULES[room].read_text(encoding="utf-8")
 
 
 # ------------------------------------------------ notebooks and modules
@@ -21,52 +25,111 @@ def test_no_two_notebooks_export_the_same_module():
 
 
 def test_every_module_has_its_notebook_and_the_reverse():
-    assert {path.relative_to(LIB).with_suffix("").as_posix() for path in MODULES} == set(EXPORTING.values())
+    assert set(MODULES) == set(EXPORTING.values())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_named_after_its_module(path):
-    match = re.fullmatch(r"(\d\d)_(\w+)", path.stem)
-    if path in EXPORTING: assert match and match[2] == EXPORTING[path]
-    else: assert path.stem == "index" or (match and int(match[1]) >= 80), "a page that exports nothing has a number from 80 on"
+def test_notebook_has_the_right_name(path):
+    name = page_name(path)
+    if kind(name) == "workshop": assert name == f"library/{default_exp(read(path)).replace('.', '_')}", "a workshop page is named after its module, with _ for ."
+    elif kind(name) == "lesson": assert re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", name), "a lesson is nbs/NN_name.ipynb, its number says where it stands in the reading order"
 
 
-def course_imports(tree):
-    "The modules of the course that a tree imports, at whatever depth."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level: yield from [node.module] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == LIB.name: yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LIB.name + "."): yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import): yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith(LIB.name + "."))
+def test_no_two_pages_have_the_same_name_or_number():
+    assert len({path.stem for path in NOTEBOOKS}) == len(NOTEBOOKS)
+    assert len({name[:2] for name in LESSONS}) == len(LESSONS)
 
 
-def uphill(name, text):
-    "Imports of a module that do not go to a lower number."
-    return [other for other in course_imports(ast.parse(text)) if other in ORDER and ORDER[other] >= ORDER[name]]
+@pytest.mark.parametrize("path", EXPORTING, ids=lambda path: path.stem)
+def test_public_names_are_those_that_nbdev_finds(path):
+    "The rule that each public name is used relies on it."
+    exported = ast.literal_eval(re.search(r"^__all__ = (\[.*?\])$", text(EXPORTING[path]), re.M | re.S)[1])
+    assert sorted(public_names(read(path))) == sorted(exported)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_import_only_lower_numbers(path):
-    assert path.stem in ORDER and uphill(path.stem, path.read_text(encoding="utf-8")) == []
+# ------------------------------------------------ rooms
+
+def test_every_room_has_its_place():
+    assert list(misplaced(MODULES)) == []
 
 
-@pytest.mark.parametrize("line", ["from .cli import main", "from sdxl_course.cli import main", "import sdxl_course.cli as c",
-                                  "from sdxl_course import cli", "from . import cli", "def f():\n    from .cli import main", "from .core import check"])
-def test_an_uphill_import_is_noticed(line):
-    assert uphill("core", line)
+@pytest.mark.parametrize("modules, rooms, sentence", [
+    (["core", "cli"], ["core"], "cli has no place in the order of rooms: add it to ROOMS in tests/course.py"),
+    (["core"], ["core", "cli"], "lists cli, which no page exports"),
+    (["core"], ["core", "core"], "lists core more than once"),
+])
+def test_a_misplaced_room_is_noticed(modules, rooms, sentence):
+    assert sentence in " ".join(misplaced(modules, rooms))
+
+
+@pytest.mark.parametrize("room", MODULES)
+def test_rooms_import_only_downhill(room):
+    assert uphill(room, text(room)) == [], f"{room} stands before these in ROOMS in tests/course.py: move code down, or the room up"
+
+
+@pytest.mark.parametrize("room, line", [(room, line) for room, lines in {
+    "core": ["from .cli import main", "from sdxl_course.cli import main", "import sdxl_course.cli as c", "from sdxl_course import cli", "from . import cli",
+             "def f():\n    from .cli import main", "from .core import check", "from .model.noise import NoiseSchedule", "from .model import noise",
+             "from sdxl_course.model import noise", "import sdxl_course.model.noise", "from . import model"],
+    "model.noise": ["from .lora import inject", "from . import lora", "from ..train.loop import fit", "from ..train import loop", "from .. import cli",
+                    "from ..cli import main", "from ..model.noise import add_noise", "def f():\n    from ..data import cache", "from .nowhere import nothing"],
+}.items() for line in lines])
+def test_an_uphill_import_is_noticed(room, line):
+    assert uphill(room, line)
+
+
+@pytest.mark.parametrize("line", ["from ..core import check", "from .. import core", "from .conditioning import encode_prompts", "from . import conditioning",
+                                  "import sdxl_course.core", "from sdxl_course.world import scene", "import torch", "from sdxl_course import __version__"])
+def test_a_downhill_import_is_allowed(line):
+    assert uphill("model.noise", line) == []
+
+
+def test_the_trainer_knows_nothing_of_the_small_world():
+    for room in MODULES:
+        if room.split(".")[0] in ("core", "options", "model", "data", "train", *RECIPES):
+            assert [other for other in course_imports(room, ast.parse(text(room))) if other.startswith("world.")] == [], room
+
+
+def test_a_room_without_a_place_says_where_to_add_it():
+    with pytest.raises(AssertionError, match="add it to ROOMS in tests/course.py"): uphill("model.nowhere", "import torch")
+
+
+def test_the_map_shows_every_room():
+    "Each room stands in the table in CONTRIBUTING, in the row of its wing, and rooms stand in their order."
+    table = re.search(r"^## The rooms.*?(^\|.*?)^(?!\|)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    shown = []
+    for row in table.splitlines()[2:]:
+        wing = ""
+        for word in re.findall(r"`(\w+/?)`|(;)", row.split("|")[1]):
+            if word[1]: wing = ""
+            elif word[0].endswith("/"): wing = word[0].replace("/", ".")
+            else: shown.append(wing + word[0])
+    assert shown == ROOMS
+
+
+@pytest.mark.parametrize("room", MODULES)
+def test_rooms_are_short(room):
+    assert list(too_long(room, text(room))) == []
+
+
+def test_a_long_room_is_noticed():
+    module = lambda n: "# %% auto #0\n__all__ = [\n'a']\n\n# %% ../nbs/library/x.ipynb #1\n" + "x = 1\n" * (n - 1)
+    for room, limit in [("model.noise", 400), *((recipe, 200) for recipe in RECIPES)]:
+        assert not list(too_long(room, module(limit))) and list(too_long(room, module(limit + 1)))
 
 
 def test_exported_modules_are_what_the_notebooks_say(fresh_copy):
-    before = {path.name: path.read_bytes() for path in LIB.glob("*.py")}
-    for path in (fresh_copy / LIB.name).glob("*.py"): path.unlink()
+    def files(lib): return {path.relative_to(lib).as_posix(): path.read_bytes() for path in lib.rglob("*.py")}
+    before, lib = files(LIB), fresh_copy / LIB.name
+    for room in MODULES: (lib / MODULES[room].relative_to(LIB)).unlink()
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=fresh_copy, env=environment(fresh_copy), check=True)
-    after = {path.name: path.read_bytes() for path in (fresh_copy / LIB.name).glob("*.py")}
+    after = files(lib)
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set(), "run nbdev_export"
 
 
 def test_notebooks_are_clean(fresh_copy):
     subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=fresh_copy, env=environment(fresh_copy), check=True)
-    changed = [path.name for path in NOTEBOOKS if path.read_bytes() != (fresh_copy / path.relative_to(ROOT)).read_bytes()]
+    changed = [page_name(path) for path in NOTEBOOKS if path.read_bytes() != (fresh_copy / path.relative_to(ROOT)).read_bytes()]
     assert changed == [], "run nbdev_clean"
 
 
@@ -82,9 +145,30 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
-def test_index_lists_every_page():
-    listed = re.findall(r"\]\((\w+\.ipynb)\)", "\n".join(cell.source for cell in read(NBS / "index.ipynb").cells))
-    assert sorted(set(listed)) == [path.name for path in NOTEBOOKS if path.stem != "index"]
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_between_pages_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown"))
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+def index_rows():
+    "The rows of the index's tables that begin with a link to a page: the page, and the other entries."
+    lines = "\n".join(cell.source for cell in read(NBS / "index.ipynb").cells).splitlines()
+    return [(match[1], [one.strip() for one in match[2].split("|")]) for line in lines if (match := re.match(r"\| \[\w+\]\((\w+\.ipynb)\) \|(.*)\|$", line))]
+
+
+def test_index_lists_every_lesson_in_reading_order():
+    assert [name for name, _ in index_rows()] == LESSONS
+
+
+def test_index_asks_what_the_lessons_ask():
+    titles = {name: read(NBS / name).cells[0].source.splitlines()[0].removeprefix("# ") for name in LESSONS}
+    assert [(name, rest[0]) for name, rest in index_rows() if titles.get(name) != rest[0]] == []
+
+
+def test_index_links_every_page_of_the_library():
+    listed = re.findall(r"\]\((library/\w+\.ipynb)\)", "\n".join(cell.source for cell in read(NBS / "index.ipynb").cells))
+    assert sorted(set(listed)) == sorted(f"{page_name(path)}.ipynb" for path in EXPORTING if kind(page_name(path)) == "workshop")
 
 
 def test_quarto_file_and_its_link_read_the_same():
@@ -96,7 +180,11 @@ def test_sidebar_lists_every_page():
     def pages(entries):
         for entry in entries: yield from [entry] if isinstance(entry, str) else pages(entry["contents"])
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    assert sorted(pages(sidebar)) == sorted(path.name for path in NOTEBOOKS)
+    listed = list(pages(sidebar))
+    assert sorted(listed) == sorted(f"{page_name(path)}.ipynb" for path in NOTEBOOKS)
+    assert [name for name in listed if name in LESSONS] == LESSONS, "lessons stand in reading order"
+    library = [default_exp(read(NBS / name)) for name in listed if name.startswith("library/")]
+    assert library == sorted(library, key=ROOMS.index), "pages of the library stand in the order of the rooms"
 
 
 def test_versions_agree():
@@ -112,8 +200,8 @@ def test_nothing_that_the_library_needs_is_missing_from_the_requirements():
     names = {"PIL": "pillow", "yaml": "pyyaml"}
     wanted = {re.split(">=", one)[0].lower() for one in SETTINGS["requirements"].split()}
     found = set()
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for room in MODULES:
+        for node in ast.walk(ast.parse(text(room))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             found |= {module.split(".")[0] for module in modules}
     found -= set(sys.stdlib_module_names) | {LIB.name}

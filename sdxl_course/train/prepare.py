@@ -19,6 +19,7 @@ from ..core import CourseError
 from ..data.cache import LatentCache
 from ..data.check import read_dataset
 from ..data.loader import BatchLoader, CaptionOptions
+from ..data.preprocess import ImageOptions
 from ..data.records import content_key
 from ..model.components import load_components
 from ..model.conditioning import dropped_text
@@ -27,7 +28,6 @@ from ..model.noise import TimestepOptions, noise_schedule, timestep_weights
 from ..model.sampling import inference_scheduler
 from ..options import fields_of
 from .checkpoint import read_state
-from .config import ImageOptions
 from .objective import WeightingOptions, DenoisingLoss, active_weightings, make_weighting
 from .optimizer import make_optimizer, make_schedule
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..core import watched
-from ..data.loader import BatchLoader, BatchSampler, prefetch
+from ..data.loader import BatchLoader
+from ..data.sampler import BatchSampler, prefetch
 from ..data.preprocess import to_tensor
 from ..model.conditioning import encode_prompts
 from ..model.sampling import eval_mode

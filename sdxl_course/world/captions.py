@@ -7,27 +7,43 @@ __all__ = ['MEDIUM', 'WHERE', 'SEEN', 'WORN', 'with_article', 'place_words', 'ca
 
 # %% ../../nbs/library/world_captions.ipynb #118fb526
 import numpy as np
-from .scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, Scene, VIEWS, set_stage
+from .scene import (ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, VIEWS, Scene,
+                                     set_stage)
 
 # %% ../../nbs/library/world_captions.ipynb #5ab07f53
-MEDIUM = {"photo": ("photo",), "watercolour": ("watercolour painting", "watercolour", "watercolor painting"), "blueprint": ("blueprint",),
-          "pencil": ("pencil drawing", "pencil sketch"), HELD_OUT_STYLE: ("old book illustration",)}
-WHERE = dict(snow=("in a snowy tundra",), city=("in a city at night",), desert=("in a desert",), forest=("in a forest",), beach=("at the beach",),
-             apartment=("in a living room",), field=("in a field in autumn",), path=("on a path",), sea=("on the water",), carnival=("at the carnival",))
-SEEN = dict(snow=("in a snowy tundra with trees",), desert=("in a desert with pyramids",), field=("in an autumn field with pumpkins",))
-WORN = dict(hat=("wearing a hat", "with a hat"), scarf=("wearing a scarf", "with a scarf"), ribbon=("with a ribbon", "wearing a ribbon"), lantern=("next to a lantern", "with a lantern"))
+MEDIUM = {"photo": ("photo",), "watercolour": ("watercolour painting", "watercolour", "watercolor painting"),
+          "blueprint": ("blueprint",), "pencil": ("pencil drawing", "pencil sketch"),
+          HELD_OUT_STYLE: ("old book illustration",)} # style -> what it is called
 
-def with_article(words):
+WHERE = dict(snow=("in a snowy tundra",), city=("in a city at night",), desert=("in a desert",),
+             forest=("in a forest",), beach=("at the beach",), apartment=("in a living room",),
+             field=("in a field in autumn",), path=("on a path",), sea=("on the water",),
+             carnival=("at the carnival",)) # place -> further phrases
+
+SEEN = dict(snow=("in a snowy tundra with trees",), desert=("in a desert with pyramids",),
+            field=("in an autumn field with pumpkins",)) # place -> phrases for what may be seen there
+
+WORN = dict(hat=("wearing a hat", "with a hat"), scarf=("wearing a scarf", "with a scarf"),
+            ribbon=("with a ribbon", "wearing a ribbon"),
+            lantern=("next to a lantern", "with a lantern")) # accessory -> phrases
+
+def with_article(
+    words:str, # a noun phrase
+)->str: # with "a" or "an" before it
     "An indefinite article before a noun phrase."
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 # %% ../../nbs/library/world_captions.ipynb #09f4c93d
-def place_words(scene, r):
+def place_words(
+    scene:Scene, # what is shown
+    r,           # numpy.random.Generator
+)->str: # a phrase
     "A phrase for the place that is true of this picture."
     words = [PLACES[scene.place]]*2 + list(WHERE[scene.place])
     if scene.place in SEEN and scene.view != "from above":
-        shown = scene.place == "desert" or any(g.at[0]**2 < (1.1 - .22*g.at[2])**2/2 for g in set_stage(scene).groups[1:])
-        if shown: words.append(SEEN[scene.place][0])
+        props = set_stage(scene).groups[1:]
+        in_view = any(g.at[0]**2 < (1.1 - .22*g.at[2])**2/2 for g in props) # the view widens with the distance
+        if scene.place == "desert" or in_view: words.append(SEEN[scene.place][0])
     return words[int(r.integers(len(words)))]
 
 # %% ../../nbs/library/world_captions.ipynb #f93d5be3
@@ -37,15 +53,18 @@ def caption(
 )->str: # lower case, no full stop
     "Say what a picture shows; never anything it does not show (drawings in one ink name no colour)."
     r = np.random.default_rng([scene.seed, seed, 99])
-    inked = scene.style in ("blueprint", "pencil", HELD_OUT_STYLE)
-    color = "" if inked or r.random() < .08 else "ruby red " if set_stage(scene).ruby and r.random() < .5 else scene.color + " "
+    inked, color = scene.style in ("blueprint", "pencil", HELD_OUT_STYLE), scene.color + " "
+    if inked or r.random() < .08: color = ""
+    elif set_stage(scene).ruby and r.random() < .5: color = "ruby red "
     noun = with_article(color + scene.object)
     if scene.accessory: noun += " " + WORN[scene.accessory][int(r.integers(2))]
     place = " " + place_words(scene, r) if r.random() > .08 else ""
-    view = "" if not scene.view else (f" {scene.view}", f", seen {scene.view}", f", {scene.view}")[int(r.integers(3))]
+    view = (f" {scene.view}", f", seen {scene.view}", f", {scene.view}")[int(r.integers(3))] if scene.view else ""
     medium = MEDIUM[scene.style][int(r.integers(len(MEDIUM[scene.style])))]
-    forms = [f"{with_article(medium)} of {noun}{place}{view}"]*3 + [f"{noun}{place}{view}, {medium}", f"{medium} of {noun}{place}{view}"]
-    if scene.style == "photo": forms += [f"{noun}{place}{view}"]*2
+    noun_in_place = f"{noun}{place}{view}"
+    forms = [f"{with_article(medium)} of {noun_in_place}"]*3
+    forms += [f"{noun_in_place}, {medium}", f"{medium} of {noun_in_place}"]
+    if scene.style == "photo": forms += [noun_in_place]*2
     if place: forms.append(f"{with_article(medium)},{place}, {noun}{view}")
     return forms[int(r.integers(len(forms)))]
 
@@ -54,6 +73,7 @@ def caption_words(
     styles=(*STYLES, HELD_OUT_STYLE), # whose captions
 )->list: # sorted single words
     "Every word that a caption in these styles can hold."
-    phrases = [*OBJECTS, *COLORS, *PLACES.values(), *VIEWS, *ACCESSORIES, *sum((MEDIUM[style] for style in styles), ()), *sum(WHERE.values(), ()),
-        *sum(WORN.values(), ()), *(seen[0] for seen in SEEN.values()), "a an of seen ruby red"]
+    phrases = [*OBJECTS, *COLORS, *PLACES.values(), *VIEWS, *ACCESSORIES, "a an of seen ruby red"]
+    for table in (WHERE, WORN, SEEN): phrases += sum(table.values(), ())
+    phrases += sum((MEDIUM[style] for style in styles), ())
     return sorted({word for phrase in phrases for word in phrase.split()})

@@ -12,24 +12,34 @@ import numpy as np
 from PIL import Image
 from .places import PLACE
 from .scene import HELD_OUT_STYLE, set_stage
-from .trace import mix, noise2, step, trace
+from .textures import mix, noise2, step
+from .trace import trace
 
 # %% ../../nbs/library/world_render.ipynb #c6b79268
-def soften(a, times=1):
+def soften(
+    a,       # (h, w, ...)
+    times=1, # how often
+): # (h, w, ...)
     "Blur by a 1-2-1 window, edges repeated."
     for _ in range(times):
         for axis in (0, 1):
             p = np.pad(a, [(1, 1) if i == axis else (0, 0) for i in range(a.ndim)], mode="edge")
             n = a.shape[axis]
-            a = (np.take(p, range(0, n), axis) + 2*np.take(p, range(1, n + 1), axis) + np.take(p, range(2, n + 2), axis))*.25
+            left, middle, right = (np.take(p, range(i, n + i), axis) for i in range(3))
+            a = (left + 2*middle + right)*.25
     return a
 
-def halve(a):
+def halve(
+    a, # (h, w, ...), h and w even
+): # (h/2, w/2, ...)
     "Mean of two by two samples: the picture's antialiasing."
     h, w = a.shape[0]//2, a.shape[1]//2
     return a.reshape(h, 2, w, 2, *a.shape[2:]).mean((1, 3))
 
-def spread(a, times=1):
+def spread(
+    a,       # (h, w)
+    times=1, # how often
+): # (h, w)
     "Grow the large values of a map by one sample in every direction."
     for _ in range(times):
         p = np.pad(a, 1, mode="edge")
@@ -37,18 +47,27 @@ def spread(a, times=1):
     return a
 
 # %% ../../nbs/library/world_render.ipynb #866e02f6
-def ink_lines(b, width=1, crease=.55):
-    "Where a pen would draw: borders between things, jumps in depth, creases. 0..1 at twice the resolution."
+def ink_lines(
+    b,          # `Buffers`
+    width=1,    # by how many samples lines are widened
+    crease=.55, # squared change of the normal from which a crease is drawn
+): # (h, w), 0..1
+    "Where a pen would draw: borders between things, jumps in depth, creases (Saito and Takahashi 1990)."
     line = np.zeros(b.part.shape, np.float32)
     for axis in (0, 1):
         part, depth, normal = (np.diff(a, axis=axis) for a in (b.part, np.log(b.depth), b.normal))
-        edge = (part != 0) | ((np.abs(depth) > .07) & (np.take(b.figure, range(1, b.figure.shape[axis]), axis) > 0)) | ((normal*normal).sum(-1) > crease)
+        solid = np.take(b.figure, range(1, b.figure.shape[axis]), axis) > 0
+        edge = (part != 0) | ((np.abs(depth) > .07) & solid) | ((normal*normal).sum(-1) > crease)
         pad = [(0, 1) if i == axis else (0, 0) for i in (0, 1)]
         line = np.maximum(line, np.pad(edge.astype(np.float32), pad))
     return spread(line, width)
 
-def photo(b, stage):
-    "Light the surfaces: ambient, sun, a small highlight, haze with distance."
+# %% ../../nbs/library/world_render.ipynb #69c0daf9
+def photo(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w, 3), about 0..1
+    "Light the surfaces: ambient, sun, a small highlight (Blinn 1977), haze with distance."
     place = PLACE[stage.scene.place]
     light = np.asarray(place.ambient)*b.occlusion[..., None] + np.asarray(place.sunlight)*(b.sun*.72)[..., None]
     sun = np.asarray(place.sun)/np.linalg.norm(place.sun)
@@ -58,43 +77,62 @@ def photo(b, stage):
     haze = np.clip((b.depth - 4)/22, 0, .55)*(b.part < 300)*(b.part != 200)
     return mix(color, np.asarray(place.low)/255, haze)
 
-# %% ../../nbs/library/world_render.ipynb #acf33c02
-def tone(b, stage):
-    "Brightness of the lit picture, 0..1: what a drawing in one ink goes by."
+def tone(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w), about 0..1
+    "Brightness of the lit picture: what a drawing in one ink goes by."
     return photo(b, stage) @ np.array((.3, .59, .11))
 
-def watercolour(b, stage):
+# %% ../../nbs/library/world_render.ipynb #acf33c02
+def watercolour(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w, 3), about 0..1
     "Washes on paper: few tones, wandering edges, pigment gathered at the rims, a white border."
     side = b.part.shape[0]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)*128/side
     g = stage.grain
-    j, i = (np.clip(np.round((a + 3.2*noise2(g, x/11 + k, y/11 + k) - 1.6)*side/128).astype(int), 0, side - 1) for a, k in ((y, 3), (x, 30)))
+    j, i = (np.round((a + 3.2*noise2(g, x/11 + k, y/11 + k) - 1.6)*side/128) for a, k in ((y, 3), (x, 30)))
+    j, i = (np.clip(a.astype(int), 0, side - 1) for a in (j, i)) # edges wander: where each sample's paint comes from
     color = np.clip(photo(b, stage), 0, 1)
     light = color @ np.array((.3, .59, .11))
     steps = (np.floor(light*4.5 + .5*noise2(g, x/16, y/16))/4.5 + .12)[..., None]
     wash = soften((color*steps/np.maximum(light, .08)[..., None])[j, i], 2)
     rim = np.clip(np.abs(wash - soften(wash, 6)).sum(-1)*1.2, 0, .35)
-    paper = np.array((.985, .975, .945))
-    out = paper*(.16 + .84*np.clip(wash, 0, 1.1)**.75)*(1 - rim[..., None])*(.95 + .1*noise2(g, x/12 + 7, y/12 + 7))[..., None]
+    paper, texture = np.array((.985, .975, .945)), (.95 + .1*noise2(g, x/12 + 7, y/12 + 7))[..., None]
+    out = paper*(.16 + .84*np.clip(wash, 0, 1.1)**.75)*(1 - rim[..., None])*texture
     edge = np.minimum(np.minimum(x, 127 - x), np.minimum(y, 127 - y)) - 5 - 7*noise2(g, x/13 + 50, y/13 + 20)
     return mix(paper, out, step(0, edge, 2.5))
 
 # %% ../../nbs/library/world_render.ipynb #d8e17ab7
-def blueprint(b, stage):
+def blueprint(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w, 3), 0..1
     "White lines on blue paper with a grid; tone only hinted at."
-    side = b.part.shape[0]
+    side, object_ = b.part.shape[0], b.figure == 1
     y, x = np.mgrid[0:side, 0:side]
     blue, white = np.array((.09, .24, .52)), np.array((.9, .95, 1.))
     grid = ((x % (side//8) < 2) | (y % (side//8) < 2))*.16
-    shade = .1*tone(b, stage) + .12*(b.figure == 1)
-    line = np.maximum(ink_lines(b, 1)*np.where(b.figure == 1, 1., .62), spread((b.figure == 1).astype(np.float32), 2) - (b.figure == 1))
+    shade = .1*tone(b, stage) + .12*object_
+    outline = spread(object_.astype(np.float32), 2) - object_
+    line = np.maximum(ink_lines(b, 1)*np.where(object_, 1., .62), outline)
     return mix(blue, white, np.clip(np.maximum(line*.95, grid + shade), 0, 1))
 
-def hatch(phase, dark, sharp=.16):
-    "Ink of lines whose share of the period is `dark`; phase counts periods."
+def hatch(
+    phase,     # periods counted from somewhere, any shape
+    dark,      # share of each period that is inked, 0..1, phase's shape
+    sharp=.16, # width of a line's soft edge, in half periods
+): # ink, 0..1
+    "Ink of parallel lines that swell with the darkness."
     return step(np.abs(np.mod(phase, 1) - .5)*2, np.clip(dark, 0, 1), sharp)*(dark > .02)
 
-def pencil(b, stage):
+# %% ../../nbs/library/world_render.ipynb #29f846ff
+def pencil(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w, 3), 0..1
     "Graphite on white paper: soft slanted strokes, tone by pressure, a drawn outline."
     side = b.part.shape[0]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)*128/side
@@ -105,15 +143,18 @@ def pencil(b, stage):
     return mix((.965, .96, .95), (.2, .2, .22), np.clip(np.maximum(lead*.85, line), 0, 1))
 
 # %% ../../nbs/library/world_render.ipynb #c75292fa
-def old_book(b, stage):
-    "Engraving on aged paper: lines of one direction that swell with the shade (as in Claude Mellan's prints), ink at silhouettes and creases."
+def old_book(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w, 3), 0..1
+    "Engraving on aged paper: lines of one direction that swell with the shade, as in Claude Mellan's prints."
     side = b.part.shape[0]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)*128/side
     g, dark = stage.grain, np.clip(1.08 - 1.05*tone(b, stage)**.85, 0, 1)
     dark = np.where(b.figure == 1, np.clip(.75*dark, 0, .6), np.clip(.5*dark - .06, 0, .36))
     swell = hatch(y/8 + .12*noise2(g, x/22, y/30), dark)
     outline = spread((b.figure == 1).astype(np.float32), 2) - (b.figure == 1)
-    ink = np.clip(np.maximum.reduce([.92*swell, spread(ink_lines(b, 1, .8), 0), outline]), 0, 1)
+    ink = np.clip(np.maximum.reduce([.92*swell, ink_lines(b, 1, .8), outline]), 0, 1)
     edge = np.minimum(np.minimum(x, 127 - x), np.minimum(y, 127 - y))
     age = noise2(g, x/26, y/26)*.7 + noise2(g, x/9 + 9, y/9)*.3
     paper = mix((.955, .905, .785), (.82, .72, .54), np.clip(.5*age + .5*np.exp(-edge/9) - .22, 0, 1))
@@ -121,18 +162,30 @@ def old_book(b, stage):
     return mix(paper, (.45, .35, .25), ink*vignette)
 
 # %% ../../nbs/library/world_render.ipynb #7b22e219
-PAINTERS = {"photo": photo, "watercolour": watercolour, "blueprint": blueprint, "pencil": pencil, HELD_OUT_STYLE: old_book}
+PAINTERS = {"photo": photo, "watercolour": watercolour, "blueprint": blueprint, "pencil": pencil,
+            HELD_OUT_STYLE: old_book} # style -> its function
 
-def render_styles(scene, styles, size=128):
-    "One scene in several styles, traced once: {style: uint8 (size, size, 3)}."
+def render_styles(
+    scene,    # `Scene`; its own style does not matter
+    styles,   # keys of `PAINTERS`
+    size=128, # pixels of the picture's edge
+)->dict: # style -> uint8 (size, size, 3)
+    "One scene in several styles, traced once."
     stage = set_stage(scene)
     b = trace(stage, size)
-    return {s: np.uint8(np.clip(np.floor(halve(np.clip(PAINTERS[s](b, stage), 0, 1))*255 + .5), 0, 255)) for s in styles}
+    drawn = {style: halve(np.clip(PAINTERS[style](b, stage), 0, 1)) for style in styles}
+    return {style: np.uint8(np.clip(np.floor(a*255 + .5), 0, 255)) for style, a in drawn.items()}
 
-def render_array(scene, size=128):
-    "A scene as uint8 (size, size, 3)."
+def render_array(
+    scene,    # `Scene`
+    size=128, # pixels of the picture's edge
+): # uint8 (size, size, 3)
+    "A scene as an array."
     return render_styles(scene, (scene.style,), size)[scene.style]
 
-def render(scene, size=128):
+def render(
+    scene,    # `Scene`
+    size=128, # pixels of the picture's edge
+)->Image.Image: # RGB
     "A scene as a picture; the same scene gives the same picture."
     return Image.fromarray(render_array(scene, size))

@@ -13,6 +13,7 @@ import os
 import shutil
 from PIL import Image
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from ..core import CourseError, cache_dir
 from .scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, SUBJECT, Scene, sample_scene
@@ -21,15 +22,14 @@ from .captions import caption
 
 # %% ../../nbs/library/world_samples.ipynb #8044357f
 def _encoded(
-    image,  # PIL.Image
+    image,     # PIL.Image
     **options, # what Pillow's `save` takes: format, quality, exif ...
 )->bytes: # the file's bytes
-    "A picture as file bytes, so that they can be damaged on purpose."
+    "A picture as file bytes."
     buffer = io.BytesIO()
     image.save(buffer, **options)
     return buffer.getvalue()
 
-# %% ../../nbs/library/world_samples.ipynb #25733fbf
 def _damaged_files(
     picture, # PIL.Image, RGB
 )->dict: # file name -> bytes
@@ -45,7 +45,7 @@ def _damaged_files(
 def _odd_modes(
     picture, # PIL.Image, RGB
 )->dict: # file name -> bytes
-    "Honest pictures whose pixels are not 8-bit RGB: each is drawn wrongly by a plain `convert('RGB')` somewhere."
+    "Whole pictures whose pixels are not 8-bit RGB: each is drawn wrongly by a plain `convert('RGB')` somewhere."
     grey = picture.convert("L")
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)      # 16 bits a pixel
     small = picture.resize((96, 96))
@@ -63,20 +63,21 @@ def _odd_modes(
 
 # %% ../../nbs/library/world_samples.ipynb #d1188563
 def _odd_shapes(
-    picture, # PIL.Image, RGB
+    picture, # PIL.Image, RGB, 128 x 128
 )->dict: # file name -> bytes
     "Sizes, orientations and names that surprise."
     exif = Image.Exif()
-    exif[0x0112] = 6                                                      # lies on its side: turn a quarter clockwise to see it
-    jpeg = _encoded(picture, format="JPEG", quality=85)
-    return {"exif_orientation_6.jpg": _encoded(picture.crop((0, 0, 128, 96)).rotate(90, expand=True), format="JPEG", quality=85, exif=exif.tobytes()),
+    exif[0x0112] = 6                      # lies on its side: turn a quarter clockwise to see it
+    def jpeg(image, **options): return _encoded(image, format="JPEG", quality=85, **options)
+    lying = picture.crop((0, 0, 128, 96)).rotate(90, expand=True)
+    return {"exif_orientation_6.jpg": jpeg(lying, exif=exif.tobytes()),
             "one_pixel.png": _encoded(picture.resize((1, 1)), format="PNG"),
             "strip_8000x4.png": _encoded(picture.resize((8000, 4)), format="PNG"),
-            "straße_été_茶.jpg": jpeg,
-            "duplicate_of_another_file.jpg": jpeg,
-            "a folder/inside.jpg": _encoded(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), format="JPEG", quality=85),
-            "no_caption.jpg": _encoded(picture.crop((8, 8, 120, 120)), format="JPEG", quality=85),
-            "long_caption.jpg": _encoded(picture.crop((16, 16, 128, 128)), format="JPEG", quality=85)}
+            "straße_été_茶.jpg": jpeg(picture),
+            "duplicate_of_another_file.jpg": jpeg(picture),
+            "a folder/inside.jpg": jpeg(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+            "no_caption.jpg": jpeg(picture.crop((8, 8, 120, 120))),
+            "long_caption.jpg": jpeg(picture.crop((16, 16, 128, 128)))}
 
 # %% ../../nbs/library/world_samples.ipynb #59a2ea70
 def _troublesome_rows(
@@ -103,53 +104,62 @@ def write_troublesome(
     "One file of each kind that breaks trainers, with a metadata.jsonl that has a BOM and Windows line ends."
     folder, picture = Path(folder), picture.convert("RGB").resize((128, 128))
     shutil.rmtree(folder, ignore_errors=True)
-    files = {**_damaged_files(picture), **_odd_modes(picture), **_odd_shapes(picture)}
-    for name, data in files.items():
+    contents = {**_damaged_files(picture), **_odd_modes(picture), **_odd_shapes(picture)}
+    for name, data in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    lines = [json.dumps(row, ensure_ascii=False) for row in _troublesome_rows(files, caption, long_caption)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in _troublesome_rows(contents, caption, long_caption)]
     (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines + [""]).encode("utf-8"))
     return folder
 
 # %% ../../nbs/library/world_samples.ipynb #5b11d654
-def sample_scenes(name):
+SAMPLES = ("old_book_illustrations", "green_chair", "chairs", "troublesome")
+
+def sample_scenes(
+    name:str, # one of `SAMPLES` but troublesome
+)->list: # of `Scene`, in the order of the files
     "The scenes of a sample folder."
     if name == "old_book_illustrations":
         pairs = [(o, list(PLACES)[(3*i + 4*k + i//10) % 10]) for k in range(3) for i, o in enumerate(OBJECTS)][:40]
-        return [Scene(o, list(COLORS)[(3*i + i//10) % 10], p, HELD_OUT_STYLE, seed=70000 + i) for i, (o, p) in enumerate(pairs)]
+        return [Scene(o, list(COLORS)[(3*i + i//10) % 10], p, HELD_OUT_STYLE, seed=70000 + i)
+                for i, (o, p) in enumerate(pairs)]
     if name == "green_chair":
-        spots = (("", "apartment"), ("from the front", "path"), ("from the side", "beach"), ("", "snow"), ("from behind", "apartment"))
+        spots = (("", "apartment"), ("from the front", "path"), ("from the side", "beach"), ("", "snow"),
+                 ("from behind", "apartment"))
         return [Scene(SUBJECT, "green", p, view=v, seed=71000 + i) for i, (v, p) in enumerate(spots)]
     return [sample_scene(72000 + i, "photo", object="chair", accessory="") for i in range(40)]
 
-def write_samples(name, folder):
+# %% ../../nbs/library/world_samples.ipynb #8d3842e4
+def write_samples(
+    name:str, # one of `SAMPLES`
+    folder,   # where to write
+)->Path: # the folder
     "Write one sample folder: pictures and, for captioned sets, metadata.jsonl."
     folder, rows = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     if name == "troublesome":
-        plain = [sample_scene(73000 + i, "photo", view="") for i in range(2)]
-        return write_troublesome(folder, render(plain[0]), caption(plain[0]))
+        scene = sample_scene(73000, "photo", view="")
+        return write_troublesome(folder, render(scene), caption(scene))
     for i, scene in enumerate(sample_scenes(name)):
         file = f"{scene.object.replace(' ', '-')}-{i:02d}.png"
         render(scene).save(folder/file, optimize=True)
         rows.append(dict(file_name=file, text=caption(scene, 1)))
     if name != "green_chair": (folder/"metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder/"scenes.json").write_text(json.dumps([asdict(s) for s in sample_scenes(name)], indent=1))
+    return folder
 
 # %% ../../nbs/library/world_samples.ipynb #92bbbe40
-SAMPLES = ("old_book_illustrations", "green_chair", "chairs", "troublesome")
-
 def sample_dir(
     name:str, # one of `SAMPLES`
 )->Path: # a folder of pictures
-    "A sample data set: the repository's own copy if there is one, else drawn once into the cache folder."
+    "A sample data set: the repository's copy, else drawn once into the cache; raises CourseError for another name."
     if name not in SAMPLES: raise CourseError(f"there is no sample data set {name!r}; choose from {', '.join(SAMPLES)}")
-    kept = Path(__file__).resolve().parents[1]/"data_samples"/name if "__file__" in globals() else Path("../data_samples").resolve()/name
-    if kept.is_dir(): return kept
+    beside = Path(str(files("sdxl_course"))).resolve().parent/"data_samples"/name
+    if beside.is_dir(): return beside
     folder = cache_dir("data_samples")/name
     if not folder.is_dir():
         fresh = folder.with_name(f".{name}-{os.getpid()}")
         write_samples(name, fresh)
         try: fresh.rename(folder)
-        except OSError: shutil.rmtree(fresh)
+        except OSError: shutil.rmtree(fresh) # another process was faster
     return folder

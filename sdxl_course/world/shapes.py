@@ -253,9 +253,21 @@ class Group:
         x, y, z, # world points
     )->tuple: # the same points as (x, y, z)
         "World points in the group's own coordinates."
+        return self.direction(*((a - b)/self.scale for a, b in zip((x, y, z), self.at)))
+
+    def direction(self,
+        x, y, z, # world directions
+    )->tuple: # the same directions as (x, y, z)
+        "World directions in the group's own coordinates."
         c, s = math.cos(math.radians(self.yaw)), math.sin(math.radians(self.yaw))
-        x, y, z = (x - self.at[0])/self.scale, (y - self.at[1])/self.scale, (z - self.at[2])/self.scale
         return c*x - s*z, y, s*x + c*z
+
+    def world_direction(self,
+        x, y, z, # directions in the group's own coordinates
+    )->tuple: # the same directions as (x, y, z)
+        "Directions on the group in world coordinates: undoes `direction`."
+        c, s = math.cos(math.radians(self.yaw)), math.sin(math.radians(self.yaw))
+        return c*x + s*z, y, -s*x + c*z
 
     def centre(self)->tuple: # (x, y, z)
         "World position of the bounding ball."
