@@ -16,7 +16,8 @@ import time
 from PIL import Image
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from .core import CourseError, guarded, image_grid, provenance, seeded, watched, writable_folder, write_json
+from .core import CourseError, guarded, image_grid, provenance, seeded, watched, write_json
+from .options import writable_folder
 from .options import check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT
 from .world.scene import Scene, is_held_out, sample_scene

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESUME', 'RESUMABLE', 'option', 'check_range', 'check_limits', 'not_among', 'rules_of', 'check_options',
            'unused_options', 'is_set', 'fields_of', 'resume_kinds', 'config_dict', 'is_within', 'would_be_read',
-           'read_config_file', 'file_flags', 'parse_config', 'signal_handler', 'run_command']
+           'writable_folder', 'read_config_file', 'file_flags', 'parse_config', 'signal_handler', 'run_command']
 
 # %% ../nbs/library/options.ipynb #60971450
 import copy
@@ -13,6 +13,7 @@ import json
 import math
 import signal
 import sys
+import uuid
 from contextlib import contextmanager
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -146,6 +147,22 @@ def would_be_read(
     if not is_within(folder, pictures): return False
     path = Path(folder).expanduser().resolve().relative_to(Path(pictures).expanduser().resolve())
     return not any(part.startswith(".") for part in path.parts)
+
+# %% ../nbs/library/options.ipynb #574de7a8
+def writable_folder(
+    folder, # made if it is not there; ~ is the home folder
+    complaint:str, # begins the CourseError, before what the system says
+    remedy:str, # ends it
+)->Path: # the folder
+    "Make a folder and try to write into it; CourseError where that fails."
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}.part"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error: raise CourseError(f"{complaint} ({error.strerror}): {remedy}") from error
+    return path
 
 # %% ../nbs/library/options.ipynb #fb946644
 class _Parser(HfArgumentParser):

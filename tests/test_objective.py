@@ -12,6 +12,7 @@ from sdxl_course.core import CourseError, seeded
 from sdxl_course.model.noise import EdmSchedule, EdmStyleSchedule, NoiseSchedule, edm_loss_weight, edm_scalings, euler_scalings, noise_schedule, offset_noise
 from sdxl_course.options import fields_of, parse_config
 from sdxl_course.text_to_image import TextToImageConfig, main
+from sdxl_course.train.prepare import make_loss, make_noise_schedule
 from sdxl_course.train.objective import (WEIGHTINGS, WeightingOptions, _weighting_field, active_weightings, debiased_weight, denoising_loss, loss_weighting,
     make_weighting, masked_mse, min_snr_weight, per_sample_mse, predict, prior_preservation, weighting_table)
 
@@ -144,7 +145,7 @@ def registered():
 
 
 @torch.no_grad()
-def test_a_registered_weighting_gets_an_option_a_row_and_is_applied(registered, unet, capsys):
+def test_a_registered_weighting_gets_an_option_a_row_and_is_applied(registered, unet, toy):
     known = {f.name: f for f in fields(registered)}
     assert list(known) == [*[f.name for f in fields(WeightingOptions)], "test_power", "test_tenfold"]
     assert (known["test_power"].default, known["test_tenfold"].default) == (None, False)
@@ -160,6 +161,8 @@ def test_a_registered_weighting_gets_an_option_a_row_and_is_applied(registered, 
     plain, loss = denoising_loss(unet, batch, schedule, noise, TIMES), lambda config: denoising_loss(unet, batch, schedule, noise, TIMES, make_weighting(**fields_of(config, registered)))
     torch.testing.assert_close(loss(config), plain*schedule.snr(TIMES)**0.25)
     torch.testing.assert_close(loss(on), plain*10)
+    trained = make_loss(config, toy(), schedule, False)  # what a training with such a configuration uses
+    torch.testing.assert_close(trained.weighting(schedule.snr(TIMES), "epsilon"), schedule.snr(TIMES)**0.25)
     for pair in (dict(test_power=1.0, test_tenfold=True), dict(snr_gamma=5.0, test_power=1.0)):
         with pytest.raises(CourseError, match=f"{' and '.join(f'--{flag}' for flag in pair)} are two weights for one loss"): make_weighting(**pair)
 
@@ -168,6 +171,7 @@ def test_a_weighting_registered_later_does_no_harm_to_configs_that_do_not_know_i
     config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", snr_gamma=2.0)
     assert active_weightings(config) == ["snr_gamma"]
     assert TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", do_edm_style_training=True).do_edm_style_training
+    assert make_noise_schedule(config, DDPMScheduler(**SDXL)).prediction_type == "epsilon"
 
 
 def test_registered_weightings_are_forgotten(): assert list(WEIGHTINGS) == ["snr_gamma", "debiased_estimation_loss"] == [f.name for f in fields(WeightingOptions)]
