@@ -85,13 +85,14 @@ def draw_pictures(
 
 # %% ../../nbs/library/model_sampling.ipynb #f1255070
 def inference_scheduler(
-    config, # TrainConfig: prediction_type and rescale_betas_zero_snr are read
     scheduler, # the model's own
-): # the same, or one that differs in what the options say
-    "A scheduler that draws as the training trains (Lin et al., 2023); CourseError for epsilon with zero SNR."
-    changes = dict(prediction_type=config.prediction_type) if config.prediction_type else {}
-    if config.rescale_betas_zero_snr:
-        NoiseSchedule.of(scheduler, config.prediction_type, True) # refuses epsilon
+    prediction_type:str=None, # what the training asks the model for, if the options know better
+    rescale_betas_zero_snr:bool=False, # it was trained to begin with pure noise
+): # the same, or one that draws as the training trains
+    "The scheduler to draw with after training (Lin et al., 2024); CourseError for epsilon with zero SNR."
+    changes = dict(prediction_type=prediction_type) if prediction_type else {}
+    if rescale_betas_zero_snr:
+        NoiseSchedule.of(scheduler, prediction_type, True) # raises CourseError for epsilon
         changes |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     return type(scheduler).from_config({**scheduler.config, **changes}) if changes else scheduler
 
