@@ -17,6 +17,8 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "generate": ("inference", "draw pictures from prompts, with or without a LoRA"),
     "pretrain": ("pretraining.export", "make the small model again from nothing"),
     "dreambooth": ("dreambooth", "train a LoRA on one particular thing"),
+    "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
+    "full": ("full", "train every weight of the UNet on captioned pictures"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),
     "plan": (None, "say whether a run fits a card, and how long it takes"),
@@ -27,8 +29,8 @@ COMMANDS = { # word -> (module with a `main`, what it does)
 # %% ../nbs/library/cli.ipynb #51123ad6
 def overview()->str: # what `sdxl-course --help` prints
     "The commands, one a line."
-    ready = [f"  {word:<14} {line}" for word, (module, line) in COMMANDS.items() if module]
-    later = [f"  {word:<14} {line}" for word, (module, line) in COMMANDS.items() if not module]
+    ready = [f"  {word:<17} {line}" for word, (module, line) in COMMANDS.items() if module]
+    later = [f"  {word:<17} {line}" for word, (module, line) in COMMANDS.items() if not module]
     return "\n".join(["usage: sdxl-course COMMAND [flags]      sdxl-course COMMAND --help", "", *ready,
         "", "not yet in this version:", *later, "",
         "The model is `tiny` (inside the package), a folder or a hub id.",

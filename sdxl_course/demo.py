@@ -85,15 +85,15 @@ def save_before_after(
     titles = [f"{when}: {scene.object} {PLACES[scene.place]}" for when in ("before", "after") for scene in scenes]
     return save_picture(image_grid([*before, *after], columns=len(before), titles=titles), path)
 
-# %% ../nbs/library/demo.ipynb #f41651b6
+# %% ../nbs/library/demo.ipynb #e9bb4c6d
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     "Teach the small model a style: before and after."
     output_dir: str = option("sdxl-course-demo", "folder for what it makes")
-    steps: int = option(140, "of training")
+    steps: int = option(140, "of training", limit="1 ..")
     seed: int = option(0, "decides every draw")
 
-    def __post_init__(self): check_limits(self, dict(steps="1 .."))
+    def __post_init__(self): check_limits(self)
 
 def demo_training(
     config:DemoConfig,
@@ -149,12 +149,12 @@ def run_demo(
         f"the LoRA is in {result.lora_path}")
     return report
 
-# %% ../nbs/library/demo.ipynb #bd151731
+# %% ../nbs/library/demo.ipynb #7832a0b2
 def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
     "`sdxl-course demo`"
     return guarded(lambda: run_demo(parse_config(DemoConfig, argv, "sdxl-course demo")) and 0)
 
-# %% ../nbs/library/demo.ipynb #690d9832
+# %% ../nbs/library/demo.ipynb #25f5744a
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

@@ -170,13 +170,13 @@ def subject_weights(
 ): # Trained
     "A LoRA, and new words beside it where that is asked for."
     tokens = config.train_text_encoder_ti and add_tokens(components, config.placeholders, seed)
-    lora = lora_weights(config, components, seed, scale)
-    if not tokens: return lora
+    if not tokens: return lora_weights(config, components, seed, scale)
     rate, decay = config.learning_rate, config.adam_weight_decay_text_encoder
     if is_set(config, "text_encoder_lr") and config.optimizer.lower() != "prodigy": rate = config.text_encoder_lr
-    if config.ti_lr is not None: rate = config.ti_lr
+    rate = rate if config.ti_lr is None else config.ti_lr
     decay = config.adam_weight_decay if decay is None else decay
-    return together(lora, token_weights(tokens, rate*scale, decay, config.train_text_encoder_ti_frac))
+    words = token_weights(tokens, rate*scale, decay, config.train_text_encoder_ti_frac)
+    return together(lora_weights(config, components, seed, scale), words)
 
 def subject_loss(
     config, # DreamBoothConfig

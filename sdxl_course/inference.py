@@ -15,7 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from dataclasses import dataclass
 from pathlib import Path
 from .core import CourseError, guarded, image_grid, pick_device, watched, weight_dtype
-from .core import writable_folder, write_atomic
+from .core import write_atomic
+from .options import writable_folder
 from .options import option, parse_config
 from .world.scene import STYLES
 from .world.captions import caption_words

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESUME', 'RESUMABLE', 'option', 'check_range', 'check_limits', 'not_among', 'rules_of', 'check_options',
            'unused_options', 'is_set', 'fields_of', 'resume_kinds', 'config_dict', 'is_within', 'would_be_read',
-           'read_config_file', 'file_flags', 'parse_config', 'signal_handler', 'run_command']
+           'writable_folder', 'read_config_file', 'file_flags', 'parse_config', 'signal_handler', 'run_command']
 
 # %% ../nbs/library/options.ipynb #60971450
 import copy
@@ -13,8 +13,9 @@ import json
 import math
 import signal
 import sys
+import uuid
 from contextlib import contextmanager
-from dataclasses import fields, field
+from dataclasses import field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import get_args, get_type_hints
@@ -147,6 +148,22 @@ def would_be_read(
     path = Path(folder).expanduser().resolve().relative_to(Path(pictures).expanduser().resolve())
     return not any(part.startswith(".") for part in path.parts)
 
+# %% ../nbs/library/options.ipynb #574de7a8
+def writable_folder(
+    folder, # made if it is not there; ~ is the home folder
+    complaint:str, # begins the CourseError, before what the system says
+    remedy:str, # ends it
+)->Path: # the folder
+    "Make a folder and try to write into it; CourseError where that fails."
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}.part"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error: raise CourseError(f"{complaint} ({error.strerror}): {remedy}") from error
+    return path
+
 # %% ../nbs/library/options.ipynb #fb946644
 class _Parser(HfArgumentParser):
     "HfArgumentParser that raises one sentence instead of printing usage and exiting, and knows `option`'s metadata."
@@ -204,7 +221,7 @@ def parse_config(
     cls, # config dataclass
     argv=None, # words of the command line; None: sys.argv[1:]
     prog:str=None, # name of the command, for --help
-    positional:dict=None, # field name -> metavar: these may also be given without their flag, in this order
+    positional:str=None, # field that may also be given without its flag
 ): # an instance of cls
     "The command line (and --config file) as a checked config; --print_config prints it as JSON and exits."
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -213,10 +230,10 @@ def parse_config(
     parser.add_argument("--config", metavar="FILE", help=help)
     parser.add_argument("--print_config", "--print-config", action="store_true",
         help="print the configuration as one JSON object and exit")
+    if positional: parser.add_argument("without_flag", nargs="?", metavar=positional.upper())
     files = _Parser(allow_abbrev=False, add_help=False)
     files.add_argument("--config", action="append", default=[])
     from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path)]
-    argv = _with_flags(argv, positional or {})
     config, extra, left = parser.parse_args_into_dataclasses(from_files + argv, return_remaining_strings=True,
         look_for_args_file=False)
     if left:
@@ -226,14 +243,7 @@ def parse_config(
     if extra.print_config:
         print(json.dumps(config_dict(config), indent=2))
         raise SystemExit(0)
-    return config
-
-def _with_flags(argv, positional):
-    "Leading words without a flag get the flag that they stand for."
-    for k, name in enumerate(positional):
-        if 2*k >= len(argv) or argv[2*k].startswith("-"): break
-        argv = [*argv[:2*k], f"--{name}", *argv[2*k:]]
-    return argv
+    return replace(config, **{positional: extra.without_flag}) if positional and extra.without_flag else config
 
 # %% ../nbs/library/options.ipynb #66f93bcf
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from sdxl_course.data import cache as cache_module
 from sdxl_course.data.cache import LatentCache, crop_origin, fingerprint, hashed
-from sdxl_course.data.loader import BatchLoader, MicroBatch, collate
+from sdxl_course.data.loader import BatchLoader, collate
+from sdxl_course.data.sampler import MicroBatch
 from sdxl_course.model.latents import draw_latents, posterior, vae_dtype
 from sdxl_course.model.components import load_components
 from sdxl_course.model.architecture import tiny_architecture
@@ -344,7 +345,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from sdxl_course.data.cache import LatentCache, hashed
-from sdxl_course.data.loader import BatchLoader, MicroBatch, collate
+from sdxl_course.data.loader import BatchLoader, collate
+from sdxl_course.data.sampler import MicroBatch
 from sdxl_course.data.check import read_dataset
 n, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)

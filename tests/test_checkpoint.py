@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sdxl_course.train.checkpoint import checkpointing, verify, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, remove_partial, write_folder
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded, write_atomic
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
-from sdxl_course.data.loader import SampleRNG, BatchSampler
+from sdxl_course.data.sampler import SampleRNG, BatchSampler
 from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
 from sdxl_course.train.loop import TrainState, fit, copy_into
 from toy import files_of, make_pictures as fill
@@ -119,9 +119,9 @@ def test_a_run_killed_between_checkpoints_forgets_the_rows_after_the_last_one(tr
 
 FREE_TEXT = dict(optimizer="schedulefree", train_text_encoder=True, lora_dropout=0.2)
 STOPS = {  # where SIGINT arrives: (what is patched, how often it is called before, how often the key is pressed, options)
-    "in the middle of accumulating": ("sdxl_course.train.objective.Denoiser.forward", 3, 1, FREE_TEXT), "within an update": ("sdxl_course.train.loop.ensure_finite", 1, 1, dict(use_ema=True)),
-    "twice within an update": ("torch.optim.lr_scheduler.LambdaLR.step", 1, 2, FREE_TEXT), "while drawing": ("sdxl_course.model.latents.decode_pictures", 0, 2, dict(use_ema=True)),
-    "in the first step": ("sdxl_course.train.objective.Denoiser.forward", 0, 1, {})}
+    "in the middle of accumulating": ("sdxl_course.train.objective.DenoisingLoss.forward", 3, 1, FREE_TEXT), "within an update": ("sdxl_course.train.loop.ensure_finite", 1, 1, dict(use_ema=True)),
+    "twice within an update": ("torch.optim.lr_scheduler.LambdaLR.step", 1, 2, FREE_TEXT), "while drawing": ("sdxl_course.model.sampling.decode_pictures", 0, 2, dict(use_ema=True)),
+    "in the first step": ("sdxl_course.train.objective.DenoisingLoss.forward", 0, 1, {})}
 
 
 @pytest.mark.parametrize("where", STOPS)
@@ -189,7 +189,7 @@ def test_pruning_keeps_the_newest_and_follows_a_resume(train):
 
 
 def test_trap_7_the_old_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypatch, tmp_path):
-    import sdxl_course.checkpoint as module
+    import sdxl_course.train.checkpoint as module
     real = module.save_tensors
     monkeypatch.setattr(module, "save_tensors", lambda path, *rest: real(path, *rest) if "checkpoint-2" not in str(path) else (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(CourseError, match="No space left"): train(checkpointing_steps=1, checkpoints_total_limit=1)

@@ -20,19 +20,17 @@ from sdxl_course.cli import main as command
 from sdxl_course.model.conditioning import encode_prompts, make_time_ids
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.data.records import open_image
-from sdxl_course.train.class_images import NOTE, class_file, class_pictures, missing_pictures
-from sdxl_course.dreambooth import DreamBoothConfig, main, read_subject, train_dreambooth
-from sdxl_course.model.noise import EdmSchedule
-from sdxl_course.train.objective import SubjectLoss, PriorDistillation, subject_schedule, without_adapters
-from sdxl_course.model.adapters import add_lora, lora_parameters
+from sdxl_course.train import class_images, prepare
+from sdxl_course.train.class_images import NOTE, class_pictures, missing_pictures
+from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, train_dreambooth
+from sdxl_course.model.adapters import add_lora, inject, lora_parameters, trained_parts
 from sdxl_course.model.lora_files import continue_lora
-from sdxl_course.model.noise import NoiseSchedule
-from sdxl_course.train.objective import per_sample_mse, predict, prediction_target
+from sdxl_course.model.noise import noise_schedule
+from sdxl_course.model.words import add_tokens, load_learned_tokens
 from sdxl_course.data.preprocess import prepare_image
-from sdxl_course.train.objective import DenoisingLoss
 from sdxl_course.data.loader import BatchLoader
-from sdxl_course.model.adapters import inject, trained_parts
-from sdxl_course.data.loader import SampleRNG, MicroBatch
+from sdxl_course.data.sampler import BatchSampler, MicroBatch, SampleRNG
+from sdxl_course.train.objective import WEIGHTINGS, DenoisingLoss, PriorDistillation, denoising_loss, make_weighting, per_sample_mse, predict, without_adapters
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
 
@@ -70,12 +68,15 @@ def dream(home, usual, toy):
         key = json.dumps([name, options], sort_keys=True)
         if key not in done or components or name:
             config = DreamBoothConfig(**{**usual, "output_dir": str(home / (name or f"run-{len(done)}")), **options})
-            done[key] = train_dreambooth(config, components or toy(), say)
+            done[key] = train_dreambooth(config, components or toy(), log)
         return done[key]
     return dream
 
 
 def make(usual, **options): return DreamBoothConfig(**{**usual, **options})
+
+
+def read_subject(config, log=lambda text: None): return find_subject(config, log).usable()
 
 
 # ---------------------------------------------------------------- every flag of the reference script
@@ -168,11 +169,16 @@ def test_prodigy_switches_can_be_switched_off_and_optimizers_are_read_in_any_cas
 def test_upper_case_optimizers_train(dream): assert dream(optimizer="ProDigy").log == dream(optimizer="prodigy").log != dream(optimizer="adamw").log == dream().log
 
 
-def test_defaults_of_the_text_encoders_do_not_trip_rules_and_are_used(usual):
-    from sdxl_course.train.optimizer import optimizer_for
-    named = {"unet.x": torch.nn.Parameter(torch.zeros(1)), "text_encoder.x": torch.nn.Parameter(torch.zeros(1))}
-    groups = lambda **options: [(g["lr"], g["weight_decay"]) for g in optimizer_for(make(usual, **options), named).param_groups]
-    make(usual)
+def test_defaults_of_the_text_encoders_do_not_trip_rules_and_are_used(usual, toy):
+    from sdxl_course.train.weights import lora_weights
+
+    def groups(**options):
+        config = make(usual, **options)
+        trained = lora_weights(config, toy(), 0)
+        optimizer, _ = prepare.optimizer_and_schedule(config, trained.groups, 3)
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in trained.named.values()}
+        return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert groups() == [(1e-2, 1e-4)]
     assert groups(train_text_encoder=True) == [(1e-2, 1e-4), (5e-6, 1e-3)]
     assert groups(train_text_encoder=True, optimizer="prodigy", learning_rate=1.0) == [(1.0, 1e-4), (1.0, 1e-3)]
 
@@ -279,23 +285,23 @@ def test_validation_pictures_need_no_captions(dream, home):
 
 # ---------------------------------------------------------------- pairs
 
-def pieces(components, record, caption, dice, crop=True):
-    "Latents, embeddings, size numbers, noise and timestep of one sample, made by hand from its picture, its words and its dice."
-    prepared = prepare_image(open_image(record.path), 64, generator=dice.generator("crop"))
+def pieces(components, record, caption, rng):
+    "Latents, embeddings, size numbers, noise and timestep of one sample, made by hand from its picture, its words and its random draws."
+    prepared = prepare_image(open_image(record.path), 64, generator=rng.generator("crop"))
     mean, std = posterior(components.vae, prepared.pixels[None])
     embeds, pooled = encode_prompts(components, [caption])
     ids = make_time_ids(prepared.original_size, prepared.crop_top_left, prepared.target_size)
     shape = mean.shape[1:]
-    return dict(latents=mean[0] + std[0] * dice.normal("vae", shape), prompt_embeds=embeds[0], pooled_prompt_embeds=pooled[0], time_ids=ids), dice.normal("noise", shape), int(dice.uniform("timestep") * 1000)
+    return dict(latents=mean[0] + std[0] * rng.normal("vae", shape), prompt_embeds=embeds[0], pooled_prompt_embeds=pooled[0], time_ids=ids), rng.normal("noise", shape), int(rng.uniform("timestep") * 1000)
 
 
-def by_hand(components, feeder, indices, epoch, loss):
+def by_hand(components, loader, indices, epoch, loss):
     "The loss of single samples, one at a time, whatever company they have in the batch."
     from sdxl_course.data.loader import Batch
     losses = []
     for i in indices:
-        tensors, noise, t = pieces(components, feeder.all[i], feeder.all[i].captions[0], SampleRNG(feeder.seed, epoch, feeder.keys[i]))
-        losses.append(loss(components.unet, Batch(**{k: v[None] for k, v in tensors.items()}), noise[None], torch.tensor([t])))
+        tensors, noise, t = pieces(components, loader.all[i], loader.all[i].captions[0], SampleRNG(loader.seed, epoch, loader.keys[i]))
+        losses.append(loss(Batch(**{k: v[None] for k, v in tensors.items()}), noise[None], torch.tensor([t])))
     return torch.cat(losses)
 
 
@@ -303,27 +309,29 @@ def by_hand(components, feeder, indices, epoch, loss):
 def paired(home, usual, prior, toy):
     config = make(usual, **prior)
     components = toy()
-    return config, components, BatchLoader(read_subject(config), components, 0, 64, partners=class_pictures(config, components, lambda text: None)[0])
+    return components, BatchLoader(read_subject(config), components, 0, resolution=64, class_records=class_pictures(config, components, lambda text: None)[0])
 
 
 @pytest.fixture(scope="module")
 def unlike(paired, toy):
     "The same, but each picture has its own words, and the network listens to words more than a fresh one would."
-    config, _, feeder = paired
+    loader = paired[1]
     components = toy()
     with torch.no_grad():
         for name, module in components.unet.named_modules():
             if name.endswith("attn2.to_v"): module.weight *= 100
-    records = [replace(r, captions=(f"{'abcde'[k]} chair",)) for k, r in enumerate(feeder.records)]
-    feeder = BatchLoader(records, components, 0, 64, partners=feeder.partners)
-    feeder.encode_once(pictures=False, texts=True)
-    return config, components, feeder
+    records = [replace(r, captions=(f"{'abcde'[k]} chair",)) for k, r in enumerate(loader.records)]
+    loader = BatchLoader(records, components, 0, resolution=64, class_records=loader.class_records)
+    loader.encode_once(latents=False, texts=True)
+    return components, loader
 
 
-def weighed(config, components, edm=None, **options):
-    if edm: return SubjectLoss(config, subject_schedule(config, EDMEulerScheduler(prediction_type=edm)))
-    schedule = NoiseSchedule.of(components.scheduler, options.get("prediction_type"))
-    return SubjectLoss(replace(config, **options), schedule)
+def weighed(components, options, kind=DenoisingLoss, **of_the_module):
+    "The loss module that such options ask for; edm: of an EDM model that predicts this."
+    asked = {name: value for name, value in options.items() if name not in WEIGHTINGS and name != "edm"}
+    scheduler = EDMEulerScheduler(prediction_type=options["edm"]) if "edm" in options else components.scheduler
+    weighting = make_weighting(**{name: value for name, value in options.items() if name in WEIGHTINGS})
+    return kind(components, noise_schedule(scheduler, **asked), weighting=weighting, **of_the_module)
 
 
 @pytest.mark.parametrize("options", [{}, dict(snr_gamma=1.0), dict(debiased_estimation_loss=True), dict(do_edm_style_training=True), dict(snr_gamma=1.0, prediction_type="v_prediction"),
@@ -331,54 +339,54 @@ def weighed(config, components, edm=None, **options):
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
 @torch.no_grad()
 def test_defects_1_2_3_prompts_sizes_and_weights_go_with_their_pictures_in_both_halves(unlike, b, options):
-    config, components, feeder = unlike
-    loss, micro = weighed(config, components, **options), MicroBatch(7, 0, 2, (3, 0, 4, 2)[:b], b, True)
-    batch = feeder.batch(micro, feeder.prepare(micro), 1000)
-    together = DenoisingLoss(components, loss, prior_loss_weight=0.5)(*batch[:3])
+    components, loader = unlike
+    alone, pairs = weighed(components, options), weighed(components, options, prior_loss_weight=0.5)
+    micro = MicroBatch(7, 0, 2, (3, 0, 4, 2)[:b], b, True)
+    batch = loader.batch(micro, loader.prepare(micro), 1000)
+    together = pairs(*batch[:3])
     partners = [5 + (i + 2 * 5) % 3 for i in micro.indices]
-    things, others = (by_hand(components, feeder, which, 2, loss) for which in (micro.indices, partners))
+    things, others = (by_hand(components, loader, which, 2, alone) for which in (micro.indices, partners))
     assert torch.allclose(together, things + 0.5 * others, rtol=1e-4)
     order = [k for pair in zip(range(b), range(b, 2 * b)) for k in pair] if b > 1 else [1, 0]  # thing, class, thing, class, as in the defect
     for wrong in (replace(batch[0], prompt_embeds=batch[0].prompt_embeds[order]), replace(batch[0], time_ids=batch[0].time_ids[order])):
-        assert not torch.allclose(DenoisingLoss(components, loss, prior_loss_weight=0.5)(wrong, *batch[1:3]), together, rtol=1e-4)
+        assert not torch.allclose(pairs(wrong, *batch[1:3]), together, rtol=1e-4)
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["kept captions", "text encoders train"])
 def test_prior_loss_closed_form_in_a_real_update(dream, paired, prior, text):
-    config, components, feeder = paired
+    components, loader = paired
     first = dream(**prior, train_text_encoder=text, prior_loss_weight=0.7, train_batch_size=4, max_train_steps=1).log[0]["loss"]
-    from sdxl_course.data.loader import BatchSampler
     micro = next(BatchSampler(5, 4, 1, seed=0).micro_steps(0, 1))
     partners = [5 + i % 3 for i in micro.indices]
-    loss = weighed(config, components)
-    with torch.no_grad(): things, others = (by_hand(components, feeder, which, 0, loss) for which in (micro.indices, partners))
+    loss = weighed(components, {})
+    with torch.no_grad(): things, others = (by_hand(components, loader, which, 0, loss) for which in (micro.indices, partners))
     assert first == pytest.approx(float((things + 0.7 * others).mean()), rel=1e-4)
 
 
 def test_defect_5_class_pictures_carry_their_own_size_and_crop(paired):
-    config, components, feeder = paired
-    feeder.encode_once(pictures=False, texts=True)
+    components, loader = paired
+    loader.encode_once(latents=False, texts=True)
     ids = []
     for epoch in range(4):
         micro = MicroBatch(0, 0, epoch, (0, 1), 2, True)
-        prepared = feeder.prepare(micro)
-        told = feeder.batch(micro, prepared, 1000)[0].time_ids
-        assert told[:2].tolist() == [[64, 64, 0, 0, 64, 64]] * 2 and told[2:, :2].tolist() == [[80, 120]] * 2
-        assert told[2:, 2:4].tolist() == [list(p.crop_top_left) for p in prepared[2:]]
-        ids += told[2:, 3].tolist()
+        prepared = loader.prepare(micro)
+        sizes = loader.batch(micro, prepared, 1000)[0].time_ids
+        assert sizes[:2].tolist() == [[64, 64, 0, 0, 64, 64]] * 2 and sizes[2:, :2].tolist() == [[80, 120]] * 2
+        assert sizes[2:, 2:4].tolist() == [list(p.crop_top_left) for p in prepared[2:]]
+        ids += sizes[2:, 3].tolist()
     assert len(set(ids)) > 3
 
 
 def test_augmentation_of_both_halves_is_drawn_anew_in_each_epoch(home, usual, prior, toy):
     config = make(usual, **prior, instance_data_dir=str(home / "wide"), random_flip=True)
-    feeder = BatchLoader(read_subject(config), toy(), 0, 64, random_flip=True, partners=class_pictures(config, None, lambda text: None)[0][:1])
-    views = [[(p.crop_top_left, p.flipped) for p in feeder.prepare(MicroBatch(0, 0, epoch, (0,), 1, True))] for epoch in range(8)]
+    loader = BatchLoader(read_subject(config), toy(), 0, resolution=64, random_flip=True, class_records=class_pictures(config, None, lambda text: None)[0][:1])
+    views = [[(p.crop_top_left, p.flipped) for p in loader.prepare(MicroBatch(0, 0, epoch, (0,), 1, True))] for epoch in range(8)]
     for half in (0, 1): assert len({view[half] for view in views}) > 4
 
 
 def test_partners_move_on_until_all_have_been_seen(paired):
-    feeder = paired[2]
-    met = [i for epoch in range(3) for i, _ in feeder.samples(MicroBatch(0, 0, epoch, (0, 1, 2, 3, 4), 5, True))[5:]]
+    loader = paired[1]
+    met = [i for epoch in range(3) for i, _ in loader.samples(MicroBatch(0, 0, epoch, (0, 1, 2, 3, 4), 5, True))[5:]]
     assert sorted(met) == sorted([5, 6, 7] * 5)
 
 
@@ -439,12 +447,12 @@ def test_a_class_picture_depends_on_its_number_only(five, usual, toy, tmp_path, 
 
 
 def test_drawing_goes_on_after_a_crash_and_counts_only_pictures(five, usual, toy, tmp_path, monkeypatch):
-    folder, real, written = tmp_path / "c", dreambooth.write_atomic, []
+    folder, real, written = tmp_path / "c", class_images.write_atomic, []
 
     def dies(path, data):
         if len(written) == 3: raise KeyboardInterrupt
         written.append(real(path, data))
-    monkeypatch.setattr(dreambooth, "write_atomic", dies)
+    monkeypatch.setattr(class_images, "write_atomic", dies)
     with pytest.raises(KeyboardInterrupt): class_pictures(class_config(usual, folder), toy(), lambda text: None)
     monkeypatch.undo()
     (folder / "class-00001.png").write_bytes((folder / "class-00001.png").read_bytes()[:100])
@@ -463,9 +471,9 @@ def test_class_pictures_of_another_request_are_refused(five, usual, toy):
     other = toy()
     with torch.no_grad(): other.unet.conv_in.bias += 1e-3
     with pytest.raises(CourseError, match="with other weights"): class_pictures(class_config(usual, five), other)
-    with pytest.raises(CourseError, match="model 'model', now 'other'"): dreambooth.refuse_note(five, dreambooth.read_note(five), dreambooth.make_note(replace(class_config(usual, five), pretrained_model_name_or_path="x/other"), "fp32"))
+    with pytest.raises(CourseError, match="model 'model', now 'other'"): class_images.refuse_note(five, class_images.read_note(five), class_images.make_note(replace(class_config(usual, five), pretrained_model_name_or_path="x/other"), "fp32"))
     for change, what in ((dict(pretrained_vae_model_name_or_path="x/other"), "vae None, now 'other'"), (dict(revision="b"), "revision"), (dict(prediction_type="v_prediction"), "prediction_type"), (dict(max_token_length=150), "max_token_length")):
-        with pytest.raises(CourseError, match=what): dreambooth.refuse_note(five, dreambooth.read_note(five), dreambooth.make_note(replace(class_config(usual, five), **change), "bf16"))
+        with pytest.raises(CourseError, match=what): class_images.refuse_note(five, class_images.read_note(five), class_images.make_note(replace(class_config(usual, five), **change), "bf16"))
     said = []
     assert len(class_pictures(class_config(usual, five, mixed_precision="bf16"), None, said.append)[0]) == 5 and "only the names" in said[0]  # nothing is loaded that could tell more
     class_pictures(class_config(usual, five, revision="main", prediction_type="epsilon"), toy(), lambda text: pytest.fail(text))  # other words for the same weights
@@ -527,9 +535,9 @@ def test_missing_class_pictures_are_drawn_as_the_others_were(five, usual, toy, t
 def test_class_pictures_are_drawn_by_what_the_model_predicts(five, usual, toy, tmp_path):
     live = toy()
     class_pictures(class_config(usual, tmp_path / "v", 2, prediction_type="v_prediction"), live, lambda text: None)
-    told = toy()
-    told.scheduler = type(told.scheduler).from_config({**told.scheduler.config, "prediction_type": "v_prediction"})
-    class_pictures(class_config(usual, tmp_path / "own", 2), told, lambda text: None)
+    own = toy()
+    own.scheduler = type(own.scheduler).from_config({**own.scheduler.config, "prediction_type": "v_prediction"})
+    class_pictures(class_config(usual, tmp_path / "own", 2), own, lambda text: None)
     assert drawn(tmp_path / "v") == drawn(tmp_path / "own") and drawn(tmp_path / "v")["class-00000.png"] != drawn(five)["class-00000.png"]
     assert live.scheduler.config.prediction_type == "epsilon"  # what was given is left as it was
 
@@ -537,7 +545,7 @@ def test_class_pictures_are_drawn_by_what_the_model_predicts(five, usual, toy, t
 @pytest.mark.parametrize("size, blocks", [(1, [1] * 5), (2, [2] * 3), (4, [4] * 2)])
 def test_sample_batch_size_is_how_many_are_drawn_at_a_time(usual, toy, tmp_path, monkeypatch, size, blocks):
     seen = []
-    monkeypatch.setattr(dreambooth, "draw_pictures", lambda components, told, nothing, seeds, *rest: seen.append(len(seeds)) or [Image.new("RGB", (64, 64), (seed % 256, 0, 0)) for seed in seeds])
+    monkeypatch.setattr(class_images, "draw_pictures", lambda components, embeds, empty, seeds, *rest: seen.append(len(seeds)) or [Image.new("RGB", (64, 64), (seed % 256, 0, 0)) for seed in seeds])
     class_pictures(class_config(usual, tmp_path / "c", sample_batch_size=size), toy(), lambda text: None)
     assert seen == blocks
 
@@ -564,16 +572,15 @@ def test_the_run_keeps_a_report_of_its_pictures_also_when_they_are_unusable(drea
 
 
 def test_several_processes_share_the_work_and_draw_nothing_twice(five, toy, tmp_path, monkeypatch):
-    note, written = dreambooth.read_note(five), []
-    monkeypatch.setattr(dreambooth, "save_png", lambda picture, path: written.append(Path(path).name))
-    for rank in range(3): dreambooth.draw_class_pictures(toy(), tmp_path, note | dict(steps=1), list(range(5)), 2, (rank, 3))
+    note, written = class_images.read_note(five), []
+    monkeypatch.setattr(class_images, "save_png", lambda picture, path: written.append(Path(path).name))
+    for rank in range(3): class_images.draw_class_pictures(toy(), tmp_path, note | dict(steps=1), list(range(5)), 2, (rank, 3))
     assert sorted(written) == [f"class-{i:05d}.png" for i in range(5)]
 
 
 def test_loading_once_is_enough_when_the_number_format_fits(usual, toy, tmp_path, monkeypatch):
-    loaded, real = [], dreambooth.load_components
-    for module in (dreambooth, sys.modules["sdxl_course.text_to_image"]):
-        monkeypatch.setattr(module, "load_components", lambda *a, **k: (loaded.append(a), real(*a, **k))[1])
+    loaded, real = [], prepare.load_components
+    monkeypatch.setattr(prepare, "load_components", lambda *a, **k: (loaded.append(a), real(*a, **k))[1])
     train_dreambooth(class_config(usual, tmp_path / "c", 1, output_dir=str(tmp_path / "o"), max_train_steps=1), log=lambda text: None)
     assert len(loaded) == 1  # defect 27: nor is anything loaded at the end
     train_dreambooth(class_config(usual, tmp_path / "b", 1, output_dir=str(tmp_path / "o2"), max_train_steps=1, prior_generation_precision="bf16"), log=lambda text: None)
@@ -589,29 +596,37 @@ def test_components_with_an_adapter_draw_no_class_pictures(usual, toy, tmp_path)
 
 # ---------------------------------------------------------------- the teacher
 
-@pytest.mark.parametrize("options", [{}, dict(snr_gamma=1.0), dict(debiased_estimation_loss=True), dict(do_edm_style_training=True, prediction_type="v_prediction"), dict(edm=True), dict(text=True), dict(text=True, use_dora=True)], ids=str)
+def answer_weight(schedule, t, options):
+    "What an error of the network's answer counts, in closed form."
+    snr, sigma = schedule.snr(t), schedule.sigma(t)
+    if "edm" in options: return (0.5 * sigma)**2 / (sigma**2 + 0.25)
+    if "do_edm_style_training" in options: return 1 / (1 + sigma**2)
+    if "snr_gamma" in options: return snr.clamp(max=options["snr_gamma"]) / snr
+    return snr**-0.5 if "debiased_estimation_loss" in options else torch.ones(len(t))
+
+
+@pytest.mark.parametrize("options", [{}, dict(snr_gamma=1.0), dict(debiased_estimation_loss=True), dict(do_edm_style_training=True, prediction_type="v_prediction"), dict(edm="epsilon"), dict(text=True), dict(text=True, use_dora=True)], ids=str)
 def test_the_teacher_adds_the_weighed_distance_to_the_base_model(paired, toy, options):
     options = dict(options)
-    edm, text, dora = options.pop("edm", False), options.pop("text", False), options.pop("use_dora", False)
-    config, base, feeder = paired
+    text, dora = options.pop("text", False), options.pop("use_dora", False)
+    base, loader = paired
     live = toy()
     named = inject(trained_parts(live, text), 0, 4, use_dora=dora)
-    feeder.encode_once(pictures=False, texts=True)
+    loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2), 3, True)
-    batch, noise, t, _ = feeder.batch(micro, feeder.prepare(micro), 1000)
+    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
     batch, noise, t = replace(batch, **{k: getattr(batch, k)[:3] for k in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")}), noise[:3], t[:3]
-    loss = SubjectLoss(config, subject_schedule(config, EDMEulerScheduler())) if edm else weighed(config, live, **options)
-    captions = [r.captions[0] for r in feeder.records[:3]] if text else None
-    plain, taught = DenoisingLoss(live, loss, text), PriorDistillation(live, loss, text, class_prompt=CLASS, teacher_weight=0.5)
+    captions = [r.captions[0] for r in loader.records[:3]] if text else None
+    plain, taught = weighed(live, options, encode_text=text), weighed(live, options, PriorDistillation, encode_text=text, class_prompt=CLASS, teacher_weight=0.5)
     assert torch.allclose(plain(batch, noise, t, captions), taught(batch, noise, t, captions), rtol=1e-5)  # a fresh student agrees
     for name, p in named.items():
         if "lora_B" in name: torch.nn.init.normal_(p, std=0.3, generator=seeded(name))
     with torch.no_grad():
-        seen, told = loss.question(batch.latents, noise, t)
+        seen, times = plain.schedule.model_input(batch.latents, noise, t)
         rows = lambda who: replace(batch, **{k: x.expand(3, *x.shape[1:]) for k, x in zip(("prompt_embeds", "pooled_prompt_embeds"), encode_prompts(who, [CLASS]))})
-        drift = per_sample_mse(predict(live.unet, seen, told, rows(live)), predict(base.unet, seen, told, rows(base)))
+        drift = per_sample_mse(predict(live.unet, seen, times, rows(live)), predict(base.unet, seen, times, rows(base)))
     extra = taught(batch, noise, t, captions) - plain(batch, noise, t, captions)
-    assert torch.allclose(extra, 0.5 * loss.weight(t) * drift, rtol=1e-3, atol=1e-6) and (drift > 1e-4).all()
+    assert torch.allclose(extra, 0.5 * answer_weight(plain.schedule, t, options) * drift, rtol=1e-3, atol=1e-6) and (drift > 1e-4).all()
     taught(batch, noise, t, captions).sum().backward()
     assert all(p.grad is not None for name, p in named.items() if "text_encoder." not in name)
 
@@ -648,30 +663,30 @@ def test_euler_style_on_epsilon_is_the_plain_loss(dream):
 
 @torch.no_grad()
 def test_euler_style_on_v_is_the_v_loss_over_one_plus_sigma_squared(paired):
-    config, components, feeder = paired
-    plain, euler = weighed(config, components, prediction_type="v_prediction"), weighed(config, components, prediction_type="v_prediction", do_edm_style_training=True)
-    feeder.encode_once(pictures=False, texts=True)
+    components, loader = paired
+    plain, euler = (weighed(components, dict(prediction_type="v_prediction", do_edm_style_training=style)) for style in (False, True))
+    loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2, 3), 4, True)
-    batch, noise, t, _ = feeder.batch(micro, feeder.prepare(micro), 1000)
-    assert torch.allclose(euler(components.unet, batch, noise, t), plain(components.unet, batch, noise, t) / (1 + plain.schedule.sigma(t)**2), rtol=1e-3)
+    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
+    assert torch.allclose(euler(batch, noise, t), plain(batch, noise, t) / (1 + plain.schedule.sigma(t)**2), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_true_edm_is_the_closed_form_of_diffusers_scheduler(paired, kind):
-    config, components, feeder = paired
+    components, loader = paired
     theirs = EDMEulerScheduler(sigma_data=0.7, sigma_max=40.0, prediction_type=kind)
-    loss = SubjectLoss(config, subject_schedule(config, theirs))
-    feeder.encode_once(pictures=False, texts=True)
+    loss = DenoisingLoss(components, noise_schedule(theirs))
+    loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1), 2, True)
-    batch, noise, t, _ = feeder.batch(micro, feeder.prepare(micro), 1000)
+    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
     for k, place in enumerate(t.tolist()):
         sigma = theirs.sigmas[999 - place]
         one = replace(batch, **{name: getattr(batch, name)[k:k + 1] for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")})
         noisy = one.latents + sigma * noise[k:k + 1]
         answer = predict(components.unet, theirs.precondition_inputs(noisy, sigma), theirs.precondition_noise(sigma)[None], one)
         want = (theirs.precondition_outputs(noisy, answer, sigma) - one.latents).square().mean()
-        assert float(loss(components.unet, one, noise[k:k + 1], t[k:k + 1])) == pytest.approx(float(want), rel=1e-4)
+        assert float(loss(one, noise[k:k + 1], t[k:k + 1])) == pytest.approx(float(want), rel=1e-4)
 
 
 def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy, usual, tmp_path):
@@ -683,9 +698,9 @@ def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy, usu
     assert result.log == asked.log != dream().log and all(map(math.isfinite, result.losses))
     run = dreambooth.open_dreambooth(make(usual, output_dir=str(tmp_path / "o")), playground(), lambda text: None)
     try:
-        micro = next(run.plan.micro_steps(0, 1))
-        batch, noise, t, _ = run.feeder.batch(micro, run.feeder.prepare(micro), 1000)
-        with torch.no_grad(): assert torch.equal(run.plain_loss(run.components.unet, batch, run.schedule, noise, t), run.denoiser.loss(run.components.unet, batch, noise, t))
+        micro = next(run.sampler.micro_steps(0, 1))
+        batch, noise, t, _ = run.loader.batch(micro, run.loader.prepare(micro), 1000)
+        with torch.no_grad(): assert torch.equal(denoising_loss(run.components.unet, batch, run.schedule.unweighted(), noise, t), run.loss(batch, noise, t))
     finally: run.close()
     for options in (dict(snr_gamma=5.0), dict(debiased_estimation_loss=True), dict(rescale_betas_zero_snr=True)):
         with pytest.raises(CourseError, match="EDM"): dream("refused", components=playground(), **options)
@@ -693,7 +708,7 @@ def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy, usu
 
 def test_edm_knows_no_sample_prediction(dream, toy, monkeypatch):
     odd = toy()
-    monkeypatch.setattr(BatchLoader, "encode_once", lambda *given: pytest.fail("this takes long, and comes after the refusal"))
+    monkeypatch.setattr(BatchLoader, "encode_once", lambda *given, **named: pytest.fail("this takes long, and comes after the refusal"))
     odd.scheduler = type(odd.scheduler).from_config({**odd.scheduler.config, "prediction_type": "sample"})
     with pytest.raises(CourseError, match="epsilon and v_prediction"): dream("odd", components=odd, do_edm_style_training=True)
 
@@ -723,14 +738,13 @@ def test_defect_24_new_words_alone_move_and_stand_still_after_their_share(dream,
 @pytest.mark.parametrize("kind", ["toy", "upstream"])
 def test_stock_diffusers_reads_words_and_lora_and_draws_our_picture(dream, toy, toy_model, upstream, tmp_path, kind):
     from sdxl_course.model.components import load_components
-    from sdxl_course.model.words import load_learned_tokens
     from sdxl_course.model.sampling import draw_pictures
     from sdxl_course.model.conditioning import empty_prompt_embeds
     import numpy as np
     model, live = (toy_model, toy()) if kind == "toy" else (upstream, load_components(str(upstream)))  # upstream's second encoder finds the end as the largest number
     result = dream(f"read-{kind}", components=live, **WORDS, max_train_steps=3, ti_lr=0.1, pretrained_model_name_or_path=str(model))
-    with torch.no_grad(): told, nothing = encode_prompts(live, ["a photo of TOK chair"]), empty_prompt_embeds(live)
-    ours = np.asarray(draw_pictures(live, [x[0] for x in told], [x[0] for x in nothing], [1], size=64, steps=2)[0]).astype(int)
+    with torch.no_grad(): prompt, empty = encode_prompts(live, ["a photo of TOK chair"]), empty_prompt_embeds(live)
+    ours = np.asarray(draw_pictures(live, [x[0] for x in prompt], [x[0] for x in empty], [1], size=64, steps=2)[0]).astype(int)
     def draw(*files):
         pipeline = DiffusionPipeline.from_pretrained(str(model))
         pipeline.set_progress_bar_config(disable=True)
@@ -740,25 +754,25 @@ def test_stock_diffusers_reads_words_and_lora_and_draws_our_picture(dream, toy, 
         drawn = pipeline("a photo of <s0><s1> chair", generator=torch.Generator().manual_seed(1), num_inference_steps=2, height=64, width=64, guidance_scale=5.0).images[0]
         return np.asarray(drawn).astype(int), embeds
     picture, embeds = draw("lora", "words")
-    assert torch.allclose(embeds[0], told[0], atol=1e-5) and torch.allclose(embeds[2], told[1], atol=1e-5)  # also the pooled one
+    assert torch.allclose(embeds[0], prompt[0], atol=1e-5) and torch.allclose(embeds[2], prompt[1], atol=1e-5)  # also the pooled one
     assert abs(picture - ours).max() <= 2
-    assert not torch.allclose(draw("lora")[1][2], told[1], atol=1e-3)
+    assert not torch.allclose(draw("lora")[1][2], prompt[1], atol=1e-3)
 
 
 def test_defect_7_prompts_with_new_words_begin_and_end_as_all_prompts_do(usual, toy):
     live = toy()
-    dreambooth.add_words(make(usual, **WORDS), live, 0)
+    add_tokens(live, make(usual, **WORDS).placeholders, 0)
     ids = live.tokenizer("a TOK chair, TOKYO").input_ids
     assert ids[0] == live.tokenizer.bos_token_id and ids[-1] == live.tokenizer.eos_token_id
     assert ids.count(live.tokenizer.first) == ids.count(live.tokenizer.first + 1) == 1  # TOKYO is another word
     assert len(toy().tokenizer) == live.tokenizer.first  # the tokenizer that was given is as it was
-    with pytest.raises(CourseError, match="freshly loaded"): dreambooth.add_words(make(usual, **WORDS), live, 0)
+    with pytest.raises(CourseError, match="freshly loaded"): add_tokens(live, make(usual, **WORDS).placeholders, 0)
 
 
 def test_the_pooled_vector_is_that_of_the_end_and_not_of_a_new_word(usual, upstream):
     from sdxl_course.model.components import load_components
     live = load_components(str(upstream))  # its second encoder looks for the largest number, which a new word would be
-    dreambooth.add_words(make(usual, **WORDS), live, 0)
+    add_tokens(live, make(usual, **WORDS).placeholders, 0)
     ids = live.tokenizer_2("a TOK chair", return_tensors="pt").input_ids
     with torch.no_grad(): out = live.text_encoder_2(ids)
     assert ids[0, -1] == live.tokenizer_2.eos_token_id < ids.max()
@@ -770,7 +784,7 @@ def test_several_placeholders_get_a_file_each(dream, toy_model):
     whole, parts = load_file(folder / "two words_emb.safetensors"), [load_file(folder / f"two words_{name}_emb.safetensors") for name in ("0_TOK", "1__new_one_")]
     for name in ("clip_l", "clip_g"): assert len(whole[name]) == 4 and torch.equal(whole[name], torch.cat([part[name] for part in parts]))
     pipeline = DiffusionPipeline.from_pretrained(str(toy_model))
-    for name in ("0_TOK", "1__new_one_"): dreambooth.load_words(pipeline, folder / f"two words_{name}_emb.safetensors")
+    for name in ("0_TOK", "1__new_one_"): load_learned_tokens(pipeline, folder / f"two words_{name}_emb.safetensors")
     for name, part in (("clip_l", ""), ("clip_g", "_2")):
         ids, table = getattr(pipeline, f"tokenizer{part}").convert_tokens_to_ids([f"<s{i}>" for i in range(4)]), getattr(pipeline, f"text_encoder{part}").get_input_embeddings().weight
         assert torch.equal(table[ids].detach(), whole[name])
@@ -865,9 +879,9 @@ def test_stock_diffusers_draws_the_same_from_both_files(dream, toy_model):
 def test_defects_9_and_10_frozen_text_encoders_are_out_of_the_way(usual, toy, prior):
     run = dreambooth.open_dreambooth(make(usual, **prior, gradient_checkpointing=True, output_dir=usual["instance_data_dir"] + "-run"), toy(), lambda text: None)
     try:
-        assert not any("text_encoder" in name for name, _ in run.denoiser.named_modules())
-        micro = next(run.plan.micro_steps(0, 1))
-        batch = run.feeder.batch(micro, run.feeder.prepare(micro), 1000)[0]
+        assert not any("text_encoder" in name for name, _ in run.loss.named_modules())
+        micro = next(run.sampler.micro_steps(0, 1))
+        batch = run.loader.batch(micro, run.loader.prepare(micro), 1000)[0]
         assert not batch.prompt_embeds.requires_grad and not batch.pooled_prompt_embeds.requires_grad
         run.train()
         assert all(row["grad_norm"] > 0 for row in run.state.rows)

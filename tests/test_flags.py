@@ -1,10 +1,12 @@
 "Every option of the text-to-image trainer, and what it changes. `test_every_option_has_a_place_in_this_file` fails for an option without an entry."
 import json
+import math
 import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,10 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.dreambooth import DreamBoothConfig
+from sdxl_course.full import FullConfig
 from sdxl_course.model.lora_files import read_lora
+from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
-from sdxl_course.train.config import CONSTRAINTS, unused_options
-from toy import files_of, load_toy, make_pictures, make_toy_model
+from sdxl_course.textual_inversion import TextualInversionConfig
+from toy import files_of, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
 
@@ -168,7 +173,7 @@ TABLE = [  # model
     ("ema_decay", 0.1, dict(FORGET, use_ema=True), lambda a, b: averaged(a, 0.1) and averaged(b, 0.999) and not torch.equal(part(a, "unet."), part(b, "unet."))),
     # loss
     ("prediction_type", "v_prediction", {}, differ), ("snr_gamma", 0.01, {}, lambda a, b: a.losses[0] < b.losses[0]), ("debiased_estimation_loss", True, {}, differ), ("noise_offset", 0.2, {}, differ),
-    ("rescale_betas_zero_snr", True, dict(prediction_type="v_prediction"), differ),
+    ("rescale_betas_zero_snr", True, dict(prediction_type="v_prediction"), differ), ("do_edm_style_training", True, {}, differ),
     ("timestep_bias_strategy", "later", dict(timestep_bias_multiplier=1e6), differ), ("timestep_bias_strategy", "earlier", dict(timestep_bias_multiplier=1e6), differ),
     ("timestep_bias_multiplier", 1e6, dict(timestep_bias_strategy="later"), differ), ("timestep_bias_portion", 0.01, dict(timestep_bias_strategy="later", timestep_bias_multiplier=1e6), differ),
     ("timestep_bias_begin", 900, dict(timestep_bias_strategy="range", timestep_bias_multiplier=1e6), differ), ("timestep_bias_end", 50, dict(timestep_bias_strategy="range", timestep_bias_multiplier=1e6), differ),
@@ -234,7 +239,7 @@ def test_the_base_may_be_one_file(ran, toy, home, place, monkeypatch):
     save_tensors(file, {"x": torch.zeros(1)})
     with pytest.raises(CourseError, match="base.safetensors.*hub.*beside it, named base"): ran(pretrained_model_name_or_path=str(file))
     shutil.copytree(place["toy"], file.parent / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr("sdxl_course.text_to_image.load_components", lambda model, dtype, **options: seen.append((model, options["config"])) or toy())
+    monkeypatch.setattr("sdxl_course.train.prepare.load_components", lambda model, dtype, **options: seen.append((model, options["config"])) or toy())
     assert same(ran(pretrained_model_name_or_path=str(file), rank=3), ran(rank=3)) and seen == [(str(file), file.parent / "base")]
 
 
@@ -268,7 +273,7 @@ def test_a_lora_whose_text_encoders_would_be_dropped_is_no_start(ran, file):
 
 @shows("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention")
 def test_other_attentions_are_switched_on(toy, monkeypatch):
-    from sdxl_course.train.run import load_base
+    from sdxl_course.train.prepare import load_base
     called = []
     for name in ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention"):
         monkeypatch.setattr("diffusers.UNet2DConditionModel." + name, lambda self, *a, name=name: called.append(name), raising=False)
@@ -286,10 +291,12 @@ def test_what_the_machine_lacks_is_refused_before_anything_is_read(home):
 
 @shows("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 def test_each_flag_of_prodigy_reaches_it_and_changes_its_way():
-    from sdxl_course.train.optimizer import optimizer_for
+    from sdxl_course.model.adapters import parameter_groups
+    from sdxl_course.train.prepare import optimizer_and_schedule
     def walk(**options):
         place = torch.nn.Parameter(torch.zeros(4))
-        optimizer = optimizer_for(TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", optimizer="Prodigy", learning_rate=1.0, adam_weight_decay=0.5, **options), {"unet.x.lora_A.default.weight": place})
+        config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", optimizer="Prodigy", learning_rate=1.0, adam_weight_decay=0.5, **options)
+        optimizer, _ = optimizer_and_schedule(config, parameter_groups({"unet.x.lora_A.default.weight": place}, config.learning_rate, weight_decay=config.adam_weight_decay), 40)
         for k in range(40):
             optimizer.param_groups[0]["lr"] = min(1.0, k / 10)  # a warm-up
             optimizer.zero_grad(), ((place - torch.arange(4.0))**2).sum().backward(), optimizer.step()
@@ -303,7 +310,7 @@ def test_each_flag_of_prodigy_reaches_it_and_changes_its_way():
 
 def inside(monkeypatch, look):
     "Call `look` on every loss of the training."
-    import sdxl_course.text_to_image as module
+    import sdxl_course.train.objective as module
     real = module.denoising_loss
     def loss(*args, **options):
         if torch.is_grad_enabled(): look(*args)
@@ -342,7 +349,6 @@ def test_timestep_bias_draws_what_it_favours(train, monkeypatch, options, allowe
 @pytest.mark.parametrize("text", [False, True], ids=["kept", "trained"])
 def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_model, tmp_path, monkeypatch, zeros, text):
     "anchors.md 6 trap 17: a LoRA could not be trained with empty prompts at all, and the full trainer drew them once for all epochs."
-    import sdxl_course.text_to_image as module
     from sdxl_course.model.conditioning import encode_prompts
     parts, seen = toy(), []
     parts.force_zeros_for_empty_prompt = zeros
@@ -350,7 +356,7 @@ def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_mode
     inside(monkeypatch, lambda unet, batch, *_: seen.extend(batch.prompt_embeds.detach().clone()))
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, num_train_epochs=12, seed=0,
         proportion_empty_prompts=0.5, learning_rate=1e-9, train_text_encoder=text, report_to="none", output_dir=str(tmp_path / "o"))
-    module.train_text_to_image(config, parts, log=lambda text: None)
+    train_text_to_image(config, parts, log=lambda text: None)
     dropped = [bool((told - empty).abs().max() < 1e-5) for told in seen]
     assert len(dropped) == 24 and 5 < sum(dropped) < 19
     assert len({tuple(dropped[i:i + 2]) for i in range(0, 24, 2)}) > 2  # not the same in every epoch
@@ -376,7 +382,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr("sdxl_course.text_to_image.HfApi", Hub)
+    monkeypatch.setattr("sdxl_course.train.results.HfApi", Hub)
     Hub.told, Hub.broken = [], ()
     return Hub
 
@@ -416,7 +422,7 @@ def test_trackers_get_curves_pictures_and_no_token(train, tmp_path):
 
 @pytest.mark.parametrize("name", ["wandb", "comet_ml", "trackio"])
 def test_a_missing_tracker_is_a_sentence_and_the_run_goes_on(train, name, monkeypatch):
-    monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("sdxl_course.train.machine.find_spec", lambda name: None)
     said = []
     assert len(train(report_to=name, log=said.append, max_train_steps=1).log) == 1 and any(f"{name} is not installed" in text for text in said)
 
@@ -434,7 +440,7 @@ def test_a_tracker_that_breaks_does_not_stop_the_training(train, monkeypatch, mo
 
 @shows("skip_nan_updates")
 def test_broken_updates_are_left_out_on_request(train, monkeypatch):
-    import sdxl_course.text_to_image as module
+    import sdxl_course.train.objective as module
     real, calls = module.denoising_loss, []
     def loss(*args, **options):
         value = real(*args, **options)
@@ -467,7 +473,7 @@ def test_what_is_shown_elsewhere_is_there():
 def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
     "Nothing but what ipywidgets 7 and 8 have in common."
     import inspect
-    from sdxl_course.train.run import LiveView
+    from sdxl_course.train.results import LiveView
     assert re.findall(r"from ipywidgets import (.+)", inspect.getsource(LiveView)) == ["HTML, Image as Picture, VBox"]
     config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, max_train_steps=3, seed=0,
         validation_prompt="x", num_validation_images=1, report_to="none", output_dir=str(tmp_path / "o"))
@@ -478,10 +484,57 @@ def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
     assert [type(child).__name__ for child in run.live.box.children] == ["HTML", "Image", "Image"]
 
 
-# ------------------------------------------------ contradictions
+# ------------------------------------------------ limits, what a resume may change, rules
 
-STRUCK = [  # (options that cannot be together, a neighbour that can), in the order of CONTRADICTIONS
-    (dict(lr_scheduler="piecewise_constant"), dict(lr_scheduler="piecewise_constant", lr_step_rules="1:1,0.1")), (dict(cache_text_embeds=True, train_text_encoder=True), dict(cache_text_embeds=False, train_text_encoder=True)),
+CONFIGS = dict(  # every command that trains, and what it cannot do without
+    text=(TextToImageConfig, dict(train_data_dir="d")), subject=(DreamBoothConfig, dict(instance_data_dir="d", instance_prompt="a photo of TOK chair")), full=(FullConfig, dict(train_data_dir="d")),
+    word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")))
+
+
+def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_name_or_path": "m", **CONFIGS[command][1], **options})
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
+    config, hints, kinds = build(command), get_type_hints(CONFIGS[command][0]), resume_kinds(build(command))
+    for f in fields(config):
+        number = {int, float} & {hints[f.name], *get_args(hints[f.name])}
+        assert f.metadata["help"] and "\n" not in f.metadata["help"] and kinds[f.name] in RESUME, f.name
+        assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name not in ("seed", "local_rank")), f.name  # every number has one
+        if not f.metadata["limit"]: continue
+        low, high = re.fullmatch(r"(?:> )?(\d+) \.\.(?: (?:< )?(\d+))?", f.metadata["limit"]).groups()
+        wrong = [float(low) - 1, float("nan"), float("inf"), *([float(low)] if ">" in f.metadata["limit"] else []), *([float(high) + 1] if high else []), *([float(high)] if "<" in f.metadata["limit"] else [])]
+        assert all(check_range(value, f.metadata["limit"]) for value in wrong), f.name
+        if f.default is not None: assert check_range(f.default, f.metadata["limit"]) == "", f.name
+        for value in (int(value) if int in number else value for value in wrong if math.isfinite(value) or int not in number):
+            with pytest.raises(CourseError, match=f"--{f.name} is .*wanted"): build(command, **{f.name: value})
+        for value in (True, "3", *([1.5] if int in number else [])):
+            with pytest.raises(CourseError, match=f"--{f.name} is .*wanted a (whole )?number"): build(command, **{f.name: value})
+
+
+FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
+    validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
+    hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
+    max_train_samples instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps""".split())
+MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
+    cache_latents cache_text_embeds revision variant""".split())
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_what_a_resume_may_change(command):
+    "Everything that shapes the numbers is fixed; data and base model are compared by their content (`Run.settings`)."
+    kinds = resume_kinds(build(command))
+    assert {name for name, kind in kinds.items() if kind == "free"} == FREE & kinds.keys()
+    assert {name for name, kind in kinds.items() if kind == "machine"} == MACHINE & kinds.keys()
+    assert set(kinds.values()) == set(RESUME)
+
+
+def test_no_kind_is_left_out(): assert FREE | MACHINE <= {name for command in CONFIGS for name in resume_kinds(build(command))}
+
+
+STRUCK = dict(  # command -> (options that cannot be together, a neighbour that can); `text` holds for the others too
+    text=[(dict(lr_scheduler="piecewise_constant"), dict(lr_scheduler="piecewise_constant", lr_step_rules="1:1,0.1")), (dict(cache_text_embeds=True, train_text_encoder=True), dict(cache_text_embeds=False, train_text_encoder=True)),
     (dict(cache_text_embeds=True, shuffle_tags=True), dict(cache_text_embeds=False, shuffle_tags=True)), (dict(cache_latents=True), dict(cache_latents=True, cached_crops=2)),
     (dict(cached_crops=2, use_aspect_ratio_buckets=True), dict(cached_crops=2)), (dict(cache_latents=False, cache_latents_to_disk=True), dict(cache_latents_to_disk=True)),
     (dict(snr_gamma=5.0, debiased_estimation_loss=True), dict(debiased_estimation_loss=True)), (dict(mask_data_dir="m"), dict(mask_data_dir="m", masked_loss=True)),
@@ -494,26 +547,53 @@ STRUCK = [  # (options that cannot be together, a neighbour that can), in the or
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
-    (dict(use_aspect_ratio_buckets=True, resolution=16), dict(use_aspect_ratio_buckets=True, resolution=32)), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f"))]
+    (dict(use_aspect_ratio_buckets=True, resolution=16), dict(use_aspect_ratio_buckets=True, resolution=32)), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f")),
+    (dict(do_edm_style_training=True, snr_gamma=5.0), dict(do_edm_style_training=True)), (dict(do_edm_style_training=True, rescale_betas_zero_snr=True), dict(do_edm_style_training=True, prediction_type="v_prediction")),
+    (dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n"))],
+    subject=[(dict(train_data_dir="t"), dict()), (dict(instance_data_dir=None), dict(instance_data_dir=None, dataset_name="n")), (dict(dataset_name="n"), dict()), (dict(instance_prompt=" "), dict(instance_prompt="x")),
+    (dict(with_prior_preservation=True, class_data_dir="c"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")), (dict(prior_teacher=True), dict(prior_teacher=True, class_prompt="a chair")),
+    (dict(prior_teacher=True, with_prior_preservation=True, class_data_dir="c", class_prompt="a chair"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
+    (dict(prior_teacher=True, class_prompt="a chair", init_lora_weights="olora"), dict(prior_teacher=True, class_prompt="a chair", init_lora_weights="orthogonal")),
+    (dict(with_prior_preservation=True, class_data_dir="d/c", class_prompt="a chair"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
+    (dict(token_abstraction="SKS"), dict(token_abstraction="SKS", train_text_encoder_ti=True)), (dict(train_text_encoder_ti=True, train_text_encoder=True), dict(train_text_encoder_ti=True)),
+    (dict(train_text_encoder_ti=True, cache_text_embeds=True), dict(train_text_encoder_ti=True, cache_text_embeds=False)),
+    (dict(train_text_encoder_ti=True, ti_lr=1e-3, optimizer="prodigy"), dict(train_text_encoder_ti=True, ti_lr=1e-3))],
+    full=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n"))],
+    word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))])
 
 
-def test_every_contradiction_is_struck_once_and_its_neighbour_is_allowed():
-    build = lambda options: TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", **options)
-    hit = []
-    for wrong, right in STRUCK:
-        with pytest.raises(CourseError) as caught: build(wrong)
-        hit += [why for _, why in CONSTRAINTS if why == str(caught.value)]
-        build(right)
+@pytest.mark.parametrize("command", STRUCK)
+def test_every_rule_is_struck_once_and_its_neighbour_is_allowed(command):
+    rules, hit = [sentence for _, sentence in rules_of(build(command), "constraints")], []
+    for wrong, right in STRUCK[command]:
+        with pytest.raises(CourseError) as caught: build(command, **wrong)
+        hit += [sentence for sentence in rules if sentence == str(caught.value)]
+        build(command, **right)
         assert any(f"--{name}" in str(caught.value) for name in wrong), caught.value
-    assert hit == [why for _, why in CONSTRAINTS]
+    assert len(hit) == len(STRUCK[command]) == len(set(hit))
+    shared = {sentence for _, sentence in rules_of(build("text"), "constraints")} if command != "text" else set()
+    assert set(rules) - shared <= set(hit)
+
+
+def test_rules_of_common_options_hold_for_every_command():
+    for command in ("subject", "full", "word"):
+        known = {f.name for f in fields(CONFIGS[command][0])}
+        for wrong, _ in STRUCK["text"]:
+            if not wrong.keys() <= known or wrong.keys() & {"train_data_dir", "cache_text_embeds"}: continue
+            with pytest.raises(CourseError): build(command, **wrong)
 
 
 @pytest.mark.parametrize("idle, busy", [(dict(text_encoder_lr=1e-5), dict(train_text_encoder=True)), (dict(adam_weight_decay_text_encoder=0.1), dict(train_text_encoder=True)),
     (dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(optimizer="adamw")), (dict(prodigy_beta3=0.5), dict(optimizer="prodigy"))], ids=str)
 def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, busy):
-    build = lambda options: TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", **options)
-    (sentence,) = unused_options(build(idle))
-    assert f"--{next(iter(idle))}" in sentence and "nothing" in sentence and unused_options(build({**idle, **busy})) == []
+    (sentence,) = unused_options(build("text", **idle))
+    assert f"--{next(iter(idle))}" in sentence and "nothing" in sentence and unused_options(build("text", **{**idle, **busy})) == []
+
+
+def test_every_sentence_about_an_idle_option_is_told_by_some_case():
+    cases = [dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
+    told = {sentence for case in cases for sentence in unused_options(build("text", **case))}
+    for command in CONFIGS: assert {sentence for _, sentence in rules_of(build(command), "unused")} <= told
 
 
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said

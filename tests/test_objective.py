@@ -1,4 +1,6 @@
 "The loss of a step: closed forms written with diffusers' schedulers and plain tensors, and what the reference scripts get wrong."
+import json
+from dataclasses import dataclass, fields, make_dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +9,12 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from hypothesis import given, settings, strategies as st
 
 from sdxl_course.core import CourseError, seeded
-from sdxl_course.model.noise import NoiseSchedule
-from sdxl_course.train.objective import debiased_weight, denoising_loss, edm_denoising_loss, edm_loss_weight, masked_mse, min_snr_weight, per_sample_mse, prediction_target, prior_preservation
-from sdxl_course.model.noise import offset_noise
+from sdxl_course.model.noise import EdmSchedule, EdmStyleSchedule, NoiseSchedule, edm_loss_weight, edm_scalings, euler_scalings, noise_schedule, offset_noise
+from sdxl_course.options import fields_of, parse_config
+from sdxl_course.text_to_image import TextToImageConfig, main
+from sdxl_course.train.prepare import make_loss, make_noise_schedule
+from sdxl_course.train.objective import (WEIGHTINGS, WeightingOptions, _weighting_field, active_weightings, debiased_weight, denoising_loss, loss_weighting,
+    make_weighting, masked_mse, min_snr_weight, per_sample_mse, predict, prior_preservation, weighting_table)
 
 SDXL = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -42,6 +47,9 @@ def half_mask(b=4):
     return mask
 
 
+WEIGHTED = dict(even={}, min_snr=dict(snr_gamma=5.0), debiased=dict(debiased_estimation_loss=True))
+
+
 def ask(unet, noisy, t, batch):
     conditions = dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids)
     return unet(noisy, t, batch.prompt_embeds, added_cond_kwargs=conditions).sample
@@ -51,7 +59,7 @@ def ask(unet, noisy, t, batch):
 
 @pytest.mark.parametrize("masked", [None, 0.0, 0.25], ids=["whole", "masked", "partly"])
 @pytest.mark.parametrize("offset", [0.0, 0.1], ids=["plain", "offset"])
-@pytest.mark.parametrize("weighting", ["even", "min_snr", "debiased"])
+@pytest.mark.parametrize("weighting", list(WEIGHTED))
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_loss_of_a_step_is_the_closed_form(unet, kind, weighting, offset, masked):
@@ -70,46 +78,115 @@ def test_loss_of_a_step_is_the_closed_form(unet, kind, weighting, offset, masked
         debiased=dict(epsilon=snr**-0.5, v_prediction=snr**0.5/(snr + 1), sample=snr**0.5))[weighting][kind]
     want = error.flatten(1).mean(1)*weight
 
-    given_ = denoising_loss(unet, batch, NoiseSchedule.of(library), offset_noise(plain, offset, shift), TIMES, prediction_type=kind,
-        snr_gamma=5.0 if weighting == "min_snr" else None, debiased=weighting == "debiased", unmasked_weight=masked or 0.0)
+    given_ = denoising_loss(unet, batch, NoiseSchedule.of(library, kind), offset_noise(plain, offset, shift), TIMES, make_weighting(**WEIGHTED[weighting]), masked or 0.0)
     assert given_.shape == (4,) and given_.dtype == torch.float32
     torch.testing.assert_close(given_, want, rtol=1e-4, atol=1e-7)
 
 
 @torch.no_grad()
-def test_prediction_type_of_the_schedule_is_the_default(unet):
-    batch, noise = make_batch(), draw_noise()
+def test_prediction_type_of_the_scheduler_is_the_default(unet):
+    batch, noise, weighting = make_batch(), draw_noise(), make_weighting(snr_gamma=5)
+    losses = []
     for kind in KINDS:
-        own = denoising_loss(unet, batch, NoiseSchedule.of(DDPMScheduler(**SDXL, prediction_type=kind)), noise, TIMES, snr_gamma=5)
-        asked = denoising_loss(unet, batch, NoiseSchedule.of(DDPMScheduler(**SDXL)), noise, TIMES, snr_gamma=5, prediction_type=kind)
-        assert torch.equal(own, asked)
+        own = denoising_loss(unet, batch, NoiseSchedule.of(DDPMScheduler(**SDXL, prediction_type=kind)), noise, TIMES, weighting)
+        for schedule in (NoiseSchedule.of(DDPMScheduler(**SDXL), kind), replace(NoiseSchedule.of(DDPMScheduler(**SDXL)), prediction_type=kind)):
+            assert torch.equal(own, denoising_loss(unet, batch, schedule, noise, TIMES, weighting))
+        losses.append(own)
+    assert not torch.equal(losses[0], losses[1]) and not torch.equal(losses[1], losses[2])
 
 
 @torch.no_grad()
 def test_a_sample_does_not_feel_its_neighbours(unet):
     batch, noise, schedule = make_batch(mask=half_mask()), draw_noise(), NoiseSchedule.of(DDPMScheduler(**SDXL))
-    whole = denoising_loss(unet, batch, schedule, noise, TIMES, snr_gamma=5)
+    weighting = make_weighting(snr_gamma=5)
+    whole = denoising_loss(unet, batch, schedule, noise, TIMES, weighting)
     for i in range(4):
         part = lambda value: {name: part(x) for name, x in value.items()} if isinstance(value, dict) else value[i:i + 1]
         one = SimpleNamespace(**{name: part(value) for name, value in vars(batch).items()})
-        torch.testing.assert_close(denoising_loss(unet, one, schedule, noise[i:i + 1], TIMES[i:i + 1], snr_gamma=5), whole[i:i + 1], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(denoising_loss(unet, one, schedule, noise[i:i + 1], TIMES[i:i + 1], weighting), whole[i:i + 1], rtol=1e-4, atol=1e-7)
 
 
-def test_two_weightings_at_once_are_refused(unet):
-    with pytest.raises(CourseError, match="leave one out"):
-        denoising_loss(unet, make_batch(), NoiseSchedule.of(DDPMScheduler(**SDXL)), draw_noise(), TIMES, snr_gamma=5, debiased=True)
+# ------------------------------------------------ which weighting
+
+TEXT_TO_IMAGE = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
+BOTH = "--snr_gamma and --debiased_estimation_loss are two weights for one loss: leave one of them out"
+
+
+def test_two_weightings_at_once_are_refused(capsys):
+    with pytest.raises(CourseError) as refused: make_weighting(snr_gamma=5.0, debiased_estimation_loss=True)
+    assert str(refused.value) == BOTH
+    with pytest.raises(CourseError) as refused: TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", snr_gamma=5.0, debiased_estimation_loss=True)
+    assert str(refused.value) == BOTH
+    assert main(TEXT_TO_IMAGE + ["--snr_gamma", "5", "--debiased_estimation_loss"]) == 2 and BOTH in capsys.readouterr().err
+
+
+def test_no_weighting_and_one_that_is_off_are_none():
+    assert make_weighting() is make_weighting(snr_gamma=None, debiased_estimation_loss=False) is None
+    config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", snr_gamma=2.0)
+    assert fields_of(config, WeightingOptions) == dict(snr_gamma=2.0, debiased_estimation_loss=False) and active_weightings(config) == ["snr_gamma"]
+    snr = torch.tensor([0.5, 2.0, 8.0])
+    for kind in KINDS: assert torch.equal(make_weighting(**fields_of(config, WeightingOptions))(snr, kind), min_snr_weight(snr, 2.0, kind))
+
+
+@pytest.fixture
+def registered():
+    "Two weightings of this test's own, one with a value and one without, forgotten afterwards."
+    before = dict(WEIGHTINGS)
+    try:
+        @loss_weighting("test_power", "a power of the SNR", float, "> 0 ..", "Nobody, 2026")
+        def power_weight(snr, power, prediction_type="epsilon"): return snr**power
+
+        @loss_weighting("test_tenfold", "ten times as much")
+        def tenfold_weight(snr, prediction_type="epsilon"): return torch.full_like(snr, 10.0)
+        yield make_dataclass("Options", map(_weighting_field, WEIGHTINGS.values()), frozen=True, kw_only=True)
+    finally:
+        WEIGHTINGS.clear()
+        WEIGHTINGS.update(before)
+
+
+@torch.no_grad()
+def test_a_registered_weighting_gets_an_option_a_row_and_is_applied(registered, unet, toy):
+    known = {f.name: f for f in fields(registered)}
+    assert list(known) == [*[f.name for f in fields(WeightingOptions)], "test_power", "test_tenfold"]
+    assert (known["test_power"].default, known["test_tenfold"].default) == (None, False)
+    assert known["test_power"].metadata["help"] == "a power of the SNR" and known["test_power"].metadata["limit"] == "> 0 .."
+    assert "| `--test_power` | power_weight | a power of the SNR | Nobody, 2026 |" in weighting_table().splitlines()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(registered, TextToImageConfig): "Text-to-image with the new options."
+    config, on = parse_config(Config, TEXT_TO_IMAGE + ["--test_power", "0.25"]), parse_config(Config, TEXT_TO_IMAGE + ["--test_tenfold"])
+    assert active_weightings(config) == ["test_power"] and active_weightings(on) == ["test_tenfold"]
+    with pytest.raises(CourseError, match="--test_power is -1.0: wanted more than 0"): parse_config(Config, TEXT_TO_IMAGE + ["--test_power", "-1"])
+    batch, noise, schedule = make_batch(), draw_noise(), NoiseSchedule.of(DDPMScheduler(**SDXL))
+    plain, loss = denoising_loss(unet, batch, schedule, noise, TIMES), lambda config: denoising_loss(unet, batch, schedule, noise, TIMES, make_weighting(**fields_of(config, registered)))
+    torch.testing.assert_close(loss(config), plain*schedule.snr(TIMES)**0.25)
+    torch.testing.assert_close(loss(on), plain*10)
+    trained = make_loss(config, toy(), schedule, False)  # what a training with such a configuration uses
+    torch.testing.assert_close(trained.weighting(schedule.snr(TIMES), "epsilon"), schedule.snr(TIMES)**0.25)
+    for pair in (dict(test_power=1.0, test_tenfold=True), dict(snr_gamma=5.0, test_power=1.0)):
+        with pytest.raises(CourseError, match=f"{' and '.join(f'--{flag}' for flag in pair)} are two weights for one loss"): make_weighting(**pair)
+
+
+def test_a_weighting_registered_later_does_no_harm_to_configs_that_do_not_know_it(registered):
+    config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", snr_gamma=2.0)
+    assert active_weightings(config) == ["snr_gamma"]
+    assert TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", do_edm_style_training=True).do_edm_style_training
+    assert make_noise_schedule(config, DDPMScheduler(**SDXL)).prediction_type == "epsilon"
+
+
+def test_registered_weightings_are_forgotten(): assert list(WEIGHTINGS) == ["snr_gamma", "debiased_estimation_loss"] == [f.name for f in fields(WeightingOptions)]
 
 
 # ------------------------------------------------ weights
 
 @few
-@given(t=st.integers(0, 999), weight=st.sampled_from([debiased_weight, lambda snr, kind: min_snr_weight(snr, 5.0, kind)]), seed=st.integers(0, 10**6))
+@given(t=st.integers(0, 999), weight=st.sampled_from([make_weighting(**WEIGHTED[name]) for name in ("debiased", "min_snr")]), seed=st.integers(0, 10**6))
 def test_one_network_gets_one_loss_whichever_way_it_answers(t, weight, seed):
     schedule, t = NoiseSchedule(DDPMScheduler(**SDXL).alphas_cumprod.double()), torch.tensor([t])
     x0, noise, wrong = torch.randn(3, 1, 4, 8, 8, generator=seeded(seed), dtype=torch.float64)
     kept, noisy, guess = schedule.alphas_cumprod[t], schedule.add_noise(x0, noise, t), x0 + wrong
     answers = dict(sample=guess, epsilon=(noisy - kept.sqrt()*guess)/(1 - kept).sqrt(), v_prediction=(kept.sqrt()*noisy - guess)/(1 - kept).sqrt())
-    losses = {kind: weight(schedule.snr(t), kind)*(answer - prediction_target(schedule, x0, noise, t, kind)).square().mean() for kind, answer in answers.items()}
+    losses = {kind: weight(schedule.snr(t), kind)*(answer - replace(schedule, prediction_type=kind).target(x0, noise, t)).square().mean() for kind, answer in answers.items()}
     for kind in ("epsilon", "v_prediction"): torch.testing.assert_close(losses[kind], losses["sample"], rtol=1e-6, atol=0)
 
 
@@ -126,8 +203,8 @@ def test_trap_16_weights_are_finite_at_zero_terminal_snr(unet):
     for kind in KINDS: assert min_snr_weight(ends[:1], 5.0, kind).isfinite().all()
     assert min_snr_weight(ends[:1], 5.0, "epsilon") == 1 and torch.equal(debiased_weight(ends, "v_prediction"), torch.zeros(2))
     schedule = NoiseSchedule.of(DDPMScheduler(**SDXL), "v_prediction", zero_terminal_snr=True)
-    for options in ({}, dict(snr_gamma=5.0), dict(debiased=True)):
-        with torch.no_grad(): loss = denoising_loss(unet, make_batch(), schedule, draw_noise(), torch.tensor([999, 998, 0, 999]), **options)
+    for options in WEIGHTED.values():
+        with torch.no_grad(): loss = denoising_loss(unet, make_batch(), schedule, draw_noise(), torch.tensor([999, 998, 0, 999]), make_weighting(**options))
         assert loss.isfinite().all()
 
 
@@ -179,9 +256,17 @@ def test_defect_2_min_snr_weights_both_halves_of_prior_preservation(unet, b):
     snr = signal / (1 - signal)
     error = ((ask(unet, library.add_noise(batch.latents, noise, t), t, batch) - noise)**2).mean((1, 2, 3))*torch.minimum(snr, torch.tensor(5.0))/snr
     want = error[:b] + 0.7*error[b:]
-    given_ = prior_preservation(denoising_loss(unet, batch, NoiseSchedule.of(library), noise, t, snr_gamma=5.0), 0.7)
+    given_ = prior_preservation(denoising_loss(unet, batch, NoiseSchedule.of(library), noise, t, make_weighting(snr_gamma=5.0)), 0.7)
     assert given_.shape == (b,)
     torch.testing.assert_close(given_, want, rtol=1e-4, atol=1e-7)
+
+
+def edm_style(kind="epsilon"): return noise_schedule(DDPMScheduler(**SDXL), kind, do_edm_style_training=True)
+
+
+def error_on_x0(unet, batch, schedule, noise, t):
+    "How far the denoised latents are from the clean ones, all noise levels alike."
+    return per_sample_mse(*schedule.predict_and_target(lambda noisy, time: predict(unet, noisy, time, batch), batch.latents, noise, t))
 
 
 @pytest.mark.parametrize("preconditioning", ["euler", "edm"])
@@ -189,11 +274,15 @@ def test_defect_2_min_snr_weights_both_halves_of_prior_preservation(unet, b):
 @torch.no_grad()
 def test_defect_3_edm_weights_both_halves_of_prior_preservation(unet, b, preconditioning):
     batch, noise, t = make_batch(2*b), draw_noise(2*b), torch.arange(2*b)*120 + 5
-    sigma = NoiseSchedule.of(DDPMScheduler(**SDXL)).sigma(t)
-    options = dict(preconditioning=preconditioning, prediction_type="v_prediction")
-    plain = edm_denoising_loss(unet, batch, noise, sigma, t, weighted=False, **options)
+    schedule = edm_style("v_prediction")
+    sigma = schedule.sigma(t)
+    if preconditioning == "edm":
+        schedule = EdmSchedule(schedule.alphas_cumprod, "v_prediction", schedule.sigma(torch.arange(1000)), 0.5)
+        losses = denoising_loss(unet, batch, schedule, noise, t)*edm_loss_weight(sigma, 0.5)
+    else: losses = denoising_loss(unet, batch, schedule, noise, t)
+    plain = error_on_x0(unet, batch, schedule, noise, t)
     weight = torch.tensor([1/s**2 if preconditioning == "euler" else (s**2 + 0.25)/(0.5*s)**2 for s in sigma.tolist()])
-    given_ = prior_preservation(edm_denoising_loss(unet, batch, noise, sigma, t, **options), 0.7)
+    given_ = prior_preservation(losses, 0.7)
     assert given_.shape == (b,)
     torch.testing.assert_close(given_, (plain*weight)[:b] + 0.7*(plain*weight)[b:], rtol=1e-4, atol=1e-6)
 
@@ -207,18 +296,20 @@ def test_prior_preservation_needs_pairs():
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_euler_preconditioned_loss_is_the_plain_loss_up_to_a_weight(unet, kind):
-    library, batch, noise = DDPMScheduler(**SDXL), make_batch(), draw_noise()
-    schedule = NoiseSchedule.of(library)
-    plain = denoising_loss(unet, batch, schedule, noise, TIMES, prediction_type=kind)
+    schedule, batch, noise = edm_style(kind), make_batch(), draw_noise()
+    assert isinstance(schedule, EdmStyleSchedule) and schedule.unweighted() == NoiseSchedule(schedule.alphas_cumprod, kind)
+    plain = denoising_loss(unet, batch, schedule.unweighted(), noise, TIMES)
     snr = schedule.snr(TIMES)
-    want = plain if kind == "epsilon" else plain*snr/(1 + snr)
-    torch.testing.assert_close(edm_denoising_loss(unet, batch, noise, schedule.sigma(TIMES), TIMES, prediction_type=kind), want, rtol=1e-3, atol=1e-6)
+    weight = torch.ones(4) if kind == "epsilon" else snr/(1 + snr)
+    torch.testing.assert_close(denoising_loss(unet, batch, schedule, noise, TIMES), plain*weight, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(schedule.answer_weight(TIMES), weight)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_euler_loss_is_the_closed_form_of_euler_discrete(unet, kind):
     library, batch, noise = EulerDiscreteScheduler(**SDXL, prediction_type=kind, timestep_spacing="linspace"), make_batch(1), draw_noise(1)
+    schedule = noise_schedule(library, do_edm_style_training=True)
     for index in (0, 400, 900):
         library.set_timesteps(1000)
         t, sigma = library.timesteps[index:index + 1], library.sigmas[index:index + 1]
@@ -226,7 +317,8 @@ def test_euler_loss_is_the_closed_form_of_euler_discrete(unet, kind):
         answer = ask(unet, library.scale_model_input(noisy, t[0]), t, batch)
         clean = library.step(answer, t[0], noisy).pred_original_sample
         want = ((clean - batch.latents)**2).mean((1, 2, 3))/sigma**2
-        torch.testing.assert_close(edm_denoising_loss(unet, batch, noise, sigma, t, prediction_type=kind), want, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(schedule.sigma(t.long()), sigma, rtol=1e-4, atol=0)
+        torch.testing.assert_close(denoising_loss(unet, batch, schedule, noise, t.long()), want, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -234,21 +326,24 @@ def test_euler_loss_is_the_closed_form_of_euler_discrete(unet, kind):
 @torch.no_grad()
 def test_edm_loss_is_the_closed_form_of_edm_euler(unet, kind, masked):
     library, batch, noise = EDMEulerScheduler(prediction_type=kind, sigma_data=0.5), make_batch(mask=half_mask() if masked else None), draw_noise()
-    sigma = library.sigmas[[10, 400, 700, 950]]
+    steps = torch.tensor([10, 400, 700, 950])
+    sigma = library.sigmas[steps]
     wide = sigma.view(-1, 1, 1, 1)
     noisy = batch.latents + wide*noise
     answer = ask(unet, library.precondition_inputs(noisy, wide), library.precondition_noise(sigma), batch)
     error = (library.precondition_outputs(noisy, answer, wide) - batch.latents)**2
     if masked: error = error*(0.2 + 0.8*batch.extra["mask"])
-    options = dict(preconditioning="edm", prediction_type=kind, sigma_data=0.5, unmasked_weight=0.2)
-    torch.testing.assert_close(edm_denoising_loss(unet, batch, noise, sigma, weighted=False, **options), error.mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(edm_denoising_loss(unet, batch, noise, sigma, **options), error.mean((1, 2, 3))*(sigma**2 + 0.25)/(0.5*sigma)**2, rtol=1e-3, atol=1e-6)
+    schedule, t = noise_schedule(library), 999 - steps  # small noise levels first
+    loss = denoising_loss(unet, batch, schedule, noise, t, unmasked_weight=0.2)
+    assert isinstance(schedule, EdmSchedule) and torch.equal(schedule.sigma(t), sigma) and schedule.unweighted() is schedule
+    torch.testing.assert_close(loss, error.mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(edm_loss_weight(sigma, 0.5)*loss, error.mean((1, 2, 3))*(sigma**2 + 0.25)/(0.5*sigma)**2, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(schedule.answer_weight(t), (0.5*sigma)**2/(sigma**2 + 0.25))
 
 
 @few
 @given(sigma=st.floats(0.002, 80), data=st.floats(0.1, 2))
 def test_edm_weight_undoes_the_scale_of_the_answer(sigma, data):
-    from sdxl_course.model.noise import edm_scalings, euler_scalings
     sigma = torch.tensor([sigma], dtype=torch.float64)
     torch.testing.assert_close(edm_loss_weight(sigma, data)*edm_scalings(sigma, data)[1]**2, torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(edm_loss_weight(sigma, data, "euler")*euler_scalings(sigma)[1]**2, torch.ones(1, dtype=torch.float64))
@@ -256,15 +351,34 @@ def test_edm_weight_undoes_the_scale_of_the_answer(sigma, data):
 
 @torch.no_grad()
 def test_sigmas_stay_in_full_precision_whatever_the_latents_are(unet):
-    batch, noise, schedule = make_batch(), draw_noise(), NoiseSchedule.of(DDPMScheduler(**SDXL))
-    batch.latents = batch.latents.bfloat16().float()
-    noise = noise.bfloat16().float()
-    want = edm_denoising_loss(unet, batch, noise, schedule.sigma(TIMES), TIMES)
-    batch.latents = batch.latents.bfloat16()
-    assert torch.equal(edm_denoising_loss(unet, batch, noise.bfloat16(), schedule.sigma(TIMES), TIMES), want)
+    for schedule in (edm_style(), noise_schedule(EDMEulerScheduler())):
+        batch, noise = make_batch(), draw_noise()
+        batch.latents = batch.latents.bfloat16().float()
+        noise = noise.bfloat16().float()
+        want = denoising_loss(unet, batch, schedule, noise, TIMES)
+        batch.latents = batch.latents.bfloat16()
+        assert torch.equal(denoising_loss(unet, batch, schedule, noise.bfloat16(), TIMES), want)
 
 
-def test_unknown_names_are_refused(unet):
+def test_unknown_names_are_refused():
     with pytest.raises(CourseError, match="edm or euler"): edm_loss_weight(torch.ones(1), 0.5, "karras")
-    with pytest.raises(CourseError, match="edm or euler"): edm_denoising_loss(unet, make_batch(), draw_noise(), torch.ones(4), TIMES, preconditioning="ddpm", weighted=False)
-    with pytest.raises(ValueError, match="unknown"): debiased_weight(torch.ones(1), "flow")
+    with pytest.raises(CourseError, match="epsilon and v_prediction only"): edm_style("sample")
+    with pytest.raises(CourseError, match="epsilon and v_prediction only"): EdmSchedule(torch.ones(1)/2, "sample", torch.ones(1)).scalings(torch.tensor([0]))
+    with pytest.raises(CourseError, match="prediction_type is 'flow'"): NoiseSchedule(torch.ones(1)/2, "flow")
+    for weight in (debiased_weight, make_weighting(snr_gamma=5.0)):
+        with pytest.raises(CourseError, match="unknown"): weight(torch.ones(1), "flow")
+
+
+def test_text_to_image_trains_in_edm_style_too(train, capsys):
+    assert main(TEXT_TO_IMAGE + ["--do_edm_style_training", "--print_config"]) == 0 and json.loads(capsys.readouterr().out)["do_edm_style_training"] is True
+    plain, edm = train("plain"), train("edm", do_edm_style_training=True)
+    assert edm.losses == pytest.approx(plain.losses, rel=1e-4)  # on epsilon they are one
+    plain, edm = train("v", prediction_type="v_prediction"), train("edm-v", prediction_type="v_prediction", do_edm_style_training=True)
+    assert edm.losses[0] < plain.losses[0] and edm.validation_loss_before == plain.validation_loss_before  # measured without weights
+
+
+@pytest.mark.parametrize("weighting", [["--snr_gamma", "5"], ["--debiased_estimation_loss"], ["--rescale_betas_zero_snr"]], ids=lambda words: words[0])
+def test_edm_style_refuses_other_weights(weighting, capsys):
+    assert main(TEXT_TO_IMAGE + ["--do_edm_style_training", *weighting]) == 2
+    error = capsys.readouterr().err
+    assert ("weighs the noise levels by itself" in error or "infinite" in error) and weighting[0] in error and error.count("\n") == 1

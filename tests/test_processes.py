@@ -84,7 +84,7 @@ def test_config_files_for_them_set_what_we_know(text, tmp_path):
 def test_a_second_process_does_not_write_into_the_same_folder(tmp_path, toy_model, make_pictures, capsys):
     data, folder = make_pictures(2), tmp_path / "o"
     folder.mkdir()
-    code = "import sys, time; from pathlib import Path; from sdxl_course.text_to_image import alone_in\nwith alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from sdxl_course.train.machine import output_lock\nwith output_lock(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
     try:
         assert other.stdout.readline() == "in\n"

@@ -27,8 +27,10 @@ from sdxl_course.data.check import read_dataset
 from sdxl_course.data.records import with_masks
 from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
-from sdxl_course.train.optimizer import optimizer_for
-from sdxl_course.data.loader import MicroBatch
+from sdxl_course.train.build import learning_scale
+from sdxl_course.train.prepare import optimizer_and_schedule
+from sdxl_course.train.weights import lora_weights
+from sdxl_course.data.sampler import MicroBatch
 from test_trainer import REFERENCE
 from toy import files_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +68,7 @@ class Looks(TorchDispatchMode):
 
 def test_trap_10_losses_are_looked_at_once_per_update(train, monkeypatch):
     "anchors.md 6 trap 10: the loss was gathered and looked at in every micro-step, and the GPU stood still."
-    import sdxl_course.trainer as module
+    import sdxl_course.train.loop as module
     looks, passes, calls, forward_backward = Looks(), [], [], module.forward_backward
 
     def watched(*args):
@@ -114,26 +116,26 @@ def test_text_encoders_get_gradients_under_gradient_checkpointing(train):
 def test_defect_13_and_trap_20_kept_crops_keep_their_own_sizes(toy, make_pictures):
     "trainers.md 2.14 number 13 and anchors.md 6 trap 20: latents of one crop were told to the model as another, or as the crop before the flip."
     records, parts = read_dataset(train_data_dir=str(make_pictures(4, "wide", size=(80, 160)))), toy()
-    feeder, seen = BatchLoader(records, parts, seed=0, resolution=64, random_flip=True, cached_crops=3), set()
-    feeder.encode_once(pictures=True, texts=True)
-    assert len(feeder.pictures) == 4 * 2 * 3
+    loader, seen = BatchLoader(records, parts, seed=0, resolution=64, random_flip=True, cached_crops=3), set()
+    loader.encode_once(latents=True, texts=True)
+    assert len(loader.latent_keys) == 4 * 2 * 3
 
-    def latents_of(i, mirrored, left, dice):
+    def latents_of(i, mirrored, left, rng):
         "By hand, from the file."
         picture = Image.open(records[i].path).convert("RGB").resize((128, 64), Image.Resampling.LANCZOS)
         if mirrored: picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.tensor(np.asarray(picture.crop((left, 0, left + 64, 64)), dtype=np.float64) / 127.5 - 1).float().permute(2, 0, 1)[None]
         with torch.no_grad(): cloud = parts.vae.encode(pixels).latent_dist
-        return (cloud.mean + cloud.std * dice.normal("vae", (4, 8, 8)))[0] * parts.vae.config.scaling_factor
+        return (cloud.mean + cloud.std * rng.normal("vae", (4, 8, 8)))[0] * parts.vae.config.scaling_factor
     for epoch in range(4):
         micro = MicroBatch(0, 0, epoch, (0, 1, 2, 3), 4, True)
-        batch = feeder.batch(micro, feeder.prepare(micro), 1000)[0]
-        for i, latents, (height, width, top, left, *target) in zip(micro.indices, batch.latents, batch.time_ids.int().tolist()):
-            dice, mirrored = feeder.dice(epoch, i), feeder.view(epoch, i)[0]
+        batch = loader.batch(micro, loader.prepare(micro), 1000)[0]
+        for i, latents, (height, width, top, left, *target) in zip(micro.inrngs, batch.latents, batch.time_ids.int().tolist()):
+            rng, mirrored = loader.rng(epoch, i), loader.augmentation(epoch, i)[0]
             assert (height, width, top, target) == (80, 160, 0, [64, 64])
-            assert torch.allclose(latents, latents_of(i, mirrored, left, dice), atol=1e-5)
-            assert not torch.allclose(latents, latents_of(i, not mirrored, left, dice), atol=1e-4)
-            assert left == 32 or not torch.allclose(latents, latents_of(i, mirrored, 64 - left, dice), atol=1e-4)  # where the crop was before the flip
+            assert torch.allclose(latents, latents_of(i, mirrored, left, rng), atol=1e-5)
+            assert not torch.allclose(latents, latents_of(i, not mirrored, left, rng), atol=1e-4)
+            assert left == 32 or not torch.allclose(latents, latents_of(i, mirrored, 64 - left, rng), atol=1e-4)  # where the crop was before the flip
             seen.add((i, mirrored, left))
     assert {mirrored for _, mirrored, _ in seen} == {True, False} and any(len({left for j, _, left in seen if j == i}) > 1 for i in range(4))
 
@@ -162,12 +164,12 @@ def test_masks_of_half_transparent_pictures_are_kept_as_they_are(train, make_pic
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "afresh"])
 def test_masks_are_mirrored_with_their_pictures(toy, make_pictures, kept):
     records = with_masks(read_dataset(train_data_dir=veil(make_pictures(5, "veiled"), turn=False)))
-    feeder, seen = BatchLoader(records, toy(), seed=0, resolution=64, center_crop=True, random_flip=True), set()
-    feeder.encode_once(pictures=kept, texts=True)
+    loader, seen = BatchLoader(records, toy(), seed=0, resolution=64, center_crop=True, random_flip=True), set()
+    loader.encode_once(latents=kept, texts=True)
     for epoch in range(2):
         micro = MicroBatch(0, 0, epoch, tuple(range(5)), 5, True)
-        for i, mask in zip(micro.indices, feeder.batch(micro, feeder.prepare(micro), 1000)[0].extra["mask"]):
-            alpha, mirrored = torch.tensor(np.array(Image.open(records[i].path).getchannel("A"))) / 255, feeder.view(epoch, i)[0]
+        for i, mask in zip(micro.inrngs, loader.batch(micro, loader.prepare(micro), 1000)[0].extra["mask"]):
+            alpha, mirrored = torch.tensor(np.array(Image.open(records[i].path).getchannel("A"))) / 255, loader.augmentation(epoch, i)[0]
             want = alpha.reshape(8, 8, 8, 8).mean((1, 3))
             assert torch.allclose(mask[0], want.flip(-1) if mirrored else want, atol=1e-6)
             seen.add(mirrored)
@@ -213,7 +215,7 @@ def test_trap_14_validation_loads_nothing_and_frees_its_memory(start, monkeypatc
 
     def refuse(*args, **options): raise AssertionError("something was loaded")
     for owner in (DiffusionPipeline, ModelMixin): monkeypatch.setattr(owner, "from_pretrained", refuse)
-    monkeypatch.setattr("sdxl_course.text_to_image.load_components", refuse)
+    monkeypatch.setattr("sdxl_course.train.prepare.load_components", refuse)
 
     def noted(self, **options):
         whole = pipeline(self, **options)
@@ -255,7 +257,7 @@ class Notebook(GeneralTracker):
 def test_defect_36_trackers_get_scalars_and_pictures_in_order_and_no_token(train, monkeypatch):
     "trainers.md 2.14 number 36: pictures were told without their step, and wandb dropped what came after them."
     book, token = Notebook(), "hf_" + "Qw3" * 12
-    monkeypatch.setattr("sdxl_course.text_to_image.usable_tracker", lambda *_: book)
+    monkeypatch.setattr("sdxl_course.train.build.usable_tracker", lambda *_: book)
     result = train(report_to="wandb", hub_token=token, train_batch_size=5, validation_prompts=["a", "b"], num_validation_images=1, validation_loss_steps=1, debug_loss=True)
     assert None not in book.steps and book.steps == sorted(book.steps) and book.closed
     assert [step for step, _ in book.scalars] == [1, 2, 3] and [values["train_loss"] for _, values in book.scalars] == result.losses
@@ -268,7 +270,7 @@ def test_defect_36_trackers_get_scalars_and_pictures_in_order_and_no_token(train
 
 
 def test_the_curve_shows_three_lines_and_a_broken_run_leaves_it(train, tmp_path, monkeypatch):
-    import sdxl_course.text_to_image as module
+    import sdxl_course.train.objective as module
     drawn, savefig = [], Figure.savefig
 
     def seen(self, path, *args, **options):
@@ -302,12 +304,16 @@ def test_8_bit_adam_gets_our_groups_and_settings(monkeypatch, options):
     named = {name: SimpleNamespace(name=name, device=torch.device("cuda")) for name in ("unet.x.lora_A.default.weight", "unet.x.lora_B.default.weight", "text_encoder.x.lora_A.default.weight")}
     config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", learning_rate=1e-3, train_text_encoder=True, text_encoder_lr=1e-4, adam_weight_decay_text_encoder=0.3, loraplus_lr_ratio=16.0,
         adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, adam_weight_decay=0.2, scale_lr=True, train_batch_size=2, **options)
-    (groups,), settings = optimizer_for(config, named)
+    monkeypatch.setattr("sdxl_course.train.weights.inject", lambda *parts, **options: named)
+    monkeypatch.setattr("sdxl_course.train.prepare.make_schedule", lambda *schedule: None)
+    scale, networks = learning_scale(config, processes=1), SimpleNamespace(unet=None, text_encoder=None, text_encoder_2=None)
+    trained = lora_weights(config, networks, 0, scale)
+    ((groups,), settings), _ = optimizer_and_schedule(config, trained.groups, 10, scale)
     assert [[p.name.split(".x.")[0] + p.name[-16] for p in group["params"]] for group in groups] == [["unetA"], ["unetB"], ["text_encoderA"]]
     assert [group["lr"] for group in groups] == pytest.approx([2e-3, 32e-3, 2e-4]) and [group["weight_decay"] for group in groups] == [0.2, 0.2, 0.3]
     assert settings == dict(lr=2e-3, weight_decay=0.2, betas=(0.8, 0.95), eps=1e-6)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(CourseError, match="pip install bitsandbytes"): optimizer_for(config, named)
+    with pytest.raises(CourseError, match="pip install bitsandbytes"): optimizer_and_schedule(config, trained.groups, 10, scale)
 
 
 SOURCE = r'''accelerate launch train_text_to_image_lora_sdxl.py \

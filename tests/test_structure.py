@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from course import (LIB, NBS, NOTEBOOKS, RECIPES, ROOMS, ROOT, SETTINGS, default_exp, environment, kind, misplaced, page_name, public_names, read,
+from course import (LIB, NBS, NOTEBOOKS, RECIPES, ROOMS, ROOT, SETTINGS, course_imports, default_exp, environment, kind, misplaced, page_name, public_names, read,
                     readme, room_of, too_long, uphill)
 
 EXPORTING = {path: name for path in NOTEBOOKS if (name := default_exp(read(path)))}
@@ -84,8 +84,27 @@ def test_a_downhill_import_is_allowed(line):
     assert uphill("model.noise", line) == []
 
 
+def test_the_trainer_knows_nothing_of_the_small_world():
+    for room in MODULES:
+        if room.split(".")[0] in ("core", "options", "model", "data", "train", *RECIPES):
+            assert [other for other in course_imports(room, ast.parse(text(room))) if other.startswith("world.")] == [], room
+
+
 def test_a_room_without_a_place_says_where_to_add_it():
     with pytest.raises(AssertionError, match="add it to ROOMS in tests/course.py"): uphill("model.nowhere", "import torch")
+
+
+def test_the_map_shows_every_room():
+    "Each room stands in the table in CONTRIBUTING, in the row of its wing, and rooms stand in their order."
+    table = re.search(r"^## The rooms.*?(^\|.*?)^(?!\|)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    shown = []
+    for row in table.splitlines()[2:]:
+        wing = ""
+        for word in re.findall(r"`(\w+/?)`|(;)", row.split("|")[1]):
+            if word[1]: wing = ""
+            elif word[0].endswith("/"): wing = word[0].replace("/", ".")
+            else: shown.append(wing + word[0])
+    assert shown == ROOMS
 
 
 @pytest.mark.parametrize("room", MODULES)

@@ -18,9 +18,9 @@ from sdxl_course.data.check import read_dataset
 from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.results import license_of
-from sdxl_course.train.run import load_base
-from sdxl_course.model.adapters import trained_parts
-from sdxl_course.data.loader import SampleRNG, MicroBatch, epoch_order
+from sdxl_course.train.prepare import load_base
+from sdxl_course.model.adapters import recompute_activations, trained_parts
+from sdxl_course.data.sampler import SampleRNG, MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
 
@@ -148,7 +148,7 @@ def test_upstream_resume_then_prune_several(upstream_pipe, tmp_path):
 
 def test_the_source_documents_command_runs_on_local_paths(tmp_path, toy_model, capsys, monkeypatch):
     "With a small resolution, without the push, on a machine without GPU and without wandb."
-    monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("sdxl_course.train.machine.find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = f"""--pretrained_model_name_or_path={toy_model} --pretrained_vae_model_name_or_path={toy_model}/vae --dataset_name={fill(tmp_path / "data", 2)} --num_validation_images=4 --validation_epochs=1
         --output_dir={tmp_path / "o"} --resolution=64 --center_crop --random_flip --train_text_encoder --train_batch_size=1 --num_train_epochs=10 --checkpointing_steps=500 --gradient_accumulation_steps=4
@@ -188,17 +188,17 @@ def test_the_first_loss_of_a_run_is_the_closed_form(train, toy_model, tmp_path, 
         picture.save(data / f"{i}.png")
     with torch.enable_grad(): found = train(train_data_dir=str(data), max_train_steps=1, seed=7, **options).losses[0]
     pipe = StableDiffusionXLPipeline.from_pretrained(toy_model)
-    noising, indices = DDPMScheduler.from_config(pipe.scheduler.config), epoch_order(5, 7, 0)[:2]
+    noising, inrngs = DDPMScheduler.from_config(pipe.scheduler.config), epoch_order(5, 7, 0)[:2]
     losses = []
-    for i in indices:
-        dice = SampleRNG(7, 0, content_key((data / f"{i}.png").read_bytes()) + "#0")
+    for i in inrngs:
+        rng = SampleRNG(7, 0, content_key((data / f"{i}.png").read_bytes()) + "#0")
         rgba = np.asarray(Image.open(data / f"{i}.png").convert("RGBA"), dtype=np.float64)
         alpha = rgba[..., 3:] / 255
         pixels = torch.tensor((rgba[..., :3] * alpha + 255 * (1 - alpha)) / 127.5 - 1).float().permute(2, 0, 1)[None]
         cloud = pipe.vae.encode(pixels).latent_dist
-        latents = (cloud.mean + cloud.std * dice.normal("vae", (4, 8, 8))) * pipe.vae.config.scaling_factor
-        noise = dice.normal("noise", (4, 8, 8))[None] + options.get("noise_offset", 0) * dice.normal("offset", (4, 1, 1))
-        t = torch.tensor([int(1000 * dice.uniform("timestep"))])
+        latents = (cloud.mean + cloud.std * rng.normal("vae", (4, 8, 8))) * pipe.vae.config.scaling_factor
+        noise = rng.normal("noise", (4, 8, 8))[None] + options.get("noise_offset", 0) * rng.normal("offset", (4, 1, 1))
+        t = torch.tensor([int(1000 * rng.uniform("timestep"))])
         embeds, _, pooled, _ = pipe.encode_prompt(f"picture {i}", do_classifier_free_guidance=False)
         answer = pipe.unet(noising.add_noise(latents, noise, t), t, embeds, added_cond_kwargs=dict(text_embeds=pooled, time_ids=torch.tensor([[64.0, 64, 0, 0, 64, 64]]))).sample
         v = options.get("prediction_type") == "v_prediction"
@@ -217,11 +217,11 @@ def test_defect_16_exif_and_alpha_are_seen_as_a_viewer_shows_them(toy, tmp_path)
     Image.open(data / "0.png").save(data / "0.png", exif=exif)
     hidden = Image.new("RGBA", (64, 96), (255, 0, 0, 0))
     hidden.save(data / "1.png")
-    feeder = BatchLoader(read_dataset(train_data_dir=str(data)), toy(), seed=0, resolution=64)
-    feeder.encode_once(pictures=False, texts=True)
+    loader = BatchLoader(read_dataset(train_data_dir=str(data)), toy(), seed=0, resolution=64)
+    loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1), 2, True)
-    prepared = feeder.prepare(micro)
-    assert feeder.batch(micro, prepared, 1000)[0].time_ids[:, :2].tolist() == [[96, 64], [96, 64]]  # (height, width), upright
+    prepared = loader.prepare(micro)
+    assert loader.batch(micro, prepared, 1000)[0].time_ids[:, :2].tolist() == [[96, 64], [96, 64]]  # (height, width), upright
     assert (prepared[1].pixels == 1).all()  # white, not the hidden red
 
 
@@ -235,7 +235,7 @@ def test_defect_28_the_autoencoder_of_sdxl_stays_in_fp32_unless_it_says_it_is_sa
 
 
 def test_broken_latents_are_named_by_file_also_when_they_are_not_kept(train, monkeypatch):
-    import sdxl_course.text_to_image as module
+    import sdxl_course.data.loader as module
     real = module.posterior
     monkeypatch.setattr(module, "posterior", lambda vae, pixels: [x * float("nan") if len(pixels) > 1 else x for x in real(vae, pixels)])
     with pytest.raises(CourseError, match=r"\d.png: its latents are not finite"): train(cache_latents=False)
@@ -267,7 +267,7 @@ def test_validation_and_workers_change_nothing_in_training(train):
 def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(train, toy, monkeypatch):
     seen = []
     plain = train("a", train_text_encoder=True)
-    monkeypatch.setattr("sdxl_course.model.adapters.recompute_activations", (lambda real: lambda model: (real(model), seen.append(model)))(__import__("sdxl_course.text_to_image", fromlist=["x"]).recompute_activations))
+    monkeypatch.setattr("sdxl_course.model.adapters.recompute_activations", lambda model: (recompute_activations(model), seen.append(model)))
     saved = train("b", train_text_encoder=True, gradient_checkpointing=True)
     assert len(seen) == 3 and all(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) for model in seen)
     assert [row["loss"] for row in plain.log] == pytest.approx([row["loss"] for row in saved.log], rel=1e-5)
@@ -290,15 +290,15 @@ def test_cached_and_uncached_runs_have_the_same_losses(train, make_pictures, opt
 
 def test_size_numbers_are_of_what_was_really_cut(toy, tmp_path):
     records = read_dataset(train_data_dir=str(fill(tmp_path / "wide", 4, size=(80, 160))))
-    feeder = BatchLoader(records, toy(), seed=0, resolution=64, random_flip=True)
-    assert not feeder.keeping_pictures()[0]  # random crops are not cached
-    feeder.encode_once(pictures=False, texts=True)
+    loader = BatchLoader(records, toy(), seed=0, resolution=64, random_flip=True)
+    assert not loader.caches_latents()[0]  # random crops are not cached
+    loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2, 3), 4, True)
-    prepared = feeder.prepare(micro)
-    ids = feeder.batch(micro, prepared, 1000)[0].time_ids
+    prepared = loader.prepare(micro)
+    ids = loader.batch(micro, prepared, 1000)[0].time_ids
     assert ids[:, :2].tolist() == [[80, 160]] * 4 and ids[:, 4:].tolist() == [[64, 64]] * 4
     assert ids[:, 3].tolist() == [p.crop_top_left[1] for p in prepared] and len(set(ids[:, 3].tolist())) > 1 and ids[:, 2].abs().sum() == 0
-    later = feeder.prepare(MicroBatch(9, 0, 1, (0, 1, 2, 3), 4, True))
+    later = loader.prepare(MicroBatch(9, 0, 1, (0, 1, 2, 3), 4, True))
     assert [p.crop_top_left for p in later] != [p.crop_top_left for p in prepared]  # drawn anew in the next epoch
 
 
@@ -333,7 +333,7 @@ def test_debug_loss_is_of_single_pictures(train):
 
 def test_a_broken_number_stops_the_run_with_names_and_keeps_the_checkpoint(train, monkeypatch):
     "anchors.md 6 trap 9: nothing guarded against NaN."
-    import sdxl_course.text_to_image as module
+    import sdxl_course.train.objective as module
     real, calls = module.denoising_loss, []
 
     def breaks(*args, **kwargs):

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sdxl_course.core import CourseError
 from sdxl_course.text_to_image import TextToImageConfig, main
-from sdxl_course.data.loader import SampleRNG, BatchSampler
-from sdxl_course.train.config import TrainConfig
+from sdxl_course.data.sampler import SampleRNG, BatchSampler
 from sdxl_course.options import config_dict, parse_config
 from sdxl_course.train.optimizer import make_optimizer, make_schedule
 from sdxl_course.train.machine import usable_tracker
@@ -33,7 +32,7 @@ NEEDED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
 
 def test_every_reference_flag_has_its_name_type_and_default():
     assert len(REFERENCE) == 55
-    have, kinds = {f.name: f for f in fields(TrainConfig)}, get_type_hints(TrainConfig)
+    have, kinds = {f.name: f for f in fields(TextToImageConfig)}, get_type_hints(TextToImageConfig)
     for name, (kind, default) in REFERENCE.items():
         assert have[name].default == default, name
         assert kind is kinds[name] or kind in get_args(kinds[name]), name
@@ -97,8 +96,8 @@ def test_every_epoch_sees_every_sample_once_whatever_the_shape_of_the_run(n, bat
     for first in range(updates): assert list(alone.micro_steps(first, updates)) == [m for m in alone.micro_steps(0, updates) if m.step >= first]
 
 
-def test_dice_differ_by_every_part_of_their_address():
-    draws = {SampleRNG(seed, epoch, key).below(purpose, 2**40) for seed in (0, 1) for epoch in (0, 1) for key in ("a", "b") for purpose in ("noise", "flip")}
+def test_draws_differ_by_every_part_of_their_address():
+    draws = {SampleRNG(seed, epoch, key).randint(purpose, 2**40) for seed in (0, 1) for epoch in (0, 1) for key in ("a", "b") for purpose in ("noise", "flip")}
     assert len(draws) == 16
 
 
@@ -120,7 +119,7 @@ def test_piecewise_constant_follows_its_rules():
 
 
 def test_a_missing_tracker_is_said_and_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr("sdxl_course.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("sdxl_course.train.machine.find_spec", lambda name: None)
     said = []
     assert usable_tracker("wandb", said.append) is None and "not installed" in said[0]
     assert usable_tracker("none", said.append) is None and len(said) == 1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'resized_size', 'bucket_sizes', 'nearest_bucket', 'covering_size', 'crop_loss', 'resize',
-           'center_crop_origin', 'random_crop_origin', 'crop', 'flip_left_right', 'to_tensor', 'PreparedImage',
-           'prepare_image']
+           'ImageOptions', 'center_crop_origin', 'random_crop_origin', 'crop', 'flip_left_right', 'to_tensor',
+           'PreparedImage', 'prepare_image']
 
 # %% ../../nbs/library/data_preprocess.ipynb #b6cc2391
 import math
@@ -15,6 +15,8 @@ from PIL import Image
 from dataclasses import dataclass, field
 from ..core import CourseError, nearest
 from .records import MAX_PIXELS, to_rgb
+from typing import ClassVar
+from ..options import option
 
 # %% ../../nbs/library/data_preprocess.ipynb #26ae1f92
 def resized_size(
@@ -87,6 +89,21 @@ def resize(
         raise CourseError(f"a picture of {image.width} x {image.height} would become {width} x {height}: "
                           "cut it to a less extreme shape first")
     return image if (width, height) == image.size else image.resize((width, height), INTERPOLATIONS[interpolation])
+
+# %% ../../nbs/library/data_preprocess.ipynb #23d2e9f0
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    "How a picture becomes a square."
+    resolution: int = option(1024, "side of the training square in pixels", "8 ..")
+    center_crop: bool = option(False, "crop the middle; otherwise a fresh random crop each time")
+    random_flip: bool = option(False, "mirror every other picture at random")
+    image_interpolation_mode: str = option("lanczos", "resampling filter", choices=tuple(INTERPOLATIONS))
+    use_aspect_ratio_buckets: bool = option(False,
+        "keep each picture's shape: batches of one shape, all of about the same area")
+
+    constraints: ClassVar = (
+        (lambda c: c.use_aspect_ratio_buckets and c.resolution < 32,
+            "--use_aspect_ratio_buckets needs room for several shapes: wanted --resolution 32 or more"),)
 
 # %% ../../nbs/library/data_preprocess.ipynb #baa96356
 def center_crop_origin(

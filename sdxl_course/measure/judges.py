@@ -76,7 +76,7 @@ def save_judge(
     write_atomic(folder / "README.md", card.encode())
     return folder
 
-# %% ../../nbs/library/measure_judges.ipynb #448b7f94
+# %% ../../nbs/library/measure_judges.ipynb #08d81faa
 def load_judge(
     name, # attributes or instances (those that ship with sdxl-tiny), or a folder
 ): # AttributeJudge or InstanceJudge, frozen
@@ -125,7 +125,7 @@ def right_answers(
     right["joint"] = right["content"]*np.where(np.isnan(right["color"]), 1, right["color"])
     return right
 
-# %% ../../nbs/library/measure_judges.ipynb #0d3f213f
+# %% ../../nbs/library/measure_judges.ipynb #4fa2dfde
 def vae_report(
     vae, # AutoencoderKL
     judge, # AttributeJudge
@@ -140,7 +140,7 @@ def vae_report(
         report |= {f"{name}_{kind}": float(np.nanmean(x)) for name, x in right.items() if not np.isnan(x).all()}
     return report
 
-# %% ../../nbs/library/measure_judges.ipynb #2705f3f4
+# %% ../../nbs/library/measure_judges.ipynb #c24aa973
 def vae_scores(
     vae, # AutoencoderKL
     number:int, # scenes, each in every style

@@ -159,10 +159,11 @@ def save_embeddings(
 def save_learned_embeds(
     tokens:LearnedTokens, # of one placeholder
     folder, # output_dir
+    stem:str="", # ends the names, as in -steps-500
 )->tuple: # two files
     "Write learned_embeds.safetensors and learned_embeds_2.safetensors, as diffusers' textual inversion script does."
     word, = tokens.placeholders
-    files = [Path(folder)/f"learned_embeds{ending}.safetensors" for ending in TABLES.values()]
+    files = [Path(folder)/f"learned_embeds{ending}{stem}.safetensors" for ending in TABLES.values()]
     for file, rows in zip(files, tokens.rows().values()): save_tensors(file, {word: rows}, {"format": "pt"})
     return tuple(files)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from safetensors import safe_open
 from ..core import CourseError, load_tensors, pick_device, save_tensors
 from ..options import option
-from ..data.loader import Batch, MicroBatch, prefetch
+from ..data.loader import Batch
+from ..data.sampler import MicroBatch, prefetch
 from ..train.checkpoint import latest_checkpoint, load_checkpoint, logging_to, prune_checkpoints
 from ..train.checkpoint import read_state, remove_partial, save_checkpoint
 from ..train.loop import TrainState, copy_into, fit

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core import progress, weight_dtype, write_json
-from ..data.loader import BatchLoader, BatchSampler
+from ..data.loader import BatchLoader
+from ..data.sampler import BatchSampler
 from ..data.records import with_masks
 from ..data.report import DataReport, FitReport, at_resolution
 from ..model.conditioning import dropped_text

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather_object
 from ..core import CourseError, seeded_rng
-from ..data.loader import MicroBatch
+from ..data.sampler import MicroBatch
 from .machine import defer_signals
 from .optimizer import Ema
 

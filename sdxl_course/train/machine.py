@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from filelock import FileLock, Timeout
-from ..core import CourseError, writable_folder
+from ..core import CourseError
+from ..options import writable_folder
 from ..options import option, signal_handler
 
 # %% ../../nbs/library/train_machine.ipynb #1fb6f83c

@@ -100,7 +100,7 @@ WeightingOptions.__module__ = __name__
 
 def active_weightings(config)->list: # flags
     "The weightings that a config asks for."
-    return [flag for flag in WEIGHTINGS if getattr(config, flag) not in (None, False)]
+    return [flag for flag in WEIGHTINGS if getattr(config, flag, None) not in (None, False)]
 
 # %% ../../nbs/library/train_objective.ipynb #20f6988f
 FLAGS = " and ".join(f"--{flag}" for flag in WEIGHTINGS)

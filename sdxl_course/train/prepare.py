@@ -19,6 +19,7 @@ from ..core import CourseError
 from ..data.cache import LatentCache
 from ..data.check import read_dataset
 from ..data.loader import BatchLoader, CaptionOptions
+from ..data.preprocess import ImageOptions
 from ..data.records import content_key
 from ..model.components import load_components
 from ..model.conditioning import dropped_text
@@ -27,8 +28,7 @@ from ..model.noise import TimestepOptions, noise_schedule, timestep_weights
 from ..model.sampling import inference_scheduler
 from ..options import fields_of
 from .checkpoint import read_state
-from .config import ImageOptions
-from .objective import WeightingOptions, DenoisingLoss, active_weightings, make_weighting
+from .objective import DenoisingLoss, active_weightings, make_weighting
 from .optimizer import make_optimizer, make_schedule
 
 # %% ../../nbs/library/train_prepare.ipynb #134a5b2e
@@ -172,8 +172,9 @@ def make_loss(
     **options, # of that class
 ): # module: batch -> loss of each sample
     "The loss module that the options ask for."
-    return kind(components, schedule, weighting=make_weighting(**fields_of(config, WeightingOptions)), encode_text=encode_text,
-        unmasked_weight=config.unmasked_weight, max_token_length=config.max_token_length, **options)
+    weighting = make_weighting(**{flag: getattr(config, flag) for flag in active_weightings(config)})
+    return kind(components, schedule, weighting=weighting, encode_text=encode_text, unmasked_weight=config.unmasked_weight,
+        max_token_length=config.max_token_length, **options)
 
 def read_captioned(
     config, # TrainConfig

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..core import watched
-from ..data.loader import BatchLoader, BatchSampler, prefetch
+from ..data.loader import BatchLoader
+from ..data.sampler import BatchSampler, prefetch
 from ..data.preprocess import to_tensor
 from ..model.conditioning import encode_prompts
 from ..model.sampling import eval_mode
@@ -166,10 +167,9 @@ def log_row(self:Run, state, row):
 
 @patch
 def validate_when_due(self:Run, state, row):
-    "Draw the validation prompts after every so many epochs, and bring the curve up to date."
-    config, (epoch, rest) = self.config, divmod(state.step, self.sampler.updates_per_epoch)
-    at_epoch = rest == 0 and (epoch - 1) % config.validation_epochs == 0
-    due = bool(config.prompts()) and at_epoch and state.step < self.updates
+    "Draw the validation prompts every so often, and bring the curve up to date."
+    config, now = self.config, self.config.draws_after(state.step, self.sampler.updates_per_epoch)
+    due = bool(config.prompts()) and now and state.step < self.updates
     if due:
         self.validate(self.output_dir/"validation", f"step-{state.step:06d}-")
         save_sheet(self.output_dir/"validation", self.output_dir/"validation.png")
@@ -188,11 +188,12 @@ def hooks(self:Run,
     def measure(state, row):
         every = config.validation_loss_steps
         if every and state.step % every == 0: row["validation_loss"] = self.measure()
+    def publish(state, row): self.trained.after_update(state, self.output_dir)
     def show(state, row): bar.update(), bar.set_postfix(loss=row["loss"], lr=row["lr"])
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
         config.checkpoints_total_limit, accelerator.scaler)
     write = logging_to(self.output_dir/"training_log.jsonl", self.state)
-    return [single_losses]*config.debug_loss + [measure, write, save, show, self.log_row, self.validate_when_due]
+    return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row, self.validate_when_due]
 
 @patch
 def plot(self:Run, after=()): # (update, validation loss) pairs that are not in the log

@@ -39,6 +39,11 @@ class ValidationOptions:
         (lambda c: c.validation_split and c.validation_data_dir,
             "--validation_split and --validation_data_dir both say what to hold out: leave one of them out"),)
 
+    def draws_after(self, step:int, updates_per_epoch:int)->bool:
+        "Whether the validation prompts are drawn after an update."
+        epoch, rest = divmod(step, updates_per_epoch)
+        return rest == 0 and (epoch - 1) % self.validation_epochs == 0
+
     def prompts(self)->list: # of texts
         "Every validation prompt."
         return [prompt for prompt in (self.validation_prompt, *(self.validation_prompts or ())) if prompt]

@@ -30,6 +30,7 @@ class Trained:
     card: CardText # what the model card says
     trains_text: bool = False # what captions mean changes, so that they are encoded in every step
     before_step: object = lambda step, updates: None # called before each micro-batch
+    after_update: object = lambda state, folder: None # called after each update, by the main process
 
 def together(
     first:Trained, # names the result
@@ -39,7 +40,8 @@ def together(
     def both(name, *given): getattr(second, name)(*given); return getattr(first, name)(*given)
     return Trained(first.named | second.named, first.groups + second.groups, *(
         lambda folder, name=name: both(name, folder) for name in ("save", "load", "publish")), first.card,
-        first.trains_text or second.trains_text, lambda *now: both("before_step", *now))
+        first.trains_text or second.trains_text, *(
+        lambda *now, name=name: both(name, *now) for name in ("before_step", "after_update")))
 
 # %% ../../nbs/library/train_weights.ipynb #8fb16263
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
