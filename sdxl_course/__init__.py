@@ -4,7 +4,7 @@
     show_images(generate(load_pipeline("tiny"), "a photo of a red house in the snow", seeds=range(4)))
 
 What people use every day can be imported from here, as above; everything else from its own module, as in
-`from sdxl_course.model.lora import add_lora`. Importing this package imports nothing else: a name brings its
+`from sdxl_course.model.adapters import add_lora`. Importing this package imports nothing else: a name brings its
 module when it is first asked for."""
 import importlib
 

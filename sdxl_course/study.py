@@ -216,7 +216,7 @@ def run_one(
     "Train once, judge at every evaluation step."
     training, began = training_of(name, seed, config), time.perf_counter()
     shutil.rmtree(training.output_dir, ignore_errors=True) # half a training of a study that was stopped
-    result = train_dreambooth(training, load_components(config.model), say=lambda text: None)
+    result = train_dreambooth(training, load_components(config.model), log=lambda text: None)
     seconds, found = time.perf_counter() - began, {}
     for step in eval_steps_of(name, config):
         folder = result.output_dir if step == training.max_train_steps else result.output_dir/f"checkpoint-{step}"
@@ -278,7 +278,7 @@ def gather(
 # %% ../nbs/library/study.ipynb #fc6087ae
 def run_study(
     config:StudyConfig,
-    say=print, # gets a sentence for every training
+    log=print, # gets a sentence for every training
     scorer=None, # Scorer that was built already
 )->dict: # see `gather`
     "Everything, or what is still missing of it; numbers that belong together go into study.json."
@@ -298,11 +298,11 @@ def run_study(
             else: row = run_one(name, seed, config, base[seed], scorer)
             write_json(path, rounded(row) | dict(settings=wanted, provenance=provenance()))
             fidelity = float(measurements(dict(rows=[row]), name, "subject_fidelity").mean())
-            say(f"{name}, seed {seed}: {len(row['losses'])} updates in {row['seconds']:.0f} s; "
+            log(f"{name}, seed {seed}: {len(row['losses'])} updates in {row['seconds']:.0f} s; "
                 f"subject fidelity {fidelity:.2f}")
             gather(folder, settings, scorer)
         study = gather(folder, settings, scorer)
-        if study["verdicts"]: say(verdict_table(study["verdicts"]))
+        if study["verdicts"]: log(verdict_table(study["verdicts"]))
         return study
 
 # %% ../nbs/library/study.ipynb #e5663f98

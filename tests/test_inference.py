@@ -8,7 +8,7 @@ from sdxl_course.core import CourseError, seeded
 from sdxl_course.inference import GenerateConfig, adapter_names, draw_and_save, load_pipeline, main, set_lora_scale, sweep_lora_scale
 from sdxl_course.model.conditioning import empty_prompt_embeds, encode_prompts
 from sdxl_course.model.sampling import draw_pictures, generate, sample_pictures
-from sdxl_course.model.lora import add_lora, lora_parameters
+from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.lora_files import save_lora
 from sdxl_course.options import parse_config
 
