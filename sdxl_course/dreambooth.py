@@ -32,7 +32,8 @@ from .train.weights import lora_weights, together, token_weights
 class SubjectOptions:
     "What the thing is called, and where its pictures are."
     instance_prompt: str = option(MISSING, "words for the thing: a rare word and its class, as in a photo of sks chair")
-    instance_data_dir: str | None = option(None, "folder of pictures of the thing; other files in it do no harm", resume="free")
+    instance_data_dir: str | None = option(None, "folder of pictures of the thing; other files in it do no harm",
+        resume="free")
     repeats: int = option(1, "how often a pass over the data shows each picture", "1 ..")
 
     constraints: ClassVar = (
@@ -53,7 +54,8 @@ class TokenOptions:
     "Whether new words are learnt beside the LoRA (pivotal tuning, Roich et al., 2021)."
     train_text_encoder_ti: bool = option(False,
         "learn new words for the thing as well, in place of the text encoders (pivotal tuning)")
-    train_text_encoder_ti_frac: float = option(0.5, "share of the updates in which they learn; afterwards they stand still",
+    train_text_encoder_ti_frac: float = option(0.5,
+        "share of the updates in which they learn; afterwards they stand still",
         "0 .. 1")
     token_abstraction: str = option("TOK", "what stands for the new words in prompts and captions; several with commas")
     num_new_tokens_per_abstraction: int = option(2, "new words for each of these", "1 ..")
@@ -62,8 +64,10 @@ class TokenOptions:
 
     constraints: ClassVar = (
         (lambda c: not c.train_text_encoder_ti and is_set(c, *TOKEN_OPTIONS),
-            "--token_abstraction and what belongs to it do nothing without --train_text_encoder_ti: add it, or leave them out"),
-        (lambda c: c.train_text_encoder_ti and c.train_text_encoder, "--train_text_encoder_ti learns words for text encoders "
+            "--token_abstraction and what belongs to it do nothing without --train_text_encoder_ti: add it, or leave "
+            "them out"),
+        (lambda c: c.train_text_encoder_ti and c.train_text_encoder,
+        "--train_text_encoder_ti learns words for text encoders "
             "that stand still, --train_text_encoder moves them: leave one of them out"),
         (lambda c: c.train_text_encoder_ti and c.cache_text_embeds,
             "--cache_text_embeds keeps what --train_text_encoder_ti changes in every step: leave one of them out"),
@@ -74,17 +78,21 @@ class TokenOptions:
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothConfig(TokenOptions, PriorOptions, SubjectOptions, LoraConfig):
     "Teach SDXL one particular thing from a few pictures."
-    caption_column: str | None = option(None, "column that holds the caption; given, it is metadata, .txt files and hub columns "
+    caption_column: str | None = option(None,
+        "column that holds the caption; given, it is metadata, .txt files and hub columns "
         "that speak, and instance_prompt where they are silent", resume="free")
     validation_epochs: int = option(50, "draw after every so many epochs", "1 ..", "free")
     output_dir: str = option("lora-dreambooth-model", "folder for everything the run writes", resume="free")
-    train_batch_size: int = option(4, "pictures per device and micro-step; with prior preservation as many class pictures "
+    train_batch_size: int = option(4,
+        "pictures per device and micro-step; with prior preservation as many class pictures "
         "beside them", "1 ..", "free")
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
     optimizer: str = option("AdamW", "adamw, adamw8bit, prodigy, adafactor, schedulefree; upper case or not")
     adam_weight_decay: float = option(1e-4, "pull towards zero", "0 ..")
-    text_encoder_lr: float | None = option(5e-6, "step size of the text encoders' LoRA; Prodigy has one for all", "0 ..")
-    adam_weight_decay_text_encoder: float | None = option(1e-3, "pull towards zero, for the text encoders' LoRA", "0 ..")
+    text_encoder_lr: float | None = option(5e-6, "step size of the text encoders' LoRA; Prodigy has one for all",
+        "0 ..")
+    adam_weight_decay_text_encoder: float | None = option(1e-3, "pull towards zero, for the text encoders' LoRA",
+        "0 ..")
 
     @property
     def placeholders(self)->dict: # placeholder -> new tokens, as in TOK: <s0><s1>
@@ -117,10 +125,13 @@ def find_subject(
     report, column = subject_report(config, folder), config.caption_column
     silent = sum(not record.captions for record in report.records)
     if column and report.records and silent == len(report.records):
-        raise CourseError(f"--caption_column {column} leads to no caption in {report.name}: wanted the name of a column with "
+        raise CourseError(f"--caption_column {column} leads to no caption in {report.name}: wanted the name of a "
+            "column with "
             "texts, or .txt files beside the pictures; leave it out to use --instance_prompt for all")
-    if column and silent: log(f"{silent} of {len(report.records)} pictures have no caption: they get the instance prompt")
-    if not column and config.instance_data_dir and not folder and has_captions(Path(config.instance_data_dir).expanduser()):
+    if column and silent: log(f"{silent} of {len(report.records)} pictures have no caption: they get the instance "
+        "prompt")
+    own = not column and not folder and config.instance_data_dir
+    if own and has_captions(Path(own).expanduser()):
         log("there are captions beside the pictures, which are not used: --caption_column text would")
     return with_words(report, config.instance_prompt)
 
@@ -132,7 +143,8 @@ def check_placeholders(
     captions = [caption for record in records for caption in record.captions]
     spoken = any(replace_placeholders(caption, config.placeholders) != caption for caption in captions)
     if config.train_text_encoder_ti and not spoken:
-        raise CourseError(f"--train_text_encoder_ti has nothing to learn, since no prompt says {config.token_abstraction}: "
+        raise CourseError("--train_text_encoder_ti has nothing to learn, since no prompt says "
+            f"{config.token_abstraction}: "
             "wanted it in --instance_prompt, as in 'a photo of TOK chair', or in the captions")
 
 # %% ../nbs/library/dreambooth.ipynb #da4b67ca
@@ -146,7 +158,8 @@ def remarks(
     verb = "do" if len(unused) > 1 else "does"
     sentences = [f"{' and '.join(unused)} {verb} nothing without --with_prior_preservation"] if unused else []
     if config.optimizer.lower() == "prodigy" and config.learning_rate <= 0.1:
-        sentences.append(f"--learning_rate is {config.learning_rate:g}: Prodigy multiplies it by a step size that it finds, "
+        sentences.append(f"--learning_rate is {config.learning_rate:g}: Prodigy multiplies it by a step size that it "
+            "finds, "
             "and 1 is usual")
     return sentences
 
@@ -157,7 +170,8 @@ def prior_records(
 )->tuple: # (ImageRecords of class pictures, components)
     "The class pictures, drawn where they are missing."
     if not config.with_prior_preservation: return (), components
-    with data_parallel(lambda text: None): records, components = class_pictures(config, components, log) # the run will say it
+    # the run will say it
+    with data_parallel(lambda text: None): records, components = class_pictures(config, components, log)
     log(f"each picture of the thing is trained with one of {len(records)} class pictures beside it")
     return records, components
 

@@ -43,7 +43,8 @@ class PlaceholderTokenizer:
         self.tokenizer, self.placeholders = copy.deepcopy(tokenizer), placeholders
         self.first, tokens = len(tokenizer), re.findall(r"<s\d+>", "".join(placeholders.values()))
         if self.tokenizer.add_tokens(tokens) != len(tokens):
-            raise CourseError(f"the tokenizer knows some of {', '.join(tokens)} already: wanted freshly loaded components")
+            raise CourseError(f"the tokenizer knows some of {', '.join(tokens)} already: wanted freshly loaded "
+                "components")
 
     def __call__(self, text, **options):
         texts = [text] if isinstance(text, str) else text
@@ -98,12 +99,13 @@ def extend_embedding(
     name:str, # of this table
     initializer:str=None, # a known word to begin with; None: random
 )->ExtendedEmbedding:
-    "Give a text encoder trainable rows for the tokenizer's new tokens; CourseError for an initializer of several tokens."
+    "Give a text encoder rows for the new tokens; CourseError for an initializer of several tokens."
     base, token = encoder.get_input_embeddings(), None
     if initializer is not None:
         ids = tokenizer(initializer).input_ids[1:-1]
         if len(ids) != 1:
-            raise CourseError(f"--initializer_token {initializer!r} is {len(ids)} tokens: wanted a word that the tokenizer knows as one")
+            raise CourseError(f"--initializer_token {initializer!r} is {len(ids)} tokens: wanted a word that the "
+                "tokenizer knows as one")
         token = ids[0]
     new = initial_embeddings(base, len(tokenizer) - tokenizer.first, seed, name, token)
     extended = ExtendedEmbedding(base, tokenizer.first, new)
@@ -125,7 +127,8 @@ class LearnedTokens:
     def named(self)->dict: return {f"words.{name}": table.new for name, table in self.tables.items()}
 
     @property
-    def each(self)->int: return len(next(iter(self.tables.values())).new)//len(self.placeholders) # rows of a placeholder
+    # rows of a placeholder
+    def each(self)->int: return len(next(iter(self.tables.values())).new)//len(self.placeholders)
 
     def train(self, learn:bool): # whether they get gradients from now on
         for p in self.named.values(): p.requires_grad_(learn)
@@ -147,7 +150,7 @@ def save_embeddings(
     tokens:LearnedTokens,
     folder, # output_dir; names the files
 )->Path: # the file with all of them
-    "Write all tokens in one file for A1111 and ComfyUI, and each placeholder's in one of its own where there are several."
+    "Write all tokens in one file for A1111 and ComfyUI, and each placeholder's own where there are several."
     folder = Path(folder)
     stem = folder.resolve().name
     tokens.save(folder/f"{stem}_emb.safetensors")

@@ -20,10 +20,11 @@ from ..model.conditioning import dropped_text
 from ..options import config_dict, run_command, unused_options
 from .checkpoint import archive_checkpoints, find_checkpoint, remove_partial
 from .loop import TrainState
-from sdxl_course.train.machine import (accelerating, check_machine, is_main_process, open_output, output_lock, resolve_precision,
-    tf32, usable_tracker)
+from .machine import accelerating, check_machine, is_main_process, open_output, output_lock
+from .machine import resolve_precision, tf32, usable_tracker
 from .optimizer import Ema
-from .prepare import (load_base, make_loader, optimizer_and_schedule, report_data, report_lengths, run_seed)
+from .prepare import load_base, make_loader, optimizer_and_schedule, report_data, report_lengths
+from .prepare import run_seed
 from .results import LiveView, open_repository
 from .run import Method, Run
 from .validation import hold_out, validation_set
@@ -77,13 +78,15 @@ def build_run(
     "Everything up to the first update."
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
     records, others, measured_on = choose_validation(method, config, records, seed)
-    components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components, method.full_precision)
+    components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
+        method.full_precision)
     scale = learning_scale(config, processes)
     trained = method.weights(config, components, seed, scale)
     loader = make_loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     shapes = tuple(loader.targets) if config.use_aspect_ratio_buckets else ()
-    sampler = BatchSampler(len(records), config.train_batch_size, config.gradient_accumulation_steps, seed, processes, shapes)
+    sampler = BatchSampler(len(records), config.train_batch_size, config.gradient_accumulation_steps, seed, processes,
+        shapes)
     updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
     schedule = method.schedule(config, components.scheduler)
     schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
@@ -91,7 +94,8 @@ def build_run(
     optimizer, lr_scheduler = optimizer_and_schedule(config, trained.groups, updates, scale)
     state = TrainState(trained.named, accelerator.prepare(optimizer), lr_scheduler, seed,
         ema=Ema(trained.named, config.ema_decay) if config.use_ema else None)
-    return Run(method, config, Path(config.output_dir).expanduser(), components, accelerator, loader, sampler, schedule, trained,
+    return Run(method, config, Path(config.output_dir).expanduser(), components, accelerator, loader, sampler,
+        schedule, trained,
         loss, state, updates, log, fill_cache(loader, config, others, encode_text, accelerator), measured_on)
 
 # %% ../../nbs/library/train_build.ipynb #5e001183
@@ -191,7 +195,8 @@ def _repository(config):
 def open_accelerator(method, config, output_dir, log):
     "accelerate's Accelerator as the options ask for it, and TensorFloat-32 where it is allowed."
     precision, tracker = resolve_precision(config.mixed_precision, log=log), usable_tracker(config.report_to, log)
-    return accelerating(precision, tracker, output_dir/config.logging_dir, unused=method.unused_gradients(config), log=log)
+    return accelerating(precision, tracker, output_dir/config.logging_dir, unused=method.unused_gradients(config),
+        log=log)
 
 def _complete(run, report, live, checkpoint):
     "The last steps before training: lengths of captions, validation loss before, trackers, resume."

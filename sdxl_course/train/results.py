@@ -96,7 +96,8 @@ def card_data(settings, result, prompts, trigger, tags)->ModelCardData:
     "The head of a model card: licence, base model, widget, tags."
     model = settings["pretrained_model_name_or_path"]
     images = [dict(text=prompt, output=dict(url=path.name)) for prompt, path in zip(prompts, result.image_paths)]
-    return ModelCardData(license=license_of(model), library_name="diffusers", base_model=model if is_hub_id(model) else None,
+    return ModelCardData(license=license_of(model), library_name="diffusers", base_model=model if is_hub_id(model)
+        else None,
         widget=images or None, instance_prompt=trigger or None, tags=[*TAGS, *tags])
 
 def is_hub_id(model:str)->bool:
@@ -115,14 +116,16 @@ def model_card(
     model, vae = settings["pretrained_model_name_or_path"], settings["pretrained_vae_model_name_or_path"]
     base = model if is_hub_id(model) or model == "tiny" else Path(model).name
     pictures = settings["train_batch_size"]*settings["gradient_accumulation_steps"]
+    through, learnt = f" with the VAE `{vae}`" if vae else "", "yes" if text.text_encoders else "no"
+    trained = f"trained for {len(result.log)} updates of {pictures} pictures"
     return f"""---
 {card_data(settings, result, prompts, trigger, text.tags).to_yaml()}
 ---
 
 # {text.title}: {Path(settings["output_dir"]).name}
 
-{text.sentence} for `{base}`{f' with the VAE `{vae}`' if vae else ''}, trained for {len(result.log)} updates of {pictures} pictures
-at {settings["resolution"]} pixels. Text encoders trained: {'yes' if text.text_encoders else 'no'}. Loss on {result.measured_on} with fixed noise:
+{text.sentence} for `{base}`{through}, {trained}
+at {settings["resolution"]} pixels. Text encoders trained: {learnt}. Loss on {result.measured_on} with fixed noise:
 {result.validation_loss_before:.4f} before, {result.validation_loss_after:.4f} after.
 {f'{chr(10)}Trigger words: `{trigger}`{chr(10)}' if trigger else ''}
 {'<Gallery />' if result.image_paths else ''}
@@ -175,7 +178,8 @@ def save_sheet(
 ):
     "One row for each validation: how the pictures change."
     numbers, files = lambda p: [int(word) for word in re.findall(r"\d+", p.name)], {}
-    for file in sorted(Path(folder).glob("step-*.png"), key=numbers): files.setdefault(file.name.split("-")[1], []).append(file)
+    for file in sorted(Path(folder).glob("step-*.png"), key=numbers): files.setdefault(file.name.split("-")[1],
+        []).append(file)
     chosen = [(step, file) for step, row in list(files.items())[-rows:] for file in row[:columns]]
     if not chosen: return
     pictures = [Image.open(file).convert("RGB") for _, file in chosen]
@@ -184,8 +188,10 @@ def save_sheet(
     image_grid(pictures, min(columns, max(map(len, files.values()))), titles).save(path)
 
 # %% ../../nbs/library/train_results.ipynb #31c5b908
-PUBLIC = ("pytorch_lora_weights*.safetensors", "*_emb.safetensors", "learned_embeds*.safetensors", "model_index.json", "*/*.json", "*/*.txt",
-    "*/*.safetensors", "README.md", "config.yaml", "training_log.jsonl", "image_[0-9]*.png", "loss.png", "validation.png")
+PUBLIC = ("pytorch_lora_weights*.safetensors", "*_emb.safetensors", "learned_embeds*.safetensors", "model_index.json",
+    "*/*.json", "*/*.txt",
+    "*/*.safetensors", "README.md", "config.yaml", "training_log.jsonl", "image_[0-9]*.png", "loss.png",
+    "validation.png")
 PRIVATE = ("checkpoint-*", "earlier-*", "encoded/*", "logs/*") # folders that others do not need
 
 def open_repository(
@@ -206,10 +212,12 @@ def push_folder(
 )->str: # where to look
     "Upload what others need; CourseError where that fails."
     try:
-        return str(HfApi(token=token).upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=list(PUBLIC),
+        return str(HfApi(token=token).upload_folder(repo_id=repository, folder_path=str(folder),
+            allow_patterns=list(PUBLIC),
             ignore_patterns=list(PRIVATE), commit_message="End of training"))
     except Exception as error:
-        raise CourseError(f"the upload to {repository} failed ({type(error).__name__}): nothing is lost, the result is in {folder}; "
+        raise CourseError(f"the upload to {repository} failed ({type(error).__name__}): nothing is lost, the result "
+            f"is in {folder}; "
             f"try hf upload {repository} {folder}") from error
 
 # %% ../../nbs/library/train_results.ipynb #8a765dd8

@@ -55,7 +55,8 @@ def _publish_lora(folder, parts, dtype, kohya):
 def lora_card(config)->CardText:
     "What the model card says of a LoRA."
     kind = "DoRA" if config.use_dora else "LoRA"
-    tags = ("lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", *["dora"]*config.use_dora)
+    tags = ("lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers",
+        *["dora"]*config.use_dora)
     usage = 'pipeline.load_lora_weights("this folder", weight_name="pytorch_lora_weights.safetensors")'
     return CardText("SDXL LoRA", f"A rank-{config.rank} {kind}", usage, tags, config.train_text_encoder)
 
@@ -70,13 +71,15 @@ def lora_weights(
     parts = trained_parts(components, config.train_text_encoder)
     three = [parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")]
     named = inject(parts, seed, config.rank, config.lora_alpha, config.lora_layers, config.gradient_checkpointing,
-        dropout=config.lora_dropout, init=config.init_lora_weights, use_dora=config.use_dora, use_rslora=config.use_rslora)
+        dropout=config.lora_dropout, init=config.init_lora_weights, use_dora=config.use_dora,
+        use_rslora=config.use_rslora)
     if config.init_lora: continue_lora(*three, config.init_lora)
     one_rate = config.text_encoder_lr is None or config.optimizer.lower() == "prodigy" # Prodigy has one step size
     groups = parameter_groups(named, config.learning_rate*scale, None if one_rate else config.text_encoder_lr*scale,
         config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder)
     publish = lambda folder: _publish_lora(folder, parts, PRECISIONS[config.save_precision], config.output_kohya_format)
-    return Trained(named, groups, lambda folder: save_lora(folder, **parts), lambda folder: load_lora_into(*three, folder),
+    return Trained(named, groups, lambda folder: save_lora(folder, **parts),
+        lambda folder: load_lora_into(*three, folder),
         publish, lora_card(config), config.train_text_encoder)
 
 # %% ../../nbs/library/train_weights.ipynb #15c4b7ce
@@ -91,7 +94,8 @@ def token_weights(
     "New tokens of both text encoders."
     file = lambda folder: Path(folder)/"words.safetensors"
     groups = [dict(params=list(tokens.named.values()), lr=learning_rate, weight_decay=weight_decay)]
-    return Trained(tokens.named, groups, lambda folder: tokens.save(file(folder)), lambda folder: tokens.load(file(folder)),
+    return Trained(tokens.named, groups, lambda folder: tokens.save(file(folder)),
+        lambda folder: tokens.load(file(folder)),
         publish or (lambda folder: save_embeddings(tokens, folder)), card, True,
         lambda step, updates: tokens.train(step < round(share*updates)))
 
@@ -106,9 +110,11 @@ def unet_weights(
     "Every weight of the UNet, in fp32; the result is a whole pipeline in diffusers' layout."
     unet = components.unet.float().requires_grad_(True)
     if gradient_checkpointing: recompute_activations(unet)
-    named, file = {f"unet.{name}": p for name, p in unet.named_parameters()}, lambda folder: Path(folder)/"unet.safetensors"
+    named, file = {f"unet.{name}": p for name,
+        p in unet.named_parameters()}, lambda folder: Path(folder)/"unet.safetensors"
     groups = [dict(params=list(named.values()), lr=learning_rate, weight_decay=weight_decay)]
     usage = 'pipeline = StableDiffusionXLPipeline.from_pretrained("this folder")'
     card = CardText("SDXL", "All weights of the UNet", usage, ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"))
     return Trained(named, groups, lambda folder: save_tensors(file(folder), named),
-        lambda folder: copy_into(named, load_tensors(file(folder))[0]), lambda folder: save_components(components, folder, dtype), card)
+        lambda folder: copy_into(named, load_tensors(file(folder))[0]),
+        lambda folder: save_components(components, folder, dtype), card)
