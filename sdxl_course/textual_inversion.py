@@ -130,6 +130,7 @@ pipeline.load_textual_inversion("this folder", weight_name="learned_embeds_2.saf
 # SDXL would take the new word, which has the largest id, for the end of the prompt
 pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id"""
 
+# %% ../nbs/library/textual_inversion.ipynb #f4299ea1
 def new_token(
     config, # TextualInversionConfig
     components, # SDXLComponents; gets the new tokens
@@ -145,6 +146,7 @@ def new_token(
         partial(publish_tokens, config=config, tokens=tokens), card)
     return replace(trained, after_update=partial(publish_when_due, config=config, tokens=tokens))
 
+# %% ../nbs/library/textual_inversion.ipynb #ffe52a8e
 TEXTUAL_INVERSION = Method("textual-inversion", TextualInversionConfig, read_pictures, new_token,
     read_validation=lambda config, folder: read_pictures(config, folder=folder).usable(),
     trigger=lambda config: config.placeholder_token, unused_gradients=lambda config: True)

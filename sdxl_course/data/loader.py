@@ -89,6 +89,7 @@ def collate(
         stack("pooled_prompt_embeds"),
         time_ids, _stack_extra(entries, mean))
 
+# %% ../../nbs/library/data_loader.ipynb #ad365ecb
 def _stack_extra(entries, mean):
     "The companions' tensors of several entries, stacked; where a mask is missing, everything counts."
     extra, ones = {}, torch.ones(1, *mean.shape[2:])

@@ -92,6 +92,7 @@ def initial_embeddings(
     drawn = torch.randn(number, base.embedding_dim, generator=seeded("new words", seed, name))
     return (drawn*base.weight.detach().float().std().cpu()).to(base.weight.device)
 
+# %% ../../nbs/library/model_words.ipynb #9d30c18b
 def extend_embedding(
     encoder, # text encoder; its table grows
     tokenizer, # PlaceholderTokenizer
