@@ -105,8 +105,8 @@ def make_sampler(
 )->BatchSampler:
     "The BatchSampler that the options ask for: buckets do not mix."
     shapes = tuple(loader.targets) if config.use_aspect_ratio_buckets else ()
-    return BatchSampler(len(loader.records), config.train_batch_size, config.gradient_accumulation_steps, seed, processes,
-        shapes)
+    return BatchSampler(len(loader.records), config.train_batch_size, config.gradient_accumulation_steps, seed,
+        processes, shapes)
 
 # %% ../../nbs/library/train_build.ipynb #5e001183
 def prepare_loader(
