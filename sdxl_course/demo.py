@@ -123,14 +123,15 @@ def demo_report(
         "seeds": [config.seed + i for i in range(len(scenes))], "steps": config.steps,
         "loss_first_tenth": sum(result.losses[:tenth]) / tenth, "loss_last_tenth": sum(result.losses[-tenth:]) / tenth,
         "validation_loss_before": result.validation_loss_before, "validation_loss_after": result.validation_loss_after,
-        "losses": result.losses, "lora": str(result.lora_path), "provenance": provenance()}
+        "losses": result.losses, "lora": str(result.weights_path), "provenance": provenance()}
 
 # %% ../nbs/library/demo.ipynb #3e2c24d5
 def run_demo(
     config:DemoConfig,
+    scenes=None, # what to ask for; None: all of `demo_scenes`
 )->dict: # the report
     "Teach the small model a style, and show it before and after."
-    folder, seconds, scenes = Path(config.output_dir), {}, demo_scenes()
+    folder, seconds, scenes = Path(config.output_dir), {}, scenes or demo_scenes()
     with phase(seconds, "data", "finding 40 captioned pictures in the style of old books"):
         training = demo_training(config)
     with phase(seconds, "before", f"drawing {len(scenes)} prompts with the base model"):
@@ -138,7 +139,7 @@ def run_demo(
     with phase(seconds, "training", f"training a LoRA for {config.steps} steps"):
         result = train_text_to_image(training)
     with phase(seconds, "after", "drawing the same prompts and seeds with the LoRA"):
-        after = draw_prompts(scenes, config.seed, result.lora_path)
+        after = draw_prompts(scenes, config.seed, result.weights_path)
     save_before_after(folder / "before_after.png", before[:6], after[:6], scenes[:6])
     save_curve(folder / "loss.png", result.log)
     report = demo_report(config, seconds, result, scenes, before, after)
@@ -146,7 +147,7 @@ def run_demo(
     print("in the new style: {style_score_before:.0%} before, {style_score_after:.0%} after; object and place right: "
         "{content_accuracy_before:.0%} before, {content_accuracy_after:.0%} after".format(**report))
     print(f"look at {folder / 'before_after.png'}, {folder / 'loss.png'} and {folder / 'report.json'}; "
-        f"the LoRA is in {result.lora_path}")
+        f"the LoRA is in {result.weights_path}")
     return report
 
 # %% ../nbs/library/demo.ipynb #7832a0b2

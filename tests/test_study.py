@@ -13,7 +13,8 @@ from sdxl_course.dreambooth import DreamBoothConfig
 from sdxl_course.measure.claims import compare, verdict, verdicts
 from sdxl_course.measure.metrics import student_interval
 from sdxl_course.measure.subject import APPLICATIONS, Scorer
-from sdxl_course.study import CLAIMS, VARIANTS, StudyConfig, Variant, eval_steps_of, gather, main, read_study, training_of
+from sdxl_course.inference import load_pipeline
+from sdxl_course.study import CLAIMS, VARIANTS, StudyConfig, Variant, draw_evaluation, eval_steps_of, gather, main, read_study, run_one, training_of
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
@@ -114,3 +115,12 @@ def test_the_shipped_study_says_what_its_numbers_say():
     assert all(set(measured[name]) == {"subject_fidelity", "prompt_fidelity", "clip_t"} for measured in judged for name in APPLICATIONS)
     assert [row["claim"] for row in study["verdicts"]] == [claim.text for claim in CLAIMS]
     for row, found in zip(study["verdicts"], verdicts(study, CLAIMS)): assert {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()} == row
+
+
+def test_a_longer_training_is_judged_on_its_way(tmp_path):
+    "What it is after one update is what a training of one update ends with."
+    config = StudyConfig(output_dir=str(tmp_path), max_train_steps=1, class_pictures=2, num_inference_steps=1)
+    (tmp_path / "rows").mkdir()
+    scorer, base = Scorer(applications=["view"]), draw_evaluation(load_pipeline("tiny", device="cpu"), "chair", config, 0)
+    longer, plain = (run_one(name, 0, config, base, scorer)["eval_steps"] for name in ("longer", "plain"))
+    assert list(longer) == ["1", "2", "4", "8", "16"] and longer["1"] == plain["1"] and longer["16"] != plain["1"]

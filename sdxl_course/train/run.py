@@ -263,4 +263,5 @@ def explain(self:Run,
     self.plot([(self.state.step, result.validation_loss_after)])
     self.log(f"saved {result.weights_path}; loss on {self.measured_on} {self.loss_before:.4f} before, "
         f"{result.validation_loss_after:.4f} after")
-    if self.repository: result.url = push_folder(self.repository, self.output_dir, config.token())
+    if self.repository: result.url = push_folder(self.repository, self.output_dir, config.token(),
+        self.trained.card.files)
