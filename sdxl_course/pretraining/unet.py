@@ -27,7 +27,8 @@ from ..data.loader import Batch
 from ..train.loop import eval_weights
 from ..train.objective import denoising_loss, make_weighting
 from ..measure.judges import ATTRIBUTES, JUDGES
-from .stage import Hyperparameters, load_ema, log, steps_done, to_device, train_stage, training_device
+from .stage import Hyperparameters, load_ema, log, steps_done, to_device, train_stage
+from .stage import training_device
 from .parent import load_parent_weights, parent_run
 from .data import SIDE, read_scenes
 from .tokenizer import read_tokenizers
