@@ -189,7 +189,8 @@ def read_config_file(
         content = Path(path).read_text(encoding="utf-8")
         data = json.loads(content) if is_json else yaml.load(content, Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise CourseError(f"cannot read the config file {path}: {str(error).splitlines()[0]}; wanted YAML or JSON") from error
+        raise CourseError(f"cannot read the config file {path}: {str(error).splitlines()[0]}; wanted YAML or "
+            "JSON") from error
     if not isinstance(data, dict):
         raise CourseError(f"the config file {path} is not a table of names and values: wanted lines such as rank: 8")
     if not is_json: data = {k: None if v in ("", "null", "~") else v for k, v in data.items()}

@@ -26,7 +26,7 @@ from .train.loop import eval_weights
 from .train.prepare import load_model
 from .train.results import CardText
 from .train.run import Method
-from .train.weights import token_weights
+from .train.weights import PIPELINE, token_weights
 
 # %% ../nbs/library/textual_inversion.ipynb #11f67cbe
 OBJECT = ("a photo of {}", "a picture of one {}", "a photo that shows a {}", "a clear photo of the {}",
@@ -130,6 +130,7 @@ pipeline.load_textual_inversion("this folder", weight_name="learned_embeds_2.saf
 # SDXL would take the new word, which has the largest id, for the end of the prompt
 pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id"""
 
+# %% ../nbs/library/textual_inversion.ipynb #f4299ea1
 def new_token(
     config, # TextualInversionConfig
     components, # SDXLComponents; gets the new tokens
@@ -140,11 +141,13 @@ def new_token(
     check_placeholder(config, components)
     placeholders = {config.placeholder_token: "".join(f"<s{k}>" for k in range(config.num_vectors))}
     tokens = add_tokens(components, placeholders, seed, config.initializer_token)
-    card = CardText("SDXL textual inversion", f"The word `{config.placeholder_token}`", USAGE, ("textual_inversion",))
+    card = CardText("SDXL textual inversion", f"The word `{config.placeholder_token}`", USAGE, ("textual_inversion",),
+        files=("learned_embeds*.safetensors", "model_index.json", *PIPELINE))
     trained = token_weights(tokens, config.learning_rate*scale, config.adam_weight_decay, 1.0,
         partial(publish_tokens, config=config, tokens=tokens), card)
     return replace(trained, after_update=partial(publish_when_due, config=config, tokens=tokens))
 
+# %% ../nbs/library/textual_inversion.ipynb #ffe52a8e
 TEXTUAL_INVERSION = Method("textual-inversion", TextualInversionConfig, read_pictures, new_token,
     read_validation=lambda config, folder: read_pictures(config, folder=folder).usable(),
     trigger=lambda config: config.placeholder_token, unused_gradients=lambda config: True)

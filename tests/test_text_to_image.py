@@ -188,9 +188,9 @@ def test_the_first_loss_of_a_run_is_the_closed_form(train, toy_model, tmp_path, 
         picture.save(data / f"{i}.png")
     with torch.enable_grad(): found = train(train_data_dir=str(data), max_train_steps=1, seed=7, **options).losses[0]
     pipe = StableDiffusionXLPipeline.from_pretrained(toy_model)
-    noising, inrngs = DDPMScheduler.from_config(pipe.scheduler.config), epoch_order(5, 7, 0)[:2]
+    noising, indices = DDPMScheduler.from_config(pipe.scheduler.config), epoch_order(5, 7, 0)[:2]
     losses = []
-    for i in inrngs:
+    for i in indices:
         rng = SampleRNG(7, 0, content_key((data / f"{i}.png").read_bytes()) + "#0")
         rgba = np.asarray(Image.open(data / f"{i}.png").convert("RGBA"), dtype=np.float64)
         alpha = rgba[..., 3:] / 255

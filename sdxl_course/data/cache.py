@@ -29,10 +29,13 @@ from ..options import option
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     "What is encoded once instead of in every step."
-    cache_latents: bool | None = option(None, "keep encoded pictures; not given: yes where it changes nothing", resume="machine")
-    cache_latents_to_disk: bool = option(False, "keep them in cache_dir (or output_dir) and not in memory", resume="free")
+    cache_latents: bool | None = option(None, "keep encoded pictures; not given: yes where it changes nothing",
+        resume="machine")
+    cache_latents_to_disk: bool = option(False, "keep them in cache_dir (or output_dir) and not in memory",
+        resume="free")
     cached_crops: int = option(0, "so many random crops of each picture are kept, to be drawn from", "0 ..")
-    cache_text_embeds: bool | None = option(None, "keep encoded captions; not given: yes unless the text encoders are trained",
+    cache_text_embeds: bool | None = option(None,
+        "keep encoded captions; not given: yes unless the text encoders are trained",
         resume="machine")
 
     constraints: ClassVar = (
@@ -42,11 +45,13 @@ class CacheOptions:
             "--cache_text_embeds keeps what --shuffle_tags changes each time: leave one of them out"),
         (lambda c: c.cache_latents and not (c.center_crop or c.use_aspect_ratio_buckets or c.cached_crops),
             "--cache_latents would freeze the random crop: wanted --center_crop, --use_aspect_ratio_buckets, "
-            "or --cached_crops 4 for four crops of each picture; square pictures need no crop and are kept without asking"),
+            "or --cached_crops 4 for four crops of each picture; square pictures need no crop and are kept without "
+            "asking"),
         (lambda c: c.cached_crops and (c.center_crop or c.use_aspect_ratio_buckets),
             "--cached_crops is for random crops, but the crop is fixed: leave it out"),
         (lambda c: c.cache_latents is False and (c.cached_crops or c.cache_latents_to_disk),
-            "--cache_latents False forbids what --cached_crops or --cache_latents_to_disk asks for: leave one of them out"))
+            "--cache_latents False forbids what --cached_crops or --cache_latents_to_disk asks for: leave one of them "
+            "out"))
 
 # %% ../../nbs/library/data_cache.ipynb #6d9dcc52
 def tensors_digest(

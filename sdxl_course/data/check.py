@@ -25,7 +25,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     "Which pictures and captions to learn from."
-    dataset_name: str | None = option(None, "dataset on the hub, or a folder the datasets library can read", resume="free")
+    dataset_name: str | None = option(None, "dataset on the hub, or a folder the datasets library can read",
+        resume="free")
     dataset_config_name: str | None = option(None, "configuration of that dataset", resume="free")
     train_data_dir: str | None = option(None, "folder of pictures with metadata.jsonl, metadata.csv or .txt captions",
         resume="free")
@@ -303,7 +304,8 @@ class CheckDataConfig:
     def place(self)->str: # the folder that is meant; CourseError for none or two
         if self.folder and self.train_data_dir:
             raise CourseError(f"two folders were given, {self.folder!r} and {self.train_data_dir!r}: name one")
-        if not (self.folder or self.train_data_dir): raise CourseError("no folder was given: wanted sdxl-course check-data DIR")
+        if not (self.folder
+            or self.train_data_dir): raise CourseError("no folder was given: wanted sdxl-course check-data DIR")
         return self.folder or self.train_data_dir
 
 # %% ../../nbs/library/data_check.ipynb #fe561f18
@@ -313,7 +315,8 @@ def run_check_data(
     "Print the report, write it down if asked; CourseError where nothing can be used."
     bar = lambda items, what: tqdm(items, desc=what, disable=not watched(), leave=False)
     report = check_data(config.place(), config.resolution, config.use_aspect_ratio_buckets, config.model,
-        image_column=config.image_column, caption_column=config.caption_column, max_token_length=config.max_token_length, bar=bar)
+        image_column=config.image_column, caption_column=config.caption_column,
+        max_token_length=config.max_token_length, bar=bar)
     if report.records or report.problems: print(report)
     if config.output: print(f"\nwritten to {write_json(config.output, report.values())}")
     report.usable("skip")

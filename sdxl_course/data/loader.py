@@ -34,14 +34,17 @@ class MaskOptions:
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
     "Which words a sample is shown with."
-    proportion_empty_prompts: float = option(0.0, "share of captions replaced by the empty prompt, drawn anew each time", "0 .. 1")
+    proportion_empty_prompts: float = option(0.0,
+        "share of captions replaced by the empty prompt, drawn anew each time", "0 .. 1")
     shuffle_tags: bool = option(False, "captions are tags with commas between: a new order each time")
     keep_tags: int = option(0, "so many tags stay at the front", "0 ..")
-    max_token_length: int = option(75, "tokens of a caption that are read; beyond 75 in several windows of the text encoder",
+    max_token_length: int = option(75,
+        "tokens of a caption that are read; beyond 75 in several windows of the text encoder",
         choices=(75, 150, 225))
 
     constraints: ClassVar = (
-        (lambda c: c.keep_tags and not c.shuffle_tags, "--keep_tags does nothing without --shuffle_tags: add it, or leave it out"),)
+        (lambda c: c.keep_tags and not c.shuffle_tags,
+        "--keep_tags does nothing without --shuffle_tags: add it, or leave it out"),)
 
 # %% ../../nbs/library/data_loader.ipynb #4f05515a
 @dataclass(frozen=True)
@@ -51,14 +54,16 @@ class Batch:
     prompt_embeds: torch.Tensor        # (b, 77, d)
     pooled_prompt_embeds: torch.Tensor # (b, p)
     time_ids: torch.Tensor             # (b, 6) float32
-    extra: dict = field(default_factory=dict) # name of a companion -> (b, ...); "mask": (b, 1, h, w), where the loss counts
+    # name of a companion -> (b, ...); "mask": (b, 1, h, w), where the loss counts
+    extra: dict = field(default_factory=dict)
 
     def to(self,
         device=None, # where to
         dtype=None,  # of the embeddings; latents and size numbers stay as they are
     )->"Batch": # a new one
         "Move a batch to where the UNet is."
-        return Batch(self.latents.to(device), self.prompt_embeds.to(device, dtype), self.pooled_prompt_embeds.to(device, dtype),
+        return Batch(self.latents.to(device), self.prompt_embeds.to(device, dtype),
+            self.pooled_prompt_embeds.to(device, dtype),
             self.time_ids.to(device), {name: tensor.to(device) for name, tensor in self.extra.items()})
 
 # %% ../../nbs/library/data_loader.ipynb #65f1ab4d
@@ -70,16 +75,21 @@ def collate(
     if not entries: raise CourseError("a batch of no entries was asked for: wanted at least one")
     shapes = {tuple(entry.latent_mean.shape) for entry in entries}
     if len(shapes) > 1:
-        raise CourseError(f"one batch cannot hold latents of several shapes {sorted(shapes)}: put pictures of one size together")
+        raise CourseError(f"one batch cannot hold latents of several shapes {sorted(shapes)}: put pictures of one "
+            "size together")
     stack = lambda name: torch.stack([getattr(entry, name) for entry in entries])
     mean, std = stack("latent_mean").float(), stack("latent_std").float()
     noise = torch.stack(list(noise)) if isinstance(noise, (list, tuple)) else noise
     if noise is not None and noise.shape != mean.shape:
-        raise CourseError(f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(mean.shape)}: wanted one draw per entry")
-    time_ids = torch.stack([make_time_ids(entry.original_size, entry.crop_top_left, entry.target_size) for entry in entries])
-    return Batch(mean if noise is None else draw_latents(mean, std, noise), stack("prompt_embeds"), stack("pooled_prompt_embeds"),
+        raise CourseError(f"noise of shape {tuple(noise.shape)} for latents of shape {tuple(mean.shape)}: wanted one "
+            "draw per entry")
+    time_ids = torch.stack([make_time_ids(entry.original_size, entry.crop_top_left, entry.target_size)
+        for entry in entries])
+    return Batch(mean if noise is None else draw_latents(mean, std, noise), stack("prompt_embeds"),
+        stack("pooled_prompt_embeds"),
         time_ids, _stack_extra(entries, mean))
 
+# %% ../../nbs/library/data_loader.ipynb #ad365ecb
 def _stack_extra(entries, mean):
     "The companions' tensors of several entries, stacked; where a mask is missing, everything counts."
     extra, ones = {}, torch.ones(1, *mean.shape[2:])
@@ -87,7 +97,8 @@ def _stack_extra(entries, mean):
         found = [entry.extra.get(name) for entry in entries]
         lacking = sum(x is None for x in found)
         if lacking and name != MASK.name:
-            raise CourseError(f"{lacking} of {len(entries)} samples of a batch have no {name!r}: wanted it for all or for none")
+            raise CourseError(f"{lacking} of {len(entries)} samples of a batch have no {name!r}: wanted it for all or "
+                "for none")
         extra[name] = torch.stack([ones if x is None else x for x in found])
     return extra
 
@@ -116,7 +127,8 @@ class BatchLoader:
     keep_tags: int = 0 # so many tags stay in front
     max_token_length: int = 75 # tokens that are read
     noise_offset: float = 0.0 # strength of offset noise
-    latent_keys: dict = field(default_factory=dict) # (index, size, flipped, crop) -> cache key; empty: encode every time
+    # (index, size, flipped, crop) -> cache key; empty: encode every time
+    latent_keys: dict = field(default_factory=dict)
     text_keys: dict = field(default_factory=dict) # caption -> cache key; empty: captions are encoded in every step
     empty_embeds: tuple = () # embeddings of the dropped caption, (n, d) and (p,)
 
@@ -177,7 +189,8 @@ def caches_latents(self:BatchLoader,
     square = (self.resolution,)*2
     if all(covering_size((r.height, r.width), square) == square for r in self.all):
         return True, "since square pictures have one crop only"
-    return False, "since their crop is drawn; --center_crop, --use_aspect_ratio_buckets or --cached_crops would change that"
+    return False, ("since their crop is drawn; --center_crop, --use_aspect_ratio_buckets or --cached_crops "
+        "would change that")
 
 @patch
 def caches_text_embeds(self:BatchLoader,
@@ -198,7 +211,8 @@ def encode_latents(self:BatchLoader,
     "Fill the cache with every picture in every way in which it will be cut."
     n, flips, crops = len(self.records), (False, True)[:1 + self.random_flip], range(max(1, self.cached_crops))
     sizes = lambda i: (self.targets[i],) if i < n else sorted(set(self.targets))
-    views = [(i, size, flip, crop) for i in range(len(self.all)) for size in sizes(i) for flip in flips for crop in crops]
+    views = [(i, size, flip, crop) for i in range(len(self.all)) for size in sizes(i) for flip in flips
+        for crop in crops]
     for view in bar(views, "encoding pictures"):
         i, size, flip, number = view
         self.latent_keys[view] = self.cache.picture(self.all[i], self.components.vae, self.resolution, flip,
@@ -225,7 +239,8 @@ def encode_once(self:BatchLoader,
     "Fill the cache with all that does not change."
     if latents: self.encode_latents(bar)
     zeros = self.components.force_zeros_for_empty_prompt
-    self.empty_embeds = tuple(e[0].detach().cpu() for e in empty_prompt_embeds(self.components, 1, zeros, self.max_token_length))
+    self.empty_embeds = tuple(e[0].detach().cpu() for e in empty_prompt_embeds(self.components, 1, zeros,
+        self.max_token_length))
     if texts: self.encode_captions(prompts, bar)
 
 # %% ../../nbs/library/data_loader.ipynb #88c97f64
@@ -243,7 +258,8 @@ def cache_bytes(self:BatchLoader, latents:bool, texts:bool)->int:
 @patch
 def choose_place(self:BatchLoader, latents:bool, texts:bool, folder):
     "Move a large cache to the disk, unless it is there already."
-    if self.cache.folder is None and self.cache_bytes(latents, texts) > IN_MEMORY: self.cache = LatentCache(Path(folder)/"encoded")
+    if self.cache.folder is None and self.cache_bytes(latents,
+        texts) > IN_MEMORY: self.cache = LatentCache(Path(folder)/"encoded")
 
 # %% ../../nbs/library/data_loader.ipynb #08b95df7
 @patch
@@ -273,7 +289,8 @@ def latents(self:BatchLoader,
     "The latent distribution of each picture, from the cache or from the VAE; CourseError where it is not finite."
     samples = self.samples(micro)
     if self.latent_keys:
-        return [self.cache.fetch(self.latent_keys[i, target, *self.augmentation(micro.epoch, i)]) for i, target in samples]
+        return [self.cache.fetch(self.latent_keys[i, target, *self.augmentation(micro.epoch, i)]) for i,
+            target in samples]
     mean, std = (x.cpu() for x in posterior(self.components.vae, torch.stack([p.pixels for p in prepared])))
     for (i, _), m, s in zip(samples, mean, std):
         if not (m.isfinite().all() and s.isfinite().all()): raise CourseError(f"{self.all[i].path}: {NOT_FINITE}")

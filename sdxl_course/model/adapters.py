@@ -27,7 +27,8 @@ from dataclasses import dataclass
 class LoraOptions:
     "Which layers learn, and how wide."
     rank: int = option(4, "width of the low-rank path", "1 ..")
-    lora_alpha: float | None = option(None, "strength: the path is scaled by alpha / rank; none: alpha = rank", "> 0 ..")
+    lora_alpha: float | None = option(None, "strength: the path is scaled by alpha / rank; none: alpha = rank",
+        "> 0 ..")
     lora_dropout: float = option(0.0, "share of the path's inputs dropped while training", "0 .. < 1")
     lora_layers: str = option("attention",
         "attention, attention+feedforward, attention+feedforward+convolution, or module names with commas")
@@ -35,7 +36,8 @@ class LoraOptions:
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
     init_lora_weights: str = option("gaussian", "how A and B begin",
         choices=("gaussian", "default", "pissa", "pissa_niter_4", "olora", "orthogonal"))
-    init_lora: str | None = option(None, "LoRA file or folder to continue from, diffusers or kohya layout", resume="free")
+    init_lora: str | None = option(None, "LoRA file or folder to continue from, diffusers or kohya layout",
+        resume="free")
     loraplus_lr_ratio: float | None = option(None, "LoRA+: B learns so many times as fast as A; 16 is usual", "> 0 ..")
 
     constraints: ClassVar = (
@@ -46,7 +48,8 @@ class LoraOptions:
         (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2,
             "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
         (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers,
-            "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of --lora_layers"),
+            "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of "
+            "--lora_layers"),
         (lambda c: c.init_lora and c.init_lora_weights != "gaussian",
             "--init_lora brings its own values: leave --init_lora_weights out"))
 
@@ -59,7 +62,8 @@ def _learns_text(c)->bool:
 class TextEncoderOptions:
     "Whether the text encoders get a LoRA as well."
     train_text_encoder: bool = option(False, "give both text encoders a LoRA as well")
-    text_encoder_lr: float | None = option(None, "step size of the text encoders' LoRA; not given: learning_rate", "0 ..")
+    text_encoder_lr: float | None = option(None, "step size of the text encoders' LoRA; not given: learning_rate",
+        "0 ..")
     adam_weight_decay_text_encoder: float | None = option(None,
         "the same for the text encoders; not given: adam_weight_decay", "0 ..")
 

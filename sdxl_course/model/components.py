@@ -28,7 +28,8 @@ from ..options import option
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     "Which weights to start from."
-    pretrained_model_name_or_path: str = option(MISSING, "base model: tiny, a folder, a hub id or one .safetensors file",
+    pretrained_model_name_or_path: str = option(MISSING,
+        "base model: tiny, a folder, a hub id or one .safetensors file",
         resume="free")
     pretrained_vae_model_name_or_path: str | None = option(None, "another VAE, for instance one that is safe in fp16",
         resume="free")

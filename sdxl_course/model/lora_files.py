@@ -22,8 +22,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class LoraFileOptions:
     "How the LoRA is written."
-    save_precision: str = option("fp32", "number format of the final LoRA file", resume="free", choices=("fp32", "fp16", "bf16"))
-    output_kohya_format: bool = option(False, "write a second file in the layout of kohya's scripts, for other programs",
+    save_precision: str = option("fp32", "number format of the final LoRA file", resume="free",
+        choices=("fp32", "fp16", "bf16"))
+    output_kohya_format: bool = option(False,
+        "write a second file in the layout of kohya's scripts, for other programs",
         resume="free")
 
 # %% ../../nbs/library/model_lora_files.ipynb #e220548b

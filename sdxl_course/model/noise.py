@@ -33,7 +33,8 @@ class NoiseOptions:
             "--rescale_betas_zero_snr makes a timestep without signal, in which epsilon says nothing: "
             "wanted --prediction_type v_prediction"),
         (lambda c: c.do_edm_style_training and c.rescale_betas_zero_snr,
-            "--do_edm_style_training divides by the noise that --rescale_betas_zero_snr makes infinite: leave one of them out"))
+            "--do_edm_style_training divides by the noise that --rescale_betas_zero_snr makes infinite: leave one of "
+            "them out"))
 
 # %% ../../nbs/library/model_noise.ipynb #727126b8
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +208,10 @@ def _zero_terminal_snr(
 ): # (T,) ending at exactly 0
     "Zero terminal SNR; CourseError for epsilon, which learns nothing there."
     if prediction_type == "epsilon":
-        raise CourseError("zero terminal SNR was asked for with prediction_type epsilon: the last step would show the very "
-            "noise that it asks for, so nothing is learnt there; use v_prediction or sample, or leave the rescaling out")
+        raise CourseError("zero terminal SNR was asked for with prediction_type epsilon: the last step would show the "
+            "very "
+            "noise that it asks for, so nothing is learnt there; use v_prediction or sample, or leave the rescaling "
+            "out")
     if rescaled: return torch.cat([alphas_cumprod[:-1], torch.zeros_like(alphas_cumprod[-1:])])
     return rescale_zero_terminal_snr(alphas_cumprod)
 
@@ -284,7 +287,7 @@ class EdmStyleSchedule(NoiseSchedule):
 # %% ../../nbs/library/model_noise.ipynb #507bbdee
 @dataclass(frozen=True)
 class EdmSchedule(NoiseSchedule):
-    "Noise levels of an EDM model (Karras et al., 2022), the small ones first; the error is measured on the clean latents."
+    "Noise levels of an EDM model (Karras et al., 2022), the small ones first; errors on clean latents."
     sigmas: torch.Tensor | None = None # (T,) standard deviation of the noise beside the full-size picture, rising
     sigma_data: float = 0.5 # standard deviation of the clean latents
 
@@ -316,7 +319,8 @@ def noise_schedule(
         _sign(schedule.prediction_type)
         return EdmStyleSchedule(schedule.alphas_cumprod, schedule.prediction_type)
     if weighted or rescale_betas_zero_snr:
-        raise CourseError(f"the base model's {type(scheduler).__name__} asks for EDM training, which has noise levels and "
+        raise CourseError(f"the base model's {type(scheduler).__name__} asks for EDM training, which has noise levels "
+            "and "
             "weights of its own: leave --snr_gamma, --debiased_estimation_loss and --rescale_betas_zero_snr out")
     config = scheduler.config
     sigmas = EDMEulerScheduler.from_config(config).sigmas[:config.num_train_timesteps].flip(0)
@@ -325,7 +329,7 @@ def noise_schedule(
 # %% ../../nbs/library/model_noise.ipynb #8da8d3d3
 def timestep_weights(
     steps:int, # timesteps of the schedule
-    strategy="none", # "earlier": the small timesteps, "later": the large ones, "range": from begin up to but without end
+    strategy="none", # "earlier": the small timesteps, "later": the large ones, "range": begin up to end
     multiplier=1.0, # how much more often, above 0
     begin=0, # of "range"
     end=1000, # of "range", at most `steps`
@@ -339,7 +343,8 @@ def timestep_weights(
 # %% ../../nbs/library/model_noise.ipynb #a903dbc6
 def _favored(steps, strategy, multiplier, begin, end, portion):
     "The slice of timesteps that a strategy favours; CourseError for values that make no sense."
-    if strategy not in BIAS_STRATEGIES: raise CourseError(not_among("timestep_bias_strategy", strategy, BIAS_STRATEGIES))
+    if strategy not in BIAS_STRATEGIES: raise CourseError(not_among("timestep_bias_strategy", strategy,
+        BIAS_STRATEGIES))
     if strategy == "none": return slice(0, 0)
     if not 0 < multiplier < float("inf"):
         raise CourseError(f"timestep_bias_multiplier is {multiplier}: wanted a number above 0; 0.5 halves, 2 doubles")
@@ -367,5 +372,5 @@ def offset_noise(
     strength:float, # 0 changes nothing; 0.05 to 0.1 is usual
     draw, # standard normal (b, c, 1, 1)
 ): # (b, c, h, w)
-    "Offset noise (Guttenberg, 2023): the mean of each channel wanders, so that very dark and very bright pictures are learnt."
+    "Offset noise (Guttenberg, 2023): the mean of each channel wanders, for very dark and bright pictures."
     return noise + strength*draw

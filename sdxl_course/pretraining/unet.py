@@ -27,7 +27,8 @@ from ..data.loader import Batch
 from ..train.loop import eval_weights
 from ..train.objective import denoising_loss, make_weighting
 from ..measure.judges import ATTRIBUTES, JUDGES
-from .stage import Hyperparameters, load_ema, log, steps_done, to_device, train_stage, training_device
+from .stage import Hyperparameters, load_ema, log, steps_done, to_device, train_stage
+from .stage import training_device
 from .parent import load_parent_weights, parent_run
 from .data import SIDE, read_scenes
 from .tokenizer import read_tokenizers
@@ -180,7 +181,7 @@ def load_parts(
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
     return parts, before | {name: before.get(name, 0) + steps for name, steps in own.items()}
 
-# %% ../../nbs/library/pretraining_unet.ipynb #73d77e97
+# %% ../../nbs/library/pretraining_unet.ipynb #159911ae
 @torch.no_grad()
 def ablation(
     unet, # UNet2DConditionModel
@@ -188,9 +189,8 @@ def ablation(
 )->dict: # name of a block -> how much the error grows, as a share, when the block adds nothing
     "Silence one residual or transformer block after the other (Meyes et al., 2019)."
     def without(block):
-        residual = block.conv2, lambda _, __, out: torch.zeros_like(out)
-        layer, answer = residual if hasattr(block, "conv2") else (block, lambda _, given, __: given[0])
-        hook = layer.register_forward_hook(answer)
+        if hasattr(block, "conv2"): hook = block.conv2.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+        else: hook = block.register_forward_hook(lambda _, given, __: given[0])
         try: return float(loss_of())
         finally: hook.remove()
     whole, kinds = float(loss_of()), ("ResnetBlock2D", "BasicTransformerBlock")

@@ -121,7 +121,8 @@ def find_checkpoint(
         raise CourseError(f"no checkpoint at {str(wanted)!r}: wanted latest, a path, "
             f"or one of those in {output_dir} ({have})")
     if wrong := verify(path):
-        raise CourseError(f"the checkpoint {path} is not whole: {wrong}; name another, or latest for the newest whole one")
+        raise CourseError(f"the checkpoint {path} is not whole: {wrong}; name another, or latest for the newest whole "
+            "one")
     return path
 
 # %% ../../nbs/library/train_checkpoint.ipynb #4cf80d83
@@ -158,7 +159,8 @@ def optimizer_state(
     "The moments of an optimizer, under the names of its parameters."
     optimizer = getattr(optimizer, "optimizer", optimizer)
     names = {id(p): name for name, p in parameters.items()}
-    entries = {f"{key}/{names[id(p)]}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
+    entries = {f"{key}/{names[id(p)]}": value for p, moments in optimizer.state.items() for key,
+        value in moments.items()}
     groups = [{**{k: v for k, v in g.items() if k != "params"}, "names": [names[id(p)] for p in g["params"]]}
         for g in optimizer.param_groups]
     tensors = {k: v for k, v in entries.items() if hasattr(v, "dtype")}
@@ -180,7 +182,8 @@ def restore_optimizer(
     local = ("params", "names", "fused", "foreach", "capturable", "differentiable")
     plain_values = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()
         if k not in local and v is not None}
-    groups = [{**here, **plain_values(saved)} for here, saved in zip(optimizer.state_dict()["param_groups"], rest["groups"])]
+    groups = [{**here, **plain_values(saved)} for here, saved in zip(optimizer.state_dict()["param_groups"],
+        rest["groups"])]
     optimizer.load_state_dict(dict(state={i: m for i, m in moments.items() if m}, param_groups=groups))
 
 # %% ../../nbs/library/train_checkpoint.ipynb #32692716
@@ -219,7 +222,8 @@ def read_state(
     "The numbers of a checkpoint."
     try: return json.loads((Path(folder)/"trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CourseError(f"{folder} has no readable trainer_state.json: wanted a checkpoint of this trainer") from error
+        raise CourseError(f"{folder} has no readable trainer_state.json: wanted a checkpoint of this "
+            "trainer") from error
 
 def load_checkpoint(
     folder, # a whole checkpoint

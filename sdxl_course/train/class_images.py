@@ -43,7 +43,8 @@ class PriorOptions:
     "Prior preservation (Ruiz et al., 2023): what shall not be forgotten."
     with_prior_preservation: bool = option(False,
         "learn from pictures of the class as well, so that its other members stay what they are")
-    class_data_dir: str | None = option(None, "folder of class pictures; what is missing is drawn by the base model", resume="free")
+    class_data_dir: str | None = option(None, "folder of class pictures; what is missing is drawn by the base model",
+        resume="free")
     class_prompt: str | None = option(None, "words for the class, as in a photo of a chair")
     prior_loss_weight: float = option(1.0, "how much a class picture counts beside a picture of the thing", "0 ..")
     num_class_images: int = option(100, "class pictures to draw", "1 ..", "free")
@@ -60,10 +61,13 @@ class PriorOptions:
             "--prior_teacher needs --class_prompt: wanted words for the class, such as 'a photo of a chair'"),
         (lambda c: c.prior_teacher and c.with_prior_preservation, "--prior_teacher does without the pictures that "
             "--with_prior_preservation learns from: leave one of them out"),
-        (lambda c: c.prior_teacher and c.init_lora_weights.startswith(("pissa", "olora")), "--prior_teacher asks the base model, "
+        (lambda c: c.prior_teacher and c.init_lora_weights.startswith(("pissa", "olora")),
+        "--prior_teacher asks the base model, "
             "whose weights --init_lora_weights pissa and olora change: leave one of them out"),
-        (lambda c: c.with_prior_preservation and within_each_other(c.class_data_dir, c.instance_data_dir or c.dataset_name),
-            "--class_data_dir and the folder with pictures of the thing lie in one another, so that each would be taken "
+        (lambda c: c.with_prior_preservation and within_each_other(c.class_data_dir, c.instance_data_dir
+        or c.dataset_name),
+            "--class_data_dir and the folder with pictures of the thing lie in one another, so that each would be "
+            "taken "
             "for the other: wanted two separate folders"))
 
 # %% ../../nbs/library/train_class_images.ipynb #1f195ade
@@ -74,18 +78,21 @@ def bare_pictures(
 ): # DataReport whose records have no captions
     "All pictures of a folder, in natural order."
     names = [name for name in list_files(folder) if is_picture(name)]
-    if not names: raise CourseError(f"no pictures in {str(folder)!r}: wanted files such as .jpg, .png or .webp, there or in folders below")
+    if not names: raise CourseError(f"no pictures in {str(folder)!r}: wanted files such as .jpg, .png or .webp, there "
+        "or in folders below")
     unread = [name for name in names if Path(name).suffix.lower() in UNREAD]
     rest = [name for name in names if name not in unread]
     chosen = [(rest[i], Path(folder, rest[i]), ()) for i in choose_samples(len(rest), max_samples, seed)]
-    return check_candidates(folder, chosen, [(name, "pictures of this kind are not read: export it as JPEG or PNG") for name in unread], [], require_captions=False)
+    return check_candidates(folder, chosen, [(name, "pictures of this kind are not read: export it as JPEG or PNG")
+        for name in unread], [], require_captions=False)
 
 def has_captions(
     folder, # of pictures
 )->bool:
     "Are there words beside the pictures?"
     names = list_files(folder)
-    return any(Path(name).name in METADATA or is_picture(name) and any(Path(folder, name).with_suffix(end).is_file() for end in (".txt", ".caption")) for name in names)
+    return any(Path(name).name in METADATA or is_picture(name)
+        and any(Path(folder, name).with_suffix(end).is_file() for end in (".txt", ".caption")) for name in names)
 
 # %% ../../nbs/library/train_class_images.ipynb #a2ca77fd
 def no_caption()->str: # what `data` says of an empty caption
@@ -99,7 +106,8 @@ def with_words(
 ): # DataReport whose records all have captions
     "The pictures and what they log."
     records = [record if record.captions else replace(record, captions=(prompt,)) for record in report.records]
-    return replace(report, records=records, problems=[problem for problem in report.problems if problem[1] != no_caption()])
+    return replace(report, records=records, problems=[problem for problem in report.problems
+        if problem[1] != no_caption()])
 
 # %% ../../nbs/library/train_class_images.ipynb #7e0c6661
 NOTE = "class_pictures.json"
@@ -115,9 +123,13 @@ def read_note(
     path = Path(folder)/NOTE
     if not path.is_file(): return {}
     try: note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error: raise CourseError(f"{path} is not readable JSON ({error}): remove the folder, its pictures are drawn again") from error
-    if not isinstance(note, dict) or {"prompt", "model", "seed", "size", "steps", "guidance", "precision"} - note.keys():
-        raise CourseError(f"{path} is not a note of this trainer: give another --class_data_dir, or remove the file to use the pictures as they are")
+    except (OSError,
+        ValueError) as error: raise CourseError(f"{path} is not readable JSON ({error}): remove the folder, its "
+        "pictures are drawn again") from error
+    if not isinstance(note, dict) or {"prompt", "model", "seed", "size", "steps", "guidance",
+        "precision"} - note.keys():
+        raise CourseError(f"{path} is not a note of this trainer: give another --class_data_dir, or remove the file "
+            "to use the pictures as they are")
     return note
 
 def missing_pictures(
@@ -147,8 +159,10 @@ def make_note(
 )->dict: # plain values
     "All that a class picture depends on, besides its number."
     vae = config.pretrained_vae_model_name_or_path
-    return dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config), revision=config.revision, vae=vae and Path(vae).name, weights=weights,
-        prediction_type=predicts or config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr, precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
+    return dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config),
+        revision=config.revision, vae=vae and Path(vae).name, weights=weights,
+        prediction_type=predicts or config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
 
 def refuse_note(
     folder, # of class pictures
@@ -157,13 +171,17 @@ def refuse_note(
 )->bool: # whether the weights themselves were compared
     "Stop if the pictures are others than those we need."
     comparable = bool(note.get("weights") and wanted["weights"] and note["precision"] == wanted["precision"])
-    asked = dict(prompt=None, size=None, max_token_length=75, rescale_betas_zero_snr=False) | ({} if comparable else dict(vae=wanted["vae"], revision=wanted["revision"]))
+    asked = dict(prompt=None, size=None, max_token_length=75, rescale_betas_zero_snr=False) | ({} if comparable
+        else dict(vae=wanted["vae"], revision=wanted["revision"]))
     if note.get("prediction_type") and wanted["prediction_type"]: asked["prediction_type"] = None
-    differs = [(name, repr(was), repr(wanted[name])) for name, default in asked.items() if (was := note.get(name, default)) != wanted[name]]
+    differs = [(name, repr(was), repr(wanted[name])) for name, default in asked.items()
+        if (was := note.get(name, default)) != wanted[name]]
     if note["weights"] != wanted["weights"] if comparable else note["model"] != wanted["model"]:
-        differs.append(("model", repr(note["model"]), repr(wanted["model"]) + " with other weights"*(note["model"] == wanted["model"])))
+        differs.append(("model", repr(note["model"]),
+            repr(wanted["model"]) + " with other weights"*(note["model"] == wanted["model"])))
     if differs:
-        raise CourseError(f"{folder} holds class pictures made for another request: " + "; ".join(f"{name} {made}, now {now}" for name, made, now in differs)
+        raise CourseError(f"{folder} holds class pictures made for another request: "
+            "" + "; ".join(f"{name} {made}, now {now}" for name, made, now in differs)
             + "; give another --class_data_dir, or remove that folder")
     return comparable
 
@@ -174,7 +192,8 @@ def make_folder(
     "A folder for class pictures."
     path = Path(path).expanduser()
     try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise CourseError(f"--class_data_dir {path} cannot be made ({error.strerror}): wanted a folder with write permission") from error
+    except OSError as error: raise CourseError(f"--class_data_dir {path} cannot be made ({error.strerror}): wanted a "
+        "folder with write permission") from error
     return path
 
 def draw_class_pictures(
@@ -189,12 +208,14 @@ def draw_class_pictures(
 ):
     "Draw class pictures in fixed company, so that a picture that is drawn again is the same to the last bit."
     with torch.no_grad():
-        told, nothing = encode_prompts(components, [note["prompt"]], max_token_length), empty_prompt_embeds(components, 1, components.force_zeros_for_empty_prompt, max_token_length)
+        told, nothing = encode_prompts(components, [note["prompt"]], max_token_length), empty_prompt_embeds(components,
+            1, components.force_zeros_for_empty_prompt, max_token_length)
     wanted = set(indices)
     blocks = sorted({i//batch_size for i in wanted})[share[0]::share[1]]
     for block in bar(blocks, "drawing class pictures"):
         company = range(block*batch_size, (block + 1)*batch_size)
-        drawn = draw_pictures(components, [x[0] for x in told], [x[0] for x in nothing], [class_seed(note["seed"], i) for i in company], note["size"], note["steps"], note["guidance"])
+        drawn = draw_pictures(components, [x[0] for x in told], [x[0] for x in nothing],
+            [class_seed(note["seed"], i) for i in company], note["size"], note["steps"], note["guidance"])
         for i, picture in zip(company, drawn):
             if i in wanted: save_png(picture, class_file(folder, i))
 
@@ -215,7 +236,8 @@ def prior_precision(
 )->str: # fp32, fp16 or bf16
     "The number format that class pictures are drawn in."
     gpu = torch.device(device).type == "cuda"
-    if wanted == "fp16" and not gpu: log("prior_generation_precision fp16 needs a GPU: the class pictures are drawn in fp32 instead")
+    if wanted == "fp16" and not gpu: log("prior_generation_precision fp16 needs a GPU: the class pictures are drawn "
+        "in fp32 instead")
     if wanted is None: return "fp16" if gpu else "fp32"
     return "fp32" if wanted == "no" or wanted == "fp16" and not gpu else wanted
 
@@ -230,9 +252,11 @@ def drawing_components(
     "The base model in the number format that draws."
     dtype = FORMATS[precision]
     if components is None: components = load_model(config, dtype)
-    elif components.unet.dtype != dtype: components = replace(components, **{part: copy.deepcopy(getattr(components, part)) for part in NETWORKS})
+    elif components.unet.dtype != dtype: components = replace(components,
+        **{part: copy.deepcopy(getattr(components, part)) for part in NETWORKS})
     if any(getattr(getattr(components, part), "peft_config", None) for part in NETWORKS):
-        raise CourseError("class pictures must come from the base model and these components have an adapter: wanted freshly loaded ones")
+        raise CourseError("class pictures must come from the base model and these components have an adapter: wanted "
+            "freshly loaded ones")
     check_resolution(config.resolution, components)
     for part in NETWORKS:
         network = getattr(components, part)
@@ -249,11 +273,14 @@ def drawing_precision(
     log=print, # gets sentences
 )->str: # fp32, fp16 or bf16
     "One number format for all class pictures of a folder."
-    if not (note and lacking): return prior_precision(config.prior_generation_precision or note.get("precision"), device, log)
+    if not (note and lacking): return prior_precision(config.prior_generation_precision or note.get("precision"),
+        device, log)
     asked, kept = config.prior_generation_precision, note["precision"]
-    if asked and asked != kept: log(f"the class pictures that are there were drawn in {kept}: so are the {len(lacking)} that are missing")
+    if asked and asked != kept: log(f"the class pictures that are there were drawn in {kept}: so are the "
+        f"{len(lacking)} that are missing")
     if (precision := prior_precision(kept, device, lambda text: None)) != kept:
-        raise CourseError(f"{len(lacking)} class pictures are missing, the others were drawn in {kept}, and this machine would draw in {precision}: give another --class_data_dir, or remove that folder")
+        raise CourseError(f"{len(lacking)} class pictures are missing, the others were drawn in {kept}, and this "
+            f"machine would draw in {precision}: give another --class_data_dir, or remove that folder")
     return precision
 
 # %% ../../nbs/library/train_class_images.ipynb #dff7c1ab
@@ -271,18 +298,24 @@ def complete_class(
     group, lacking = processes(), missing_pictures(folder, config.num_class_images)
     note = read_note(folder) if any(Path(folder).glob("class-*.png")) else {} # of pictures that are there
     precision = drawing_precision(config, note, lacking, group.device, log)
-    trains_so = FORMATS[precision] == weight_dtype(resolve_precision(config.mixed_precision, log=lambda text: None), group.device)
+    trains_so = FORMATS[precision] == weight_dtype(resolve_precision(config.mixed_precision, log=lambda text: None),
+        group.device)
     at_hand = trains_so if components is None else components.unet.dtype == FORMATS[precision]
     base = drawing_components(config, components, precision, group.device) if lacking or at_hand else None
-    wanted = make_note(config, precision, weights_name(base), base.scheduler.config.prediction_type) if base else make_note(config, precision)
-    if note and not refuse_note(folder, note, wanted): log(f"the class pictures in {folder} were drawn in {note['precision']} by {note['model']}: only the names of the models could be compared")
+    wanted = make_note(config, precision, weights_name(base),
+        base.scheduler.config.prediction_type) if base else make_note(config, precision)
+    if note and not refuse_note(folder, note,
+        wanted): log(f"the class pictures in {folder} were drawn in {note['precision']} by {note['model']}: only the "
+        "names of the models could be compared")
     for name in ("seed", "precision"):
-        if note and note[name] != wanted[name]: log(f"the class pictures in {folder} were drawn with {name} {note[name]}, now it is {wanted[name]}: they are used all the same")
+        if note and note[name] != wanted[name]: log(f"the class pictures in {folder} were drawn with {name} "
+            f"{note[name]}, now it is {wanted[name]}: they are used all the same")
     group.wait_for_everyone() # all have looked before anyone writes
     if group.is_main_process and not note: write_json(Path(folder)/NOTE, wanted)
     if lacking:
         log(f"drawing {len(lacking)} class pictures of {config.class_prompt!r}")
-        draw_class_pictures(base, folder, note or wanted, lacking, config.sample_batch_size, (group.process_index, group.num_processes), config.max_token_length, progress(not group.is_main_process))
+        draw_class_pictures(base, folder, note or wanted, lacking, config.sample_batch_size,
+            (group.process_index, group.num_processes), config.max_token_length, progress(not group.is_main_process))
     group.wait_for_everyone()
     return components if components is not None else base if trains_so else None
 
@@ -295,11 +328,15 @@ def class_pictures(
     "The pictures that practise the class: somebody's own, or the base model's."
     folder = make_folder(config.class_data_dir)
     note = read_note(folder)
-    own = [name for name in list_files(folder) if is_picture(name) and not (note and re.fullmatch(r"class-\d{5}\.png", name))]
+    own = [name for name in list_files(folder) if is_picture(name)
+        and not (note and re.fullmatch(r"class-\d{5}\.png", name))]
     if own and not note:
         records = with_words(bare_pictures(folder), config.class_prompt).usable()
-        log(f"{folder} holds {len(records)} class pictures of your own: they are used as they are, and none is drawn (num_class_images is {config.num_class_images})")
+        log(f"{folder} holds {len(records)} class pictures of your own: they are used as they are, and none is drawn "
+            f"(num_class_images is {config.num_class_images})")
         return records, components
-    if own: log(f"{folder} holds {len(own)} pictures that this trainer did not draw, for instance {own[0]}: they are not used")
+    if own: log(f"{folder} holds {len(own)} pictures that this trainer did not draw, for instance {own[0]}: they are "
+        "not used")
     components = complete_class(config, folder, components, log)
-    return [inspect_picture(class_file(folder, i), [config.class_prompt])[0] for i in range(config.num_class_images)], components
+    return [inspect_picture(class_file(folder, i), [config.class_prompt])[0]
+        for i in range(config.num_class_images)], components

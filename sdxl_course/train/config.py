@@ -37,7 +37,8 @@ class RunOptions:
     debug_loss: bool = option(False, "log the loss of every single picture", resume="free")
 
     constraints: ClassVar = ((lambda c: any(would_be_read(c.output_dir, folder) for folder in _read_folders(c)),
-        "--output_dir lies in a folder of pictures, where the next run would take the pictures of this one for its data: "
+        "--output_dir lies in a folder of pictures, where the next run would take the pictures of this one for its "
+        "data: "
         "wanted a folder beside it"),)
 
 def _read_folders(c): # of pictures that a run reads; with a dataset, train_data_dir is a folder inside that
@@ -47,8 +48,10 @@ def _read_folders(c): # of pictures that a run reads; with a dataset, train_data
 
 # %% ../../nbs/library/train_config.ipynb #522d4985
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(SharingOptions, HardwareOptions, MemoryOptions, EmaOptions, ScheduleOptions, ProdigyOptions, OptimizerOptions,
-        LossOptions, TimestepOptions, NoiseOptions, CheckpointOptions, BatchOptions, RunOptions, ValidationOptions, CacheOptions,
+class TrainConfig(SharingOptions, HardwareOptions, MemoryOptions, EmaOptions, ScheduleOptions, ProdigyOptions,
+    OptimizerOptions,
+        LossOptions, TimestepOptions, NoiseOptions, CheckpointOptions, BatchOptions, RunOptions, ValidationOptions,
+        CacheOptions,
         MaskOptions, ImageOptions, CaptionOptions, DataOptions, ModelOptions):
     "The options that every method of fine-tuning shares, checked: CourseError for what cannot work."
     def __post_init__(self):

@@ -159,7 +159,8 @@ def fit(
         if not micro.last: continue
         loss = mean_loss(state, parts, accelerator, name_of, single)
         with defer_signals():
-            with defer_signals(patient=True): row = finish_update(state, micro, max_grad_norm, loss, accelerator, skip_nan)
+            with defer_signals(patient=True): row = finish_update(state, micro, max_grad_norm, loss, accelerator,
+                skip_nan)
             for hook in after_update: hook(state, row)
         parts = []
     return state

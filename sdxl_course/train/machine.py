@@ -38,7 +38,8 @@ class HardwareOptions:
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
     "Memory against time, and old launchers."
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower",
+    gradient_checkpointing: bool = option(False,
+        "recompute activations in the backward pass: less memory, a third slower",
         resume="machine")
     local_rank: int = option(-1, "set by old launchers; the environment variable LOCAL_RANK wins", resume="free")
 
@@ -50,7 +51,8 @@ def defer_signals(
     "Hold Ctrl-C and `kill` back until the block is done; a second one breaks in."
     asked = []
     def hear(kind, frame):
-        if not patient and kind == signal.SIGINT and kind in asked: raise KeyboardInterrupt # a launcher may send one of each
+        # a launcher may send one of each
+        if not patient and kind == signal.SIGINT and kind in asked: raise KeyboardInterrupt
         asked.append(kind)
     with signal_handler(signal.SIGINT, hear), signal_handler(signal.SIGTERM, hear): yield
     if asked: signal.raise_signal(asked[0]) # whoever listens outside hears of it now
@@ -88,7 +90,8 @@ def usable_tracker(
     if report_to in ("none", "all"): return None if report_to == "none" else "all"
     if find_spec(report_to) is not None: return report_to
     package = report_to.replace("_", "-")
-    log(f"{report_to} is not installed: the curves go to training_log.jsonl only (pip install {package}, or --report_to none)")
+    log(f"{report_to} is not installed: the curves go to training_log.jsonl only (pip install {package}, or "
+        "--report_to none)")
 
 # %% ../../nbs/library/train_machine.ipynb #9af1b819
 PATIENCE = timedelta(hours=3) # with a process that draws or uploads
@@ -100,10 +103,11 @@ REFUSED = dict(ACCELERATE_USE_MEGATRON_LM="Megatron-LM", ACCELERATE_USE_PARALLEL
 def data_parallel(
     log=print, # gets one sentence when that is not what the launcher asked for
 ):
-    "Let every process keep whole weights, whatever the launcher's config would shard; CourseError for what cannot be undone."
+    "Let every process keep whole weights, whatever the launcher would shard; CourseError for what cannot be undone."
     asked = {variable: os.environ[variable] for variable in {**SHARDED, **REFUSED} if env_flag(variable)}
     for variable in asked.keys() & REFUSED.keys():
-        raise CourseError(f"the launcher asks for {REFUSED[variable]}, which changes the network itself: wanted data parallelism; "
+        raise CourseError(f"the launcher asks for {REFUSED[variable]}, which changes the network itself: wanted data "
+            "parallelism; "
             "use accelerate launch --multi_gpu, or a config file with distributed_type: MULTI_GPU")
     for variable in asked:
         log(f"the launcher asks for {SHARDED[variable]}: the processes share the work, and each keeps the whole model, "
@@ -125,7 +129,8 @@ def accelerating(
     "An Accelerator for one run; trackers are closed and accelerate's shared state is cleared at the end."
     AcceleratorState._reset_state()
     with data_parallel(log):
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused), InitProcessGroupKwargs(timeout=PATIENCE)]
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused),
+            InitProcessGroupKwargs(timeout=PATIENCE)]
         accelerator = Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=logging_dir,
             kwargs_handlers=handlers)
         accelerator.gradient_accumulation_steps = 1 # `fit` divides by the number of samples itself
@@ -148,9 +153,11 @@ def check_machine(
         raise CourseError(f"--local_rank is {local_rank} but no launcher set LOCAL_RANK: "
             "start several processes with accelerate launch")
     if eight_bit and not (cuda and find_spec("bitsandbytes")):
-        raise CourseError("8-bit Adam needs an NVIDIA GPU and the package bitsandbytes: leave it out, a LoRA's Adam state is small")
+        raise CourseError("8-bit Adam needs an NVIDIA GPU and the package bitsandbytes: leave it out, a LoRA's Adam "
+            "state is small")
     if enable_xformers_memory_efficient_attention and not (find_spec("xformers") and cuda):
-        raise CourseError("--enable_xformers_memory_efficient_attention needs a GPU and the xformers package: leave it out, "
+        raise CourseError("--enable_xformers_memory_efficient_attention needs a GPU and the xformers package: leave "
+            "it out, "
             "torch's own attention is as fast")
     if enable_npu_flash_attention and find_spec("torch_npu") is None:
         raise CourseError("--enable_npu_flash_attention needs an Ascend NPU and the torch_npu package: leave it out")
@@ -170,7 +177,8 @@ def output_lock(
     lock = FileLock(folder/".lock", is_singleton=True) # the file stays: who removes it may remove another one's lock
     try: lock.acquire(timeout=0)
     except Timeout as error:
-        raise CourseError(f"another process is training into {folder}: wanted a folder of its own for each run; wait for it, "
+        raise CourseError(f"another process is training into {folder}: wanted a folder of its own for each run; wait "
+            "for it, "
             "or choose another --output_dir") from error
     except (OSError, NotImplementedError): pass # a file system without locks
     try: yield

@@ -36,10 +36,12 @@ def masked_mse(
 ): # (b,) float32
     "Squared error under a mask, averaged over all pixels of each sample; CourseError for a weight outside 0 .. 1."
     if not 0 <= unmasked_weight <= 1:
-        raise CourseError(f"unmasked_weight is {unmasked_weight}: wanted a number from 0 (nothing counts outside the mask) "
+        raise CourseError(f"unmasked_weight is {unmasked_weight}: wanted a number from 0 (nothing counts outside the "
+            "mask) "
             "to 1 (no mask)")
     mask = mask.to(target.device).float()
-    if mask.shape[-2:] != target.shape[-2:]: mask = F.interpolate(mask, target.shape[-2:], mode="area") # share of each latent's pixels
+    # share of each latent's pixels
+    if mask.shape[-2:] != target.shape[-2:]: mask = F.interpolate(mask, target.shape[-2:], mode="area")
     weight = unmasked_weight + (1 - unmasked_weight)*mask
     return ((prediction.float() - target.float()).square()*weight).flatten(1).mean(1)
 
@@ -84,7 +86,8 @@ def debiased_weight(
 ): # weight of each sample (b,)
     "Debiased estimation (Yu et al., 2024): every prediction type counts the error on x0 by the root of the snr."
     if prediction_type == "epsilon": return snr.rsqrt()
-    if prediction_type == "v_prediction": return 1 / (snr.sqrt() + snr.rsqrt()) # sqrt(snr) / (snr + 1), and 0 at both ends
+    # sqrt(snr) / (snr + 1), and 0 at both ends
+    if prediction_type == "v_prediction": return 1 / (snr.sqrt() + snr.rsqrt())
     if prediction_type == "sample": return snr.sqrt()
     raise CourseError(f"prediction_type {prediction_type!r} is unknown: wanted epsilon, v_prediction or sample")
 
@@ -94,7 +97,8 @@ def _weighting_field(one):
     if one.kind is bool: return one.flag, bool, option(False, one.help)
     return one.flag, one.kind | None, option(None, one.help, one.limit)
 
-WeightingOptions = make_dataclass("WeightingOptions", map(_weighting_field, WEIGHTINGS.values()), frozen=True, kw_only=True)
+WeightingOptions = make_dataclass("WeightingOptions", map(_weighting_field, WEIGHTINGS.values()), frozen=True,
+    kw_only=True)
 WeightingOptions.__doc__ = "How much each noise level counts; one option for each registered weighting."
 WeightingOptions.__module__ = __name__
 
@@ -148,7 +152,8 @@ def predict(
     "One forward pass of SDXL's UNet, in the dtype of its weights."
     dtype = next(unet.parameters()).dtype
     conditions = dict(text_embeds=batch.pooled_prompt_embeds.to(dtype), time_ids=batch.time_ids)
-    return unet(noisy.to(dtype), timesteps, batch.prompt_embeds.to(dtype), added_cond_kwargs=conditions, return_dict=False)[0]
+    return unet(noisy.to(dtype), timesteps, batch.prompt_embeds.to(dtype), added_cond_kwargs=conditions,
+        return_dict=False)[0]
 
 # %% ../../nbs/library/train_objective.ipynb #5fe667cb
 def denoising_loss(
@@ -193,7 +198,8 @@ class DenoisingLoss(torch.nn.Module):
         prior_loss_weight:float=None, # second half of each batch: class pictures, counted so much
     ):
         super().__init__()
-        self.unet, self.schedule, self.weighting, self.unmasked_weight = components.unet, schedule, weighting, unmasked_weight
+        self.unet, self.schedule = components.unet, schedule
+        self.weighting, self.unmasked_weight = weighting, unmasked_weight
         self.max_token_length, self.prior_loss_weight = max_token_length, prior_loss_weight
         self.force_zeros = components.force_zeros_for_empty_prompt
         if encode_text:
@@ -222,8 +228,9 @@ def without_adapters(*models):
 
 # %% ../../nbs/library/train_objective.ipynb #139ecb08
 class PriorDistillation(DenoisingLoss):
-    "Adds how far the trained model is from the base model on the class prompt (learning without forgetting, Li and Hoiem, 2016)."
-    def __init__(self, components, schedule, class_prompt="", teacher_weight=1.0, encode_text=False, max_token_length=75, **options):
+    "Adds how far the trained model is from the base model on the class prompt (Li and Hoiem, 2016)."
+    def __init__(self, components, schedule, class_prompt="", teacher_weight=1.0, encode_text=False,
+        max_token_length=75, **options):
         super().__init__(components, schedule, encode_text=encode_text, max_token_length=max_token_length, **options)
         self.class_prompt, self.teacher_weight = class_prompt, teacher_weight
         if encode_text: return
@@ -235,7 +242,8 @@ class PriorDistillation(DenoisingLoss):
         embeds, pooled = ((self.class_embeds, self.class_pooled) if hasattr(self, "class_embeds")
             else encode_prompts(self, [self.class_prompt], self.max_token_length))
         b = len(batch.latents)
-        return replace(batch, prompt_embeds=embeds.expand(b, *embeds.shape[1:]), pooled_prompt_embeds=pooled.expand(b, -1))
+        return replace(batch, prompt_embeds=embeds.expand(b, *embeds.shape[1:]),
+            pooled_prompt_embeds=pooled.expand(b, -1))
 
     def forward(self, batch, noise, timesteps, captions=None): # -> (b,)
         noisy, times = self.schedule.model_input(batch.latents, noise, timesteps)
@@ -243,5 +251,6 @@ class PriorDistillation(DenoisingLoss):
             target = predict(self.unet, noisy, times, self.of_class(batch))
         drift = per_sample_mse(predict(self.unet, noisy, times, self.of_class(batch)), target)
         weight = self.schedule.answer_weight(timesteps)
-        if self.weighting is not None: weight = weight*self.weighting(self.schedule.snr(timesteps), self.schedule.prediction_type)
+        if self.weighting is not None: weight = weight*self.weighting(self.schedule.snr(timesteps),
+            self.schedule.prediction_type)
         return super().forward(batch, noise, timesteps, captions) + self.teacher_weight*weight*drift

@@ -32,7 +32,8 @@ class OptimizerOptions:
     adam_weight_decay: float = option(1e-2, "pull towards zero", "0 ..")
     adam_epsilon: float = option(1e-8, "keeps Adam's division finite", "> 0 ..")
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", "> 0 ..")
-    skip_nan_updates: bool = option(False, "leave out updates whose numbers are not finite, up to 20 in a row; otherwise stop")
+    skip_nan_updates: bool = option(False,
+        "leave out updates whose numbers are not finite, up to 20 in a row; otherwise stop")
 
     constraints: ClassVar = (
         (lambda c: c.use_8bit_adam and c.optimizer.lower() not in ("adamw", "adamw8bit"),
@@ -42,13 +43,15 @@ class OptimizerOptions:
     def eight_bit(self)->bool: return self.use_8bit_adam or self.optimizer.lower() == "adamw8bit"
 
     def check_optimizer(self): # CourseError for an unknown one
-        if self.optimizer.lower() not in OPTIMIZERS: raise CourseError(not_among("--optimizer", self.optimizer, OPTIMIZERS))
+        if self.optimizer.lower() not in OPTIMIZERS: raise CourseError(not_among("--optimizer", self.optimizer,
+            OPTIMIZERS))
 
 # %% ../../nbs/library/train_optimizer.ipynb #5e90a154
 @dataclass(frozen=True, kw_only=True)
 class ProdigyOptions:
     "Options of Prodigy alone (Mishchenko and Defazio, 2024)."
-    prodigy_beta3: float | None = option(None, "memory of Prodigy's step-size estimate; not given: square root of adam_beta2",
+    prodigy_beta3: float | None = option(None,
+        "memory of Prodigy's step-size estimate; not given: square root of adam_beta2",
         "0 .. < 1")
     prodigy_decouple: bool = option(True, "weight decay as AdamW does it")
     prodigy_use_bias_correction: bool = option(True, "correct Adam's first steps")
@@ -59,7 +62,8 @@ class ProdigyOptions:
             "--prodigy_beta3 does nothing without --optimizer prodigy"),)
 
 # %% ../../nbs/library/train_optimizer.ipynb #7df46c12
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "piecewise_constant")
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
@@ -72,7 +76,8 @@ class ScheduleOptions:
 
     constraints: ClassVar = (
         (lambda c: c.lr_scheduler == "piecewise_constant" and not c.lr_step_rules,
-            "--lr_scheduler piecewise_constant came without rules: wanted --lr_step_rules as well, for instance 1:100,0.1"),
+            "--lr_scheduler piecewise_constant came without rules: wanted --lr_step_rules as well, for instance "
+            "1:100,0.1"),
         (lambda c: c.optimizer.lower() == "schedulefree" and not c.lr_scheduler.startswith("constant"),
             "--optimizer schedulefree replaces the schedule: wanted --lr_scheduler constant or constant_with_warmup"))
 
@@ -91,7 +96,8 @@ class EmaOptions:
     constraints: ClassVar = (
         (lambda c: c.optimizer.lower() == "schedulefree" and c.use_ema,
             "--optimizer schedulefree averages by itself: leave --use_ema out"),
-        (lambda c: not c.use_ema and is_set(c, "ema_decay"), "--ema_decay does nothing without --use_ema: add it, or leave it out"))
+        (lambda c: not c.use_ema and is_set(c, "ema_decay"),
+        "--ema_decay does nothing without --use_ema: add it, or leave it out"))
 
 # %% ../../nbs/library/train_optimizer.ipynb #6bdb4e8d
 def _package(name, needed_by): # the module
@@ -109,7 +115,7 @@ def make_optimizer(
     name:str="adamw", # one of OPTIMIZERS
     prodigy:dict=None, # further options of Prodigy
 ): # torch optimizer
-    "An optimizer by name: AdamW, Prodigy, Adafactor (Shazeer and Stern, 2018), schedule-free AdamW (Defazio et al., 2024)."
+    "An optimizer by name; Adafactor: Shazeer and Stern, 2018; schedule-free: Defazio et al., 2024."
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     cuda, common = first.device.type == "cuda", dict(lr=learning_rate, weight_decay=weight_decay)
     adam = dict(betas=betas, eps=epsilon, **common)
@@ -118,7 +124,8 @@ def make_optimizer(
     if name == "schedulefree": return _package("schedulefree", name).AdamWScheduleFree(parameters, **adam)
     if name == "adafactor":
         return Adafactor(parameters, relative_step=False, scale_parameter=False, warmup_init=False, **common)
-    if not cuda: raise CourseError("--optimizer adamw8bit needs an NVIDIA GPU: leave it out, a LoRA's Adam state is small")
+    if not cuda: raise CourseError("--optimizer adamw8bit needs an NVIDIA GPU: leave it out, a LoRA's Adam state is "
+        "small")
     return _package("bitsandbytes", name).optim.AdamW8bit(parameters, **adam)
 
 # %% ../../nbs/library/train_optimizer.ipynb #3b0a7806
@@ -187,8 +194,10 @@ class Muon(torch.optim.Optimizer):
         "Move every matrix by one step."
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                step = orthogonalize(p.grad.lerp(momentum, group["momentum"]).flatten(1)) # Nesterov: look one step ahead
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad,
+                    1 - group["momentum"])
+                # Nesterov: look one step ahead
+                step = orthogonalize(p.grad.lerp(momentum, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"]*group["weight_decay"])
                 p.add_(step.view(p.shape), alpha=-group["lr"]*0.2*max(step.shape)**0.5)
 
@@ -230,7 +239,8 @@ def muon_with_adamw(
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trained if matrix_rate and wide(p)]
     others = [p for p in trained if not (matrix_rate and wide(p))]
-    parts = [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)] if others else []
+    parts = [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=weight_decay,
+        fused=True)] if others else []
     if matrices: parts.append(Muon(matrices, learning_rate*matrix_rate, weight_decay=weight_decay))
     return CombinedOptimizer(parts)
 

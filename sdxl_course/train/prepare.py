@@ -69,7 +69,8 @@ def load_model(
             variant=config.variant, config=config_folder(model))
     except CourseError as error:
         if not single or config_folder(model): raise
-        raise CourseError(f"{error}; without network, put the folder of an SDXL pipeline beside it, named {Path(model).stem}") from error
+        raise CourseError(f"{error}; without network, put the folder of an SDXL pipeline beside it, named "
+            f"{Path(model).stem}") from error
 
 # %% ../../nbs/library/train_prepare.ipynb #0ea56074
 def load_base(
@@ -88,7 +89,8 @@ def load_base(
         network = getattr(components, part)
         wanted = torch.float32 if part in full_precision else vae_dtype(network, dtype) if part == "vae" else dtype
         torch.nn.Module.to(network, device, wanted).requires_grad_(False)
-    components.scheduler = inference_scheduler(components.scheduler, config.prediction_type, config.rescale_betas_zero_snr)
+    components.scheduler = inference_scheduler(components.scheduler, config.prediction_type,
+        config.rescale_betas_zero_snr)
     if config.enable_xformers_memory_efficient_attention: components.unet.enable_xformers_memory_efficient_attention()
     if config.enable_npu_flash_attention: components.unet.enable_npu_flash_attention()
     return components
@@ -108,7 +110,8 @@ def make_loader(
     cache = LatentCache(place and Path(place).expanduser()/"encoded")
     bias = {name.removeprefix("timestep_bias_"): value for name, value in fields_of(config, TimestepOptions).items()}
     weights = timestep_weights(components.scheduler.config.num_train_timesteps, **bias)
-    return BatchLoader(records, components, seed, device, cache, class_records, companions, weights, cached_crops=config.cached_crops,
+    return BatchLoader(records, components, seed, device, cache, class_records, companions, weights,
+        cached_crops=config.cached_crops,
         noise_offset=config.noise_offset, **fields_of(config, ImageOptions, CaptionOptions))
 
 # %% ../../nbs/library/train_prepare.ipynb #f118a413
@@ -122,7 +125,8 @@ def report_data(
     captions = [caption for r in loader.records for caption in r.captions]
     how = lambda answer, other: f"{'encoded once and kept' if answer[0] else other}, {answer[1]}"
     log(f"{len(loader.records)} pictures with {len(captions)} captions; "
-        f"pictures are {how(latents, 'cut and encoded afresh each time')}; captions are {how(texts, 'encoded in every step')}")
+        f"pictures are {how(latents, 'cut and encoded afresh each time')}; captions are "
+        f"{how(texts, 'encoded in every step')}")
     if loader.cache.folder and (latents[0] or texts[0]): log(f"what is kept lies in {loader.cache.folder}")
     if loader.use_aspect_ratio_buckets:
         log("buckets (height x width): "
@@ -137,7 +141,8 @@ def report_lengths(
     "Say which captions lose their end."
     cut = [caption for caption in dict.fromkeys(captions) if dropped_text(tokenizer, caption, max_token_length)]
     if not cut: return
-    log(f"{len(cut)} captions are longer than {max_token_length + 2} tokens and lose their end; the first of them loses "
+    log(f"{len(cut)} captions are longer than {max_token_length + 2} tokens and lose their end; the first of them "
+        "loses "
         f"{dropped_text(tokenizer, cut[0], max_token_length)!r}; --max_token_length 150 or 225 reads more")
 
 # %% ../../nbs/library/train_prepare.ipynb #523682eb
@@ -148,10 +153,13 @@ def optimizer_and_schedule(
     scale:float=1, # of the learning rate
 )->tuple: # (torch optimizer, learning-rate schedule)
     "The optimizer and the schedule that the options ask for."
-    prodigy = {name: getattr(config, f"prodigy_{name}") for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")}
-    optimizer = make_optimizer(groups, config.learning_rate*scale, (config.adam_beta1, config.adam_beta2), config.adam_weight_decay,
+    prodigy = {name: getattr(config, f"prodigy_{name}") for name in ("beta3", "decouple", "use_bias_correction",
+        "safeguard_warmup")}
+    optimizer = make_optimizer(groups, config.learning_rate*scale, (config.adam_beta1, config.adam_beta2),
+        config.adam_weight_decay,
         config.adam_epsilon, "adamw8bit" if config.eight_bit else config.optimizer.lower(), prodigy)
-    return optimizer, make_schedule(optimizer, config.lr_scheduler, config.lr_warmup_steps, updates, config.lr_step_rules,
+    return optimizer, make_schedule(optimizer, config.lr_scheduler, config.lr_warmup_steps, updates,
+        config.lr_step_rules,
         config.lr_num_cycles, config.lr_power)
 
 # %% ../../nbs/library/train_prepare.ipynb #3b3978c5
@@ -160,7 +168,8 @@ def make_noise_schedule(
     scheduler, # of the base model
 ): # NoiseSchedule
     "The noise schedule that model and options ask for."
-    return noise_schedule(scheduler, config.prediction_type, config.rescale_betas_zero_snr, config.do_edm_style_training,
+    return noise_schedule(scheduler, config.prediction_type, config.rescale_betas_zero_snr,
+        config.do_edm_style_training,
         bool(active_weightings(config)))
 
 def make_loss(
@@ -173,7 +182,8 @@ def make_loss(
 ): # module: batch -> loss of each sample
     "The loss module that the options ask for."
     weighting = make_weighting(**{flag: getattr(config, flag) for flag in active_weightings(config)})
-    return kind(components, schedule, weighting=weighting, encode_text=encode_text, unmasked_weight=config.unmasked_weight,
+    return kind(components, schedule, weighting=weighting, encode_text=encode_text,
+        unmasked_weight=config.unmasked_weight,
         max_token_length=config.max_token_length, **options)
 
 def read_captioned(
@@ -181,4 +191,5 @@ def read_captioned(
     folder, # of pictures with captions
 )->list: # ImageRecord
     "Pictures to measure the loss on."
-    return read_dataset(folder, image_column=config.image_column, caption_column=config.caption_column, cache_dir=config.cache_dir)
+    return read_dataset(folder, image_column=config.image_column, caption_column=config.caption_column,
+        cache_dir=config.cache_dir)

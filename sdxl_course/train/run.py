@@ -19,7 +19,8 @@ from ..data.preprocess import to_tensor
 from ..model.conditioning import encode_prompts
 from ..model.sampling import eval_mode
 from ..options import config_dict, resume_kinds
-from .checkpoint import checkpointing, load_checkpoint, logging_to, read_state, refuse_changes, save_checkpoint
+from .checkpoint import checkpointing, load_checkpoint, logging_to, read_state, refuse_changes
+from .checkpoint import save_checkpoint
 from .loop import TrainState, eval_weights, fit
 from .machine import defer_signals
 from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_captioned
@@ -39,7 +40,8 @@ class Method:
     loss: object = make_loss # function of (config, components, schedule, encode_text): module
     schedule: object = make_noise_schedule # function of (config, scheduler): NoiseSchedule
     read_validation: object = read_captioned # function of (config, folder): ImageRecords
-    class_records: object = None # function of (config, components, log): (ImageRecords, components); None: no class pictures
+    # function of (config, components, log): (ImageRecords, components); None: no class pictures
+    class_records: object = None
     remarks: object = lambda config: [] # function of (config): sentences said before anything is loaded
     check: object = lambda config, records: None # function of (config, records): may raise CourseError
     trigger: object = lambda config: "" # function of (config): words that call up what was learnt, for the model card
@@ -146,7 +148,8 @@ def validate(self:Run,
     config, step = self.config, self.state.step
     seeds = [1000*self.state.seed + i for i in range(config.num_validation_images)]
     with eval_weights(self.state):
-        images, files, prompts = draw_validation(self.components, config.prompts(), seeds, self.embed, self.loader.empty_embeds,
+        images, files, prompts = draw_validation(self.components, config.prompts(), seeds, self.embed,
+            self.loader.empty_embeds,
             config.resolution, folder, stem)
     def send(tracker):
         if tracker.name == "tensorboard":
@@ -156,7 +159,8 @@ def validate(self:Run,
     return images, files, prompts
 
 # %% ../../nbs/library/train_run.ipynb #db63aad3
-TRACKED = dict(train_loss="loss", lr="lr", grad_norm="grad_norm", validation_loss="validation_loss") # name there -> here
+# name there -> here
+TRACKED = dict(train_loss="loss", lr="lr", grad_norm="grad_norm", validation_loss="validation_loss")
 
 @patch
 def log_row(self:Run, state, row):
@@ -193,7 +197,8 @@ def hooks(self:Run,
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
         config.checkpoints_total_limit, accelerator.scaler)
     write = logging_to(self.output_dir/"training_log.jsonl", self.state)
-    return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row, self.validate_when_due]
+    return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row,
+        self.validate_when_due]
 
 @patch
 def plot(self:Run, after=()): # (update, validation loss) pairs that are not in the log
@@ -213,11 +218,12 @@ def batches(self:Run): # yields (MicroBatch, arguments of the loss module)
 
 @patch
 def train(self:Run):
-    "Every update that is left. Interrupted, it writes a checkpoint; called again, it goes on as if nothing had happened."
+    "Every update that is left. Interrupted, it writes a checkpoint; called again, it goes on."
     config, quiet = self.config, not (self.accelerator.is_main_process and watched())
     with tqdm(total=self.updates, initial=self.state.step, desc="training", disable=quiet) as bar:
         try:
-            fit(self.loss, self.batches(), self.state, self.accelerator, config.max_grad_norm, self.hooks(bar), self.loader.name,
+            fit(self.loss, self.batches(), self.state, self.accelerator, config.max_grad_norm, self.hooks(bar),
+                self.loader.name,
                 config.skip_nan_updates, config.debug_loss)
         except KeyboardInterrupt:
             with defer_signals(patient=True): self.save_interrupted()
@@ -238,7 +244,8 @@ def finish(self:Run)->Result:
     main, path = self.accelerator.is_main_process, None
     if main:
         with eval_weights(self.state): path = self.trained.publish(self.output_dir)
-    result = Result(self.output_dir, path, self.state.rows, self.state.seed, self.loss_before, self.measure(), self.measured_on,
+    result = Result(self.output_dir, path, self.state.rows, self.state.seed, self.loss_before, self.measure(),
+        self.measured_on,
         report=self.report)
     if main: self.explain(result)
     self.accelerator.wait_for_everyone()
@@ -256,4 +263,5 @@ def explain(self:Run,
     self.plot([(self.state.step, result.validation_loss_after)])
     self.log(f"saved {result.weights_path}; loss on {self.measured_on} {self.loss_before:.4f} before, "
         f"{result.validation_loss_after:.4f} after")
-    if self.repository: result.url = push_folder(self.repository, self.output_dir, config.token())
+    if self.repository: result.url = push_folder(self.repository, self.output_dir, config.token(),
+        self.trained.card.files)

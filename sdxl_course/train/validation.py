@@ -31,7 +31,8 @@ class ValidationOptions:
     validation_epochs: int = option(1, "draw after every so many epochs", "1 ..", "free")
     validation_split: float = option(0.0, "share of the pictures held out to measure the loss on", "0 .. < 1")
     validation_data_dir: str | None = option(None, "folder of pictures to measure the loss on", resume="free")
-    validation_loss_steps: int | None = option(None, "measure it every so many updates; not given: at the start and at the end",
+    validation_loss_steps: int | None = option(None,
+        "measure it every so many updates; not given: at the start and at the end",
         "1 ..", "free")
     skip_final_inference: bool = option(False, "draw nothing at the end", resume="free")
 
@@ -68,12 +69,13 @@ def validation_set(
     records:list, # ImageRecord
     loader, # BatchLoader: knows the VAE and how pictures are cut
 )->list: # (record, latent_mean, latent_std, sizes)
-    "The pictures that the loss is measured on, cut in the middle and encoded; CourseError for latents that are not finite."
+    "The pictures that the loss is measured on, cut in the middle and encoded; CourseError for bad latents."
     encoded, side = [], loader.resolution
     sizes = bucket_sizes(side) if loader.use_aspect_ratio_buckets else [(side,)*2]
     for record in records[:MOST]:
         target = nearest_bucket((record.height, record.width), sizes)
-        prepared = prepare_image(open_image(record.path), side, True, False, loader.image_interpolation_mode, target_size=target)
+        prepared = prepare_image(open_image(record.path), side, True, False, loader.image_interpolation_mode,
+            target_size=target)
         mean, std = (x[0].cpu() for x in posterior(loader.components.vae, prepared.pixels[None]))
         if not (mean.isfinite().all() and std.isfinite().all()): raise CourseError(f"{record.path}: {NOT_FINITE}")
         encoded.append((record, mean, std, {name: getattr(prepared, name) for name in SIZES}))
@@ -97,7 +99,8 @@ def validation_loss(
         levels = torch.tensor([int((j + (i + 0.5)/len(encoded))*len(schedule)/times) for j in range(times)])
         batch = collate([entry]*times).to(device)
         with eval_mode(unet):
-            losses.append(denoising_loss(unet, batch, schedule, torch.stack(draws).to(device), levels.to(device)).mean())
+            losses.append(denoising_loss(unet, batch, schedule, torch.stack(draws).to(device),
+                levels.to(device)).mean())
     return float(torch.stack(losses).mean())
 
 # %% ../../nbs/library/train_validation.ipynb #b1050ed7
