@@ -456,11 +456,11 @@ def test_a_companion_whose_latents_are_not_numbers_is_named(components, record, 
     with pytest.raises(CourseError, match="twin.png: its latents are not finite"): LatentCache().picture(record, broken, 32, companions=(TWIN,))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(center_crop=True), dict(buckets=True), dict(cached_crops=2)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(center_crop=True), dict(use_aspect_ratio_buckets=True), dict(cached_crops=2)], ids=str)
 @pytest.mark.parametrize("kept", [False, True], ids=["fresh", "cached"])
 def test_companions_share_crop_and_flip_in_every_batch(toy, make_pictures, options, kept):
     records, components = copied(read_dataset(make_pictures(4, size=(96, 144)))), toy()
-    loader = BatchLoader(records, components, 3, 64, random_flip=True, companions=(TWIN, COPY), **options)
+    loader = BatchLoader(records, components, 3, resolution=64, random_flip=True, companions=(TWIN, COPY), **options)
     loader.encode_once(kept, True)
     views = set()
     for epoch in range(4):
@@ -468,10 +468,10 @@ def test_companions_share_crop_and_flip_in_every_batch(toy, make_pictures, optio
         batch = loader.batch(micro, loader.prepare(micro), 1000)[0].to("cpu")
         means = torch.cat([posterior(components.vae, pixels[None])[0] for pixels in batch.extra["copy"]])
         torch.testing.assert_close(batch.extra["twin_mean"], means, rtol=1e-4, atol=1e-5)                # what is kept as pixels is what was encoded
-        for (tensors, sizes), twin, std, mask in zip(loader.encode(micro, loader.prepare(micro)), batch.extra["twin_mean"], batch.extra["twin_std"], batch.extra["mask"]):
+        for (tensors, sizes), twin, std, mask in zip(loader.latents(micro, loader.prepare(micro)), batch.extra["twin_mean"], batch.extra["twin_std"], batch.extra["mask"]):
             torch.testing.assert_close(twin, tensors["latent_mean"], rtol=1e-4, atol=1e-5); torch.testing.assert_close(std, tensors["latent_std"], rtol=1e-4, atol=1e-5)
             assert torch.equal(mask, torch.ones(1, *twin.shape[1:]))
-        views |= {(i, *loader.view(epoch, i)) for i in range(4)}
+        views |= {(i, *loader.augmentation(epoch, i)) for i in range(4)}
     assert len({flipped for i, flipped, crop in views}) == 2
 
 

@@ -267,7 +267,7 @@ def test_captions_are_measured_by_the_asked_for_model(make_pictures, toy_model, 
 
 @pytest.mark.parametrize("words, say", [
     ([], "no folder was given"), (["a", "--train_data_dir", "b"], "two folders"), (["a", "--resolution", "big"], "invalid int value: 'big'"), (["nowhere"], "is not there"),
-    (["a", "--resolutoin", "8"], "did you mean --resolution?"), (["DIR", "--resolution", "8"], "too small"), (["DIR", "--resolution", "24", "--use_aspect_ratio_buckets"], "too small for buckets"),
+    (["a", "--resolutoin", "8"], "did you mean resolution?"), (["DIR", "--resolution", "8"], "too small"), (["DIR", "--resolution", "24", "--use_aspect_ratio_buckets"], "too small for buckets"),
     (["DIR", "--model", "tinny"], "no tokenizer of 'tinny'"), (["DIR", "--output", "DIR/0.png/report.json"], "could not be written")])
 def test_what_stops_the_command_is_one_sentence(words, say, make_pictures, capsys):
     folder = make_pictures(1)
