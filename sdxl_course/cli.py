@@ -60,8 +60,8 @@ def main(
     word, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if word in ("-h", "--help", "help"): print(overview()); return 0
     if word == "--version": print("sdxl_course", importlib.metadata.version("sdxl_course")); return 0
-    from sdxl_course.core import guarded
-    return guarded(run_word, word, rest)
+    from sdxl_course.core import run_guarded
+    return run_guarded(run_word, word, rest)
 
 # %% ../nbs/library/cli.ipynb #c3f0d89b
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from .core import guarded, image_grid, provenance, write_json
+from .core import image_grid, provenance, run_guarded, write_json
 from .options import check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, Scene
 from .world.samples import sample_dir, sample_scenes
@@ -155,7 +155,7 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
     "`sdxl-course demo`"
-    return guarded(lambda: run_demo(parse_config(DemoConfig, argv, "sdxl-course demo")) and 0)
+    return run_guarded(lambda: run_demo(parse_config(DemoConfig, argv, "sdxl-course demo")) and 0)
 
 # %% ../nbs/library/demo.ipynb #25f5744a
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

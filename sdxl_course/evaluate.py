@@ -16,7 +16,7 @@ import time
 from PIL import Image
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from .core import CourseError, guarded, image_grid, provenance, seeded, watched, write_json
+from .core import CourseError, image_grid, is_interactive, provenance, run_guarded, seeded, write_json
 from .options import writable_folder
 from .options import check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT
@@ -136,7 +136,7 @@ def draw_scenes(
         seeds = [10_000*config.seed + k + i for i in range(len(part))]
         if pipeline is None: pictures += [render(scene) for scene in part]
         else: pictures += generate(pipeline, [prompt_of(scene) for scene in part], seeds, config.num_inference_steps,
-            config.guidance_scale, batch_size=config.batch_size, progress=watched())
+            config.guidance_scale, batch_size=config.batch_size, progress=is_interactive())
         seconds += [(time.perf_counter() - began)/len(part)]*len(part)
     return pictures, seconds
 
@@ -291,7 +291,7 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
     "`sdxl-course evaluate`"
-    return guarded(lambda: evaluate_model(parse_config(EvaluateConfig, argv, "sdxl-course evaluate")) and 0)
+    return run_guarded(lambda: evaluate_model(parse_config(EvaluateConfig, argv, "sdxl-course evaluate")) and 0)
 
 # %% ../nbs/library/evaluate.ipynb #4106380a
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

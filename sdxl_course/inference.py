@@ -14,14 +14,14 @@ import sys
 from PIL.PngImagePlugin import PngInfo
 from dataclasses import dataclass
 from pathlib import Path
-from .core import CourseError, guarded, image_grid, pick_device, watched, weight_dtype
+from .core import CourseError, image_grid, is_interactive, pick_device, run_guarded, weight_dtype
 from .core import write_atomic
 from .options import writable_folder
 from .options import option, parse_config
 from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
-from .model.conditioning import dropped_text
+from .model.conditioning import removed_text
 from .model.sampling import generate, picture_size
 from .model.lora_files import attach_lora
 
@@ -175,7 +175,7 @@ def warn_about_prompts(
     "Say which words a model will not read, and which ones sdxl-tiny never learned."
     known = " (the LoRA may have)" if config.lora else "; it knows only its own small world, see sdxl_course.world"
     for prompt in config.prompt:
-        lost, new = dropped_text(tokenizer, prompt), unlearned_words(prompt)
+        lost, new = removed_text(tokenizer, prompt), unlearned_words(prompt)
         if lost: print(f"a prompt is too long, the model will not hear its end: {lost!r}")
         if config.model == "tiny" and new: print(f"sdxl-tiny never learned {', '.join(new)}{known}")
 
@@ -208,7 +208,7 @@ def draw_and_save(
     size = (config.height or known, config.width or known)
     prompts, seeds = zip(*[(p, config.seed + i) for p in config.prompt for i in range(config.num_images)])
     pictures = generate(pipeline, prompts, seeds, config.num_inference_steps, config.guidance_scale, size,
-        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=watched())
+        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=is_interactive())
     shared = settings_of(config, pipeline)
     paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])
     columns = min(config.num_images, 8) if len(config.prompt) > 1 else None
@@ -222,7 +222,7 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code: 0 done, 2 wrong input
     "`sdxl-course generate`"
-    return guarded(lambda: draw_and_save(parse_config(GenerateConfig, argv, "sdxl-course generate")) and 0)
+    return run_guarded(lambda: draw_and_save(parse_config(GenerateConfig, argv, "sdxl-course generate")) and 0)
 
 # %% ../nbs/library/inference.ipynb #2284d65f
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

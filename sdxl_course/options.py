@@ -22,7 +22,7 @@ from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
-from .core import CourseError, guarded, nearest
+from .core import CourseError, nearest, run_guarded
 
 # %% ../nbs/library/options.ipynb #903ef20d
 RESUME = ("fixed", "free", "machine")
@@ -277,4 +277,4 @@ def run_command(
             print(interrupted, file=sys.stderr)
             raise
         except SystemExit as stop: return int(stop.code or 0)
-    return guarded(run)
+    return run_guarded(run)

@@ -21,7 +21,7 @@ from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from .core import CourseError, image_grid, plain, provenance, write_json
+from .core import CourseError, image_grid, provenance, to_jsonable, write_json
 from .options import check_limits, option, run_command
 from .world.scene import Scene
 from .world.render import render
@@ -245,12 +245,12 @@ def study_settings(
     prompts_for = lambda name: [subject_prompt(scene, "sks chair") for scene in application_scenes(name)]
     prompts = {name: prompts_for(name) for name in APPLICATIONS}
     options = {key: value for key, value in asdict(config).items() if key not in ("output_dir", "variants", "seeds")}
-    return plain(options | dict(weights=weights_name(components),
+    return to_jsonable(options | dict(weights=weights_name(components),
         judges={name: fingerprint(judge)[:16] for name, judge in judges.items()}, prompts=prompts))
 
 def row_settings(name, settings)->dict: # with what `name` means
     "What one row was made with."
-    return dict(settings, variant=plain(VARIANTS.get(name, Variant("chair"))))
+    return dict(settings, variant=to_jsonable(VARIANTS.get(name, Variant("chair"))))
 
 # %% ../nbs/library/study.ipynb #f6f1cef8
 def gather(

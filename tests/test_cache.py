@@ -16,7 +16,7 @@ from sdxl_course.data import cache as cache_module
 from sdxl_course.data.cache import LatentCache, crop_origin, fingerprint, hashed
 from sdxl_course.data.loader import BatchLoader, collate
 from sdxl_course.data.sampler import MicroBatch
-from sdxl_course.model.latents import draw_latents, posterior, vae_dtype
+from sdxl_course.model.latents import posterior, sample_latents, vae_dtype
 from sdxl_course.model.components import load_components
 from sdxl_course.model.architecture import tiny_architecture
 from sdxl_course.model.conditioning import encode_prompts
@@ -76,7 +76,7 @@ def test_drawn_latents_are_the_reference_trainer_s(components):
     pixels = torch.rand(3, 3, 32, 32, generator=seeded("pixels")) * 2 - 1
     mean, std = posterior(components.vae, pixels)
     with torch.no_grad(): want = components.vae.encode(pixels).latent_dist.sample(generator=seeded("n")) * components.vae.config.scaling_factor
-    torch.testing.assert_close(draw_latents(mean, std, torch.randn(mean.shape, generator=seeded("n"))), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sample_latents(mean, std, torch.randn(mean.shape, generator=seeded("n"))), want, rtol=1e-6, atol=1e-6)
 
 
 def test_each_fact_that_matters_changes_the_name(components, record, tmp_path):
@@ -395,7 +395,7 @@ def test_a_batch_holds_each_entry_s_own_facts(components, tmp_path):
     noise = [torch.randn(entries[0].latent_mean.shape, generator=seeded("b", i)) for i in range(3)]
     batch, stacked = collate(entries, noise), collate(entries, torch.stack(noise))
     for i, one in enumerate(entries):
-        assert torch.equal(batch.latents[i], draw_latents(one.latent_mean, one.latent_std, noise[i])) and torch.equal(batch.latents[i], stacked.latents[i])
+        assert torch.equal(batch.latents[i], sample_latents(one.latent_mean, one.latent_std, noise[i])) and torch.equal(batch.latents[i], stacked.latents[i])
         assert torch.equal(batch.prompt_embeds[i], one.prompt_embeds) and torch.equal(batch.pooled_prompt_embeds[i], one.pooled_prompt_embeds)
         assert batch.time_ids[i].tolist() == [records[i].height, records[i].width, *one.crop_top_left, 32, 32]
     alone = collate([entries[1]], [noise[1]])

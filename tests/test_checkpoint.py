@@ -120,7 +120,7 @@ def test_a_run_killed_between_checkpoints_forgets_the_rows_after_the_last_one(tr
 FREE_TEXT = dict(optimizer="schedulefree", train_text_encoder=True, lora_dropout=0.2)
 STOPS = {  # where SIGINT arrives: (what is patched, how often it is called before, how often the key is pressed, options)
     "in the middle of accumulating": ("sdxl_course.train.objective.DenoisingLoss.forward", 3, 1, FREE_TEXT), "within an update": ("sdxl_course.train.loop.ensure_finite", 1, 1, dict(use_ema=True)),
-    "twice within an update": ("torch.optim.lr_scheduler.LambdaLR.step", 1, 2, FREE_TEXT), "while drawing": ("sdxl_course.model.sampling.decode_pictures", 0, 2, dict(use_ema=True)),
+    "twice within an update": ("torch.optim.lr_scheduler.LambdaLR.step", 1, 2, FREE_TEXT), "while drawing": ("sdxl_course.model.sampling.decode_latents", 0, 2, dict(use_ema=True)),
     "in the first step": ("sdxl_course.train.objective.DenoisingLoss.forward", 0, 1, {})}
 
 

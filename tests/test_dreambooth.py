@@ -23,8 +23,8 @@ from sdxl_course.data.records import open_image
 from sdxl_course.train import class_images, prepare
 from sdxl_course.train.class_images import NOTE, class_pictures, missing_pictures
 from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, train_dreambooth
-from sdxl_course.model.adapters import add_lora, inject, lora_parameters, trained_parts
-from sdxl_course.model.lora_files import continue_lora
+from sdxl_course.model.adapters import add_lora, inject_lora, lora_modules, lora_parameters
+from sdxl_course.model.lora_files import initialize_lora_from
 from sdxl_course.model.noise import noise_schedule
 from sdxl_course.model.words import add_tokens, load_learned_tokens
 from sdxl_course.data.preprocess import prepare_image
@@ -611,7 +611,7 @@ def test_the_teacher_adds_the_weighed_distance_to_the_base_model(paired, toy, op
     text, dora = options.pop("text", False), options.pop("use_dora", False)
     base, loader = paired
     live = toy()
-    named = inject(trained_parts(live, text), 0, 4, use_dora=dora)
+    named = inject_lora(lora_modules(live, text), 0, 4, use_dora=dora)
     loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2), 3, True)
     batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
@@ -648,11 +648,11 @@ def test_the_teacher_needs_no_pictures_and_keeps_the_class_where_it_was(dream, t
 
 def test_adapters_are_on_again_after_the_teacher_spoke(toy):
     live = toy()
-    for part in trained_parts(live, True).values(): add_lora(part.requires_grad_(False))
+    for part in lora_modules(live, True).values(): add_lora(part.requires_grad_(False))
     grads = [(n, p.requires_grad) for n, p in live.unet.named_parameters()]
     with pytest.raises(ZeroDivisionError), without_adapters(live.unet, live.text_encoder, live.vae): 1 / 0
     assert [(n, p.requires_grad) for n, p in live.unet.named_parameters()] == grads
-    assert not any(getattr(m, "_disable_adapters", False) for part in trained_parts(live, True).values() for m in part.modules())
+    assert not any(getattr(m, "_disable_adapters", False) for part in lora_modules(live, True).values() for m in part.modules())
 
 
 # ---------------------------------------------------------------- EDM
@@ -857,9 +857,9 @@ def test_defects_31_32_kohya_files_hold_everything_under_the_right_names(dream, 
     assert all(f"{module}.{end}" in kohya for module in modules for end in ("alpha", "lora_down.weight", "lora_up.weight"))
     assert {name.split("_")[1] for name in modules} == ({"unet", "te1", "te2"} if "train_text_encoder" in options else {"unet"})
     live = toy()
-    parts = trained_parts(live, "train_text_encoder" in options)
+    parts = lora_modules(live, "train_text_encoder" in options)
     for part in parts.values(): add_lora(part.requires_grad_(False), 4, options.get("lora_alpha"), use_dora=options.get("use_dora", False))
-    continue_lora(*(parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")), result.output_dir / "pytorch_lora_weights_kohya.safetensors")
+    initialize_lora_from(*(parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")), result.output_dir / "pytorch_lora_weights_kohya.safetensors")
     from sdxl_course.model.lora_files import lora_file_tensors
     back = lora_file_tensors(**parts)[0]
     assert back.keys() == ours.keys() and all(torch.allclose(back[name], ours[name], atol=1e-6) for name in ours)

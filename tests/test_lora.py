@@ -11,7 +11,7 @@ import torch
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
 from sdxl_course.model.adapters import add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
 from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
-from sdxl_course.model.lora_files import attach_lora, continue_lora, load_lora_into, lora_file_tensors, read_lora
+from sdxl_course.model.lora_files import attach_lora, initialize_lora_from, load_lora_into, lora_file_tensors, read_lora
 from sdxl_course.model.lora_files import save_kohya, save_lora, sgm_name
 
 EVERYTHING = "attention+feedforward+convolution"
@@ -211,7 +211,7 @@ def test_kohya_files_come_back_exactly(options, tmp_path):
     assert file.read_bytes() == save_kohya(tmp_path / "b" / "a.safetensors", **models).read_bytes()
     heir = tiny_architecture(1)
     for name in models: add_lora(getattr(heir, name), rank=3, alpha=5, generator=seeded("other"), **options)
-    continue_lora(heir.unet, heir.text_encoder, heir.text_encoder_2, file)
+    initialize_lora_from(heir.unet, heir.text_encoder, heir.text_encoder_2, file)
     for name, model in models.items():
         for (key, p), (_, q) in zip(lora_parameters(model), lora_parameters(getattr(heir, name))): assert torch.equal(p, q), key
 
@@ -226,7 +226,7 @@ def test_kohyas_own_block_names_mean_to_us_what_they_mean_to_diffusers(layers, t
     stock, heir, want = tiny_architecture(0), tiny_architecture(0), predict(SimpleNamespace(**{**vars(tiny_architecture(0)), "unet": unet}))
     stock.pipeline().load_lora_weights(tmp_path, weight_name="sgm.safetensors")
     add_lora(heir.unet, rank=2, alpha=1, layers=layers)
-    continue_lora(heir.unet, None, None, tmp_path / "sgm.safetensors")
+    initialize_lora_from(heir.unet, None, None, tmp_path / "sgm.safetensors")
     for parts in (stock, heir): assert (predict(parts) - want).abs().max() < 1e-5
 
 

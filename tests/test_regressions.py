@@ -304,7 +304,7 @@ def test_8_bit_adam_gets_our_groups_and_settings(monkeypatch, options):
     named = {name: SimpleNamespace(name=name, device=torch.device("cuda")) for name in ("unet.x.lora_A.default.weight", "unet.x.lora_B.default.weight", "text_encoder.x.lora_A.default.weight")}
     config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", learning_rate=1e-3, train_text_encoder=True, text_encoder_lr=1e-4, adam_weight_decay_text_encoder=0.3, loraplus_lr_ratio=16.0,
         adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, adam_weight_decay=0.2, scale_lr=True, train_batch_size=2, **options)
-    monkeypatch.setattr("sdxl_course.train.weights.inject", lambda *parts, **options: named)
+    monkeypatch.setattr("sdxl_course.train.weights.inject_lora", lambda *parts, **options: named)
     monkeypatch.setattr("sdxl_course.train.prepare.make_schedule", lambda *schedule: None)
     scale, networks = learning_scale(config, processes=1), SimpleNamespace(unet=None, text_encoder=None, text_encoder_2=None)
     trained = lora_weights(config, networks, 0, scale)

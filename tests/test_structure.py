@@ -71,7 +71,7 @@ def test_rooms_import_only_downhill(room):
     "core": ["from .cli import main", "from sdxl_course.cli import main", "import sdxl_course.cli as c", "from sdxl_course import cli", "from . import cli",
              "def f():\n    from .cli import main", "from .core import check", "from .model.noise import NoiseSchedule", "from .model import noise",
              "from sdxl_course.model import noise", "import sdxl_course.model.noise", "from . import model"],
-    "model.noise": ["from .lora import inject", "from . import lora", "from ..train.loop import fit", "from ..train import loop", "from .. import cli",
+    "model.noise": ["from .lora import inject_lora", "from . import lora", "from ..train.loop import fit", "from ..train import loop", "from .. import cli",
                     "from ..cli import main", "from ..model.noise import add_noise", "def f():\n    from ..data import cache", "from .nowhere import nothing"],
 }.items() for line in lines])
 def test_an_uphill_import_is_noticed(room, line):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdxl_course.core import CourseError, plain, write_json
+from sdxl_course.core import CourseError, to_jsonable, write_json
 from sdxl_course.data.records import open_image
 from sdxl_course.world.samples import sample_dir
 from sdxl_course.dreambooth import DreamBoothConfig
@@ -83,13 +83,13 @@ def test_rows_of_other_settings_are_left_out(tmp_path):
     (tmp_path / "rows").mkdir()
     settings = dict(weights="new")
     def row(name, seed, **other):
-        written = dict(settings, variant=plain(VARIANTS.get(name, Variant("chair")))) | other
+        written = dict(settings, variant=to_jsonable(VARIANTS.get(name, Variant("chair")))) | other
         write_json(tmp_path / "rows" / f"{name}-{seed}.json", dict(variant=name, seed=seed, seconds=1., eval_steps={"0": made_up(seed, 0.)}, settings=written, provenance=dict(time=str(seed), device="cpu")))
         Image.new("RGB", (596, 96)).save(tmp_path / "rows" / f"{name}-{seed}.png")
     for seed in (0, 1): row("base", seed)
     row("plain", 0)
     row("tok", 0, weights="old")
-    row("prior", 0, variant=plain(Variant("sofa")))
+    row("prior", 0, variant=to_jsonable(Variant("sofa")))
     study = gather(tmp_path, settings, SimpleNamespace(scale={}))
     assert sorted((one["variant"], one["seed"]) for one in study["rows"]) == [("base", 0), ("base", 1), ("plain", 0)]
     assert study["provenance"] == [dict(time="0", device="cpu")] and read_study(tmp_path / "study.json") == study

@@ -19,7 +19,7 @@ from sdxl_course.data.loader import BatchLoader
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
 from sdxl_course.train.results import license_of
 from sdxl_course.train.prepare import load_base
-from sdxl_course.model.adapters import recompute_activations, trained_parts
+from sdxl_course.model.adapters import enable_gradient_checkpointing, lora_modules
 from sdxl_course.data.sampler import SampleRNG, MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
@@ -67,7 +67,7 @@ def test_stock_diffusers_draws_our_picture_from_our_files(toy, toy_model, make_p
         for name, p in run.state.parameters.items(): p.data.copy_(run.state.ema.average[name])
     ours = live.pipeline()
     ours.set_progress_bar_config(disable=True)
-    for part in trained_parts(live, True).values(): part.eval()
+    for part in lora_modules(live, True).values(): part.eval()
     want, stock = draw(ours), load_stock(toy_model, str(tmp_path / "o"))
     assert abs(want - draw(stock)).max() <= (0 if exact else 1e-4)
     assert abs(want - draw(load_stock(toy_model))).max() > 1e-4
@@ -267,7 +267,7 @@ def test_validation_and_workers_change_nothing_in_training(train):
 def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(train, toy, monkeypatch):
     seen = []
     plain = train("a", train_text_encoder=True)
-    monkeypatch.setattr("sdxl_course.model.adapters.recompute_activations", lambda model: (recompute_activations(model), seen.append(model)))
+    monkeypatch.setattr("sdxl_course.model.adapters.enable_gradient_checkpointing", lambda model: (enable_gradient_checkpointing(model), seen.append(model)))
     saved = train("b", train_text_encoder=True, gradient_checkpointing=True)
     assert len(seen) == 3 and all(any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) for model in seen)
     assert [row["loss"] for row in plain.log] == pytest.approx([row["loss"] for row in saved.log], rel=1e-5)

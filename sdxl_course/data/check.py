@@ -12,7 +12,8 @@ import sys
 import torch
 from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
-from ..core import CourseError, cache_dir as course_cache, guarded, nearest, seeded, watched, write_atomic
+from ..core import CourseError, cache_dir as course_cache, is_interactive, nearest, run_guarded, seeded
+from ..core import write_atomic
 from ..core import write_json
 from .records import METADATA, SUFFIXES, UNREAD, caption_list, content_key, inspect_picture, is_picture
 from .records import list_files, natural_key, normalize_name, open_header, read_metadata, read_sidecar
@@ -313,7 +314,7 @@ def run_check_data(
     config:CheckDataConfig,
 )->int: # exit code
     "Print the report, write it down if asked; CourseError where nothing can be used."
-    bar = lambda items, what: tqdm(items, desc=what, disable=not watched(), leave=False)
+    bar = lambda items, what: tqdm(items, desc=what, disable=not is_interactive(), leave=False)
     report = check_data(config.place(), config.resolution, config.use_aspect_ratio_buckets, config.model,
         image_column=config.image_column, caption_column=config.caption_column,
         max_token_length=config.max_token_length, bar=bar)
@@ -326,7 +327,7 @@ def main(
     argv=None, # the words after check-data; None takes them from the command line
 )->int: # exit code: 0 usable, 2 not
     "`sdxl-course check-data`"
-    return guarded(lambda: run_check_data(parse_config(CheckDataConfig, argv, "sdxl-course check-data", "folder")))
+    return run_guarded(lambda: run_check_data(parse_config(CheckDataConfig, argv, "sdxl-course check-data", "folder")))
 
 # %% ../../nbs/library/data_check.ipynb #5965724f
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

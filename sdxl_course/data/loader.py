@@ -19,7 +19,7 @@ from .preprocess import bucket_sizes, covering_size, nearest_bucket, prepare_ima
 from .sampler import SampleRNG
 from .records import MASK, companions_of, open_companion, open_image, shuffle_tags
 from ..model.conditioning import empty_prompt_embeds, make_time_ids
-from ..model.latents import draw_latents, posterior, vae_factor
+from ..model.latents import posterior, sample_latents, vae_scale_factor
 from ..model.noise import draw_timestep, offset_noise, timestep_weights
 from ..options import option
 
@@ -85,7 +85,7 @@ def collate(
             "draw per entry")
     time_ids = torch.stack([make_time_ids(entry.original_size, entry.crop_top_left, entry.target_size)
         for entry in entries])
-    return Batch(mean if noise is None else draw_latents(mean, std, noise), stack("prompt_embeds"),
+    return Batch(mean if noise is None else sample_latents(mean, std, noise), stack("prompt_embeds"),
         stack("pooled_prompt_embeds"),
         time_ids, _stack_extra(entries, mean))
 
@@ -249,7 +249,8 @@ IN_MEMORY = 32*2**20 # bytes of a cache that may stay in memory
 @patch
 def cache_bytes(self:BatchLoader, latents:bool, texts:bool)->int:
     "About how large the cache will be."
-    views, side = (1 + self.random_flip)*max(1, self.cached_crops), self.resolution//vae_factor(self.components.vae)
+    views = (1 + self.random_flip)*max(1, self.cached_crops)
+    side = self.resolution//vae_scale_factor(self.components.vae)
     windows, width = self.max_token_length//75, self.components.unet.config.cross_attention_dim
     captions = len({caption for r in self.all for caption in r.captions})
     pictures = len(self.all)*views*2*4*4*side**2 # float32: mean and std of four channels

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from fastcore.basics import patch
 from statistics import fmean, median
 from ..core import CourseError
-from ..model.conditioning import dropped_text
+from ..model.conditioning import removed_text
 from .preprocess import bucket_sizes, crop_loss, nearest_bucket
 
 # %% ../../nbs/library/data_report.ipynb #8e558daa
@@ -170,7 +170,7 @@ def with_lengths(
         for text in record.captions:
             count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
             if count <= limit: continue
-            dropped = dropped_text(tokenizer, text, max_token_length)
+            dropped = removed_text(tokenizer, text, max_token_length)
             remarks.append((file, f"a caption over {limit} tokens: {count}, not heard: {dropped}"))
     return replace(self, remarks=remarks)
 

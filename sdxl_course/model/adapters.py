@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYER_GROUPS', 'INITS', 'MUTATING', 'LORA_NAME', 'LoraOptions', 'TextEncoderOptions', 'adaptable_layers',
            'lora_targets', 'lora_size', 'lora_parameters', 'quiet_loading', 'add_lora', 'parameter_groups',
-           'trained_parts', 'recompute_activations', 'inject']
+           'lora_modules', 'enable_gradient_checkpointing', 'inject_lora']
 
 # %% ../../nbs/library/model_adapters.ipynb #98051324
 import re
@@ -268,7 +268,7 @@ def parameter_groups(
     return [dict(params=params, lr=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
 
 # %% ../../nbs/library/model_adapters.ipynb #c3976ba8
-def trained_parts(
+def lora_modules(
     components, # SDXLComponents
     train_text_encoder:bool, # the text encoders as well
 )->dict: # part name -> module
@@ -277,7 +277,7 @@ def trained_parts(
     return {name: getattr(components, name) for name in names}
 
 # %% ../../nbs/library/model_adapters.ipynb #1694fa91
-def recompute_activations(
+def enable_gradient_checkpointing(
     model, # of diffusers or transformers; changed in place
 ):
     "Turn on gradient checkpointing (Chen et al., 2016), by the name that this version of the library has for it."
@@ -287,7 +287,7 @@ def recompute_activations(
         enable(dict(use_reentrant=False))
 
 # %% ../../nbs/library/model_adapters.ipynb #4beead0b
-def inject(
+def inject_lora(
     parts:dict, # part name -> module; changed in place
     seed:int, # of the run
     rank:int, # as in `add_lora`
@@ -304,5 +304,5 @@ def inject(
                 "wanted freshly loaded components, since training adds its own")
         groups = layers if name == "unet" else ",".join(["attention"] + ["feedforward"]*("feedforward" in chosen))
         add_lora(model.requires_grad_(False), rank, alpha, groups, generator=seeded(seed, "lora", name), **options)
-        if gradient_checkpointing: recompute_activations(model)
+        if gradient_checkpointing: enable_gradient_checkpointing(model)
     return {f"{name}.{key}": p for name, model in parts.items() for key, p in lora_parameters(model)}

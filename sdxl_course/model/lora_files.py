@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KOHYA_PREFIX', 'KOHYA_KIND', 'SGM_NAMES', 'SGM_INSIDE', 'LoraFileOptions', 'lora_file_tensors', 'save_lora',
            'lora_file', 'read_lora', 'attach_lora', 'load_lora_into', 'kohya_tensors', 'save_kohya', 'sgm_name',
-           'continue_lora']
+           'initialize_lora_from']
 
 # %% ../../nbs/library/model_lora_files.ipynb #66df76c1
 import json
@@ -366,7 +366,7 @@ def _check_parts(
             f"which does not train here: {hint}")
 
 # %% ../../nbs/library/model_lora_files.ipynb #c25345bf
-def continue_lora(
+def initialize_lora_from(
     unet, # with a fresh LoRA in it; None: skip
     text_encoder, # the same, or None
     text_encoder_2, # the same, or None

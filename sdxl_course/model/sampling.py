@@ -10,7 +10,7 @@ import torch
 from contextlib import contextmanager
 from ..core import CourseError
 from .noise import NoiseSchedule
-from .latents import decode_pictures, known_resolution
+from .latents import decode_latents, native_resolution
 
 # %% ../../nbs/library/model_sampling.ipynb #35a4396a
 @contextmanager
@@ -62,7 +62,7 @@ def sample_pictures(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]], height=height, width=width,
                 num_inference_steps=steps, guidance_scale=guidance,
                 output_type="latent" if decode_singly else "pil").images
-            pictures += decode_pictures(pipeline.vae, drawn) if decode_singly else drawn
+            pictures += decode_latents(pipeline.vae, drawn) if decode_singly else drawn
     return pictures
 
 # %% ../../nbs/library/model_sampling.ipynb #941dfc4b
@@ -76,7 +76,7 @@ def draw_pictures(
     guidance:float=5.0, # scale of classifier-free guidance
 )->list: # PIL images
     "Draw one prompt from its embeddings, with networks that may be in training."
-    first, side = next(components.unet.parameters()), size or known_resolution(components)
+    first, side = next(components.unet.parameters()), size or native_resolution(components)
     pipeline = components.pipeline(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
     rows = lambda x: x.to(first.device, first.dtype)[None].expand(len(seeds), *x.shape)

@@ -21,7 +21,7 @@ from ..world.scene import Scene
 from ..world.trace import silhouette
 from ..model.architecture import tiny_architecture
 from ..model.conditioning import make_time_ids
-from ..model.latents import posterior, vae_factor
+from ..model.latents import posterior, vae_scale_factor
 from ..data.cache import fingerprint
 from ..measure.judges import to_pixels
 from .stage import log, training_device
@@ -103,7 +103,8 @@ def encode_pictures(
         pairs = posterior(vae, torch.stack([pixels, pixels.flip(-1)], 1).flatten(0, 1))
         parts.append([one.unflatten(0, (-1, 2)).half().cpu() for one in pairs])
     mean, std = (torch.cat(one) for one in zip(*parts))
-    mask = torch.stack([object_mask(scene, first + k, share, seed, vae_factor(vae)) for k, scene in enumerate(scenes)])
+    factor = vae_scale_factor(vae)
+    mask = torch.stack([object_mask(scene, first + k, share, seed, factor) for k, scene in enumerate(scenes)])
     return dict(mean=mean, std=std, time_ids=torch.stack(ids), mask=torch.stack([mask, mask.flip(-1)], 1).half())
 
 # %% ../../nbs/library/pretraining_cache.ipynb #4d081d1a

@@ -20,7 +20,7 @@ from ..model.components import count_parameters
 from ..model.architecture import tiny_architecture
 from ..model.conditioning import encode_prompts
 from ..model.noise import NoiseSchedule
-from ..model.latents import draw_latents
+from ..model.latents import sample_latents
 from ..model.sampling import eval_mode
 from ..data.cache import fingerprint
 from ..data.loader import Batch
@@ -105,7 +105,7 @@ def unet_batch(
     wordless = torch.rand(batch_size, generator=g).lt(dropout).to(device)
     draw, noise = torch.randn(2, batch_size, *cache["mean"].shape[2:], generator=g)
     timesteps = spread_timesteps(batch_size, power, g)
-    latents = draw_latents(cache["mean"][rows, mirror].float(), cache["std"][rows, mirror].float(), draw)
+    latents = sample_latents(cache["mean"][rows, mirror].float(), cache["std"][rows, mirror].float(), draw)
     texts = [scenes[row]["captions"][k]["text"] for row, k in zip(rows.tolist(), variant.tolist())]
     embeds, pooled = encode_prompts(components, texts)
     embeds, pooled = embeds.masked_fill(wordless.view(-1, 1, 1), 0.), pooled.masked_fill(wordless.view(-1, 1), 0.)

@@ -16,7 +16,7 @@ from ..core import CourseError, load_tensors, seeded, write_json
 from ..options import option
 from ..model.components import count_parameters
 from ..model.architecture import tiny_architecture
-from ..model.latents import vae_factor
+from ..model.latents import vae_scale_factor
 from ..train.loop import eval_weights
 from ..measure.judges import to_pixels
 from ..measure.metrics import reconstruct
@@ -91,7 +91,7 @@ def vae_batch(
     groups=None, # of `style_groups`: every style as often as another; None: as often as it occurs
 )->tuple: # pixels (b, 3, side, side), noise (b, c, side/f, side/f)
     "Random windows of random pictures, some of them mirrored."
-    g, small = seeded(seed, "vae", step), side//vae_factor(vae)
+    g, small = seeded(seed, "vae", step), side//vae_scale_factor(vae)
     total = len(pictures.pixels) + len(pictures.held_out_style)
     index = draw_balanced(groups, batch_size, g) if groups else torch.randint(total, (batch_size,), generator=g)
     corner = torch.randint(SIDE - side + 1, (batch_size, 2), generator=g).tolist()

@@ -16,7 +16,7 @@ from ..data.loader import BatchLoader
 from ..data.sampler import BatchSampler
 from ..data.records import with_masks
 from ..data.report import DataReport, FitReport, at_resolution
-from ..model.conditioning import dropped_text
+from ..model.conditioning import removed_text
 from ..options import config_dict, run_command, unused_options
 from .checkpoint import archive_checkpoints, find_checkpoint, remove_partial
 from .loop import TrainState
@@ -214,7 +214,7 @@ def _complete(run, report, live, checkpoint):
     tokenizer = run.components.tokenizer
     if report: run.report = write_report(report, run.output_dir, run.config, lambda text: None, tokenizer)
     for flag, text in run.method.texts(run.config).items():
-        if lost := dropped_text(tokenizer, text, run.config.max_token_length):
+        if lost := removed_text(tokenizer, text, run.config.max_token_length):
             run.log(f"--{flag} is longer than {run.config.max_token_length + 2} tokens and loses its end, {lost!r}; "
                 "--max_token_length 150 or 225 reads more")
     run.loss_before = run.measure()

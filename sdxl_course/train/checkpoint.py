@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import CourseError, load_tensors, plain, save_tensors, sync_folder, write_atomic, write_json
+from ..core import CourseError, load_tensors, save_tensors, sync_folder, to_jsonable, write_atomic, write_json
 from ..options import option
 from .loop import copy_into, eval_weights
 
@@ -277,7 +277,7 @@ def config_changes(
     kinds:dict, # option -> fixed, free or machine, as `resume_kinds` gives it; what is not in it is fixed
 )->dict: # option -> (saved, now), without those that are free to change
     "What differs between two configurations and matters to a resumed run."
-    now = plain(now)
+    now = to_jsonable(now)
     return {key: (saved[key], now[key]) for key in sorted(now)
         if key in saved and kinds.get(key) != "free" and saved[key] != now[key]}
 

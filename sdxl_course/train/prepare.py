@@ -22,7 +22,7 @@ from ..data.loader import BatchLoader, CaptionOptions
 from ..data.preprocess import ImageOptions
 from ..data.records import content_key
 from ..model.components import load_components
-from ..model.conditioning import dropped_text
+from ..model.conditioning import removed_text
 from ..model.latents import check_resolution, vae_dtype
 from ..model.noise import TimestepOptions, noise_schedule, timestep_weights
 from ..model.sampling import inference_scheduler
@@ -139,11 +139,11 @@ def report_lengths(
     log, # gets the sentence
 ):
     "Say which captions lose their end."
-    cut = [caption for caption in dict.fromkeys(captions) if dropped_text(tokenizer, caption, max_token_length)]
+    cut = [caption for caption in dict.fromkeys(captions) if removed_text(tokenizer, caption, max_token_length)]
     if not cut: return
     log(f"{len(cut)} captions are longer than {max_token_length + 2} tokens and lose their end; the first of them "
         "loses "
-        f"{dropped_text(tokenizer, cut[0], max_token_length)!r}; --max_token_length 150 or 225 reads more")
+        f"{removed_text(tokenizer, cut[0], max_token_length)!r}; --max_token_length 150 or 225 reads more")
 
 # %% ../../nbs/library/train_prepare.ipynb #523682eb
 def optimizer_and_schedule(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from ..core import watched
+from ..core import is_interactive
 from ..data.loader import BatchLoader
 from ..data.sampler import BatchSampler, prefetch
 from ..data.preprocess import to_tensor
@@ -219,7 +219,7 @@ def batches(self:Run): # yields (MicroBatch, arguments of the loss module)
 @patch
 def train(self:Run):
     "Every update that is left. Interrupted, it writes a checkpoint; called again, it goes on."
-    config, quiet = self.config, not (self.accelerator.is_main_process and watched())
+    config, quiet = self.config, not (self.accelerator.is_main_process and is_interactive())
     with tqdm(total=self.updates, initial=self.state.step, desc="training", disable=quiet) as bar:
         try:
             fit(self.loss, self.batches(), self.state, self.accelerator, config.max_grad_norm, self.hooks(bar),

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from ..core import load_tensors, save_tensors
 from ..model.components import save_components
-from ..model.adapters import inject, parameter_groups, recompute_activations, trained_parts
-from ..model.lora_files import continue_lora, load_lora_into, save_kohya, save_lora
+from ..model.adapters import enable_gradient_checkpointing, inject_lora, lora_modules, parameter_groups
+from ..model.lora_files import initialize_lora_from, load_lora_into, save_kohya, save_lora
 from ..model.words import LearnedTokens, save_embeddings
 from .loop import copy_into
 from .results import CardText
@@ -68,12 +68,12 @@ def lora_weights(
     scale:float=1, # of every learning rate
 )->Trained:
     "A LoRA for the UNet, and for the text encoders where that is asked for."
-    parts = trained_parts(components, config.train_text_encoder)
+    parts = lora_modules(components, config.train_text_encoder)
     three = [parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")]
-    named = inject(parts, seed, config.rank, config.lora_alpha, config.lora_layers, config.gradient_checkpointing,
+    named = inject_lora(parts, seed, config.rank, config.lora_alpha, config.lora_layers, config.gradient_checkpointing,
         dropout=config.lora_dropout, init=config.init_lora_weights, use_dora=config.use_dora,
         use_rslora=config.use_rslora)
-    if config.init_lora: continue_lora(*three, config.init_lora)
+    if config.init_lora: initialize_lora_from(*three, config.init_lora)
     one_rate = config.text_encoder_lr is None or config.optimizer.lower() == "prodigy" # Prodigy has one step size
     groups = parameter_groups(named, config.learning_rate*scale, None if one_rate else config.text_encoder_lr*scale,
         config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder)
@@ -111,7 +111,7 @@ def unet_weights(
 )->Trained:
     "Every weight of the UNet, in fp32; the result is a whole pipeline in diffusers' layout."
     unet = components.unet.float().requires_grad_(True)
-    if gradient_checkpointing: recompute_activations(unet)
+    if gradient_checkpointing: enable_gradient_checkpointing(unet)
     named, file = {f"unet.{name}": p for name,
         p in unet.named_parameters()}, lambda folder: Path(folder)/"unet.safetensors"
     groups = [dict(params=list(named.values()), lr=learning_rate, weight_decay=weight_decay)]
