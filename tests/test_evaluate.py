@@ -12,7 +12,7 @@ from sdxl_course.model.components import load_components
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT, Scene, sample_scene
 from sdxl_course.world.render import render, render_styles
-from sdxl_course.measure.metrics import ClipJudge, bootstrap_interval, drift, mean_similarity, memorized, nearest_neighbours, normalized, prior_metrics, thumbnail_embeds, to_pixels
+from sdxl_course.measure.metrics import ClipJudge, bootstrap_interval, drift, mean_similarity, memorized, nearest_neighbours, normalized, prior_metrics, reconstruct, thumbnail_embeds, to_pixels
 from sdxl_course.measure.judges import BODY, AttributeJudge, InstanceJudge, load_judge, name_attributes, right_answers, save_judge, vae_report, vae_scores, vae_table
 from sdxl_course.measure.subject import SubjectJudge
 from sdxl_course.evaluate import EvaluateConfig, evaluate_model, evaluation_scenes, main, prompt_of, read_judged, save_judged, scene_of, score_columns, score_table, summarize
@@ -164,9 +164,11 @@ def test_each_score_is_the_share_that_its_name_says(monkeypatch):
 
 class Shifted:
     "A VAE that changes nothing but the brightness."
-    def __init__(self, by): self.by = by
-    def encode(self, pixels): return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels))
-    def decode(self, latents): return SimpleNamespace(sample=latents + self.by)
+    def __init__(self, by, of=1, device="cpu"): self.by, self.of, self.device, self.dtype = by, of, torch.device(device), torch.float32
+    def encode(self, pixels):
+        assert pixels.device == self.device
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels))
+    def decode(self, latents): return SimpleNamespace(sample=torch.zeros(latents.shape) if self.device.type == "meta" else self.of*latents + self.by)
 
 
 def test_a_vae_with_a_known_error(drawn):
@@ -174,10 +176,25 @@ def test_a_vae_with_a_known_error(drawn):
     pixels = to_pixels(pictures)*.8 # room for the shift
     found = vae_report(Shifted(.1), judge, pixels, scenes)
     assert found["psnr"] == pytest.approx(20*np.log10(2/.1), abs=1e-3)
-    grey = vae_report(SimpleNamespace(encode=Shifted(0).encode, decode=lambda latents: SimpleNamespace(sample=0*latents)), judge, pixels, scenes)
+    grey = vae_report(Shifted(0, of=0), judge, pixels, scenes)
     assert grey["joint_reconstructed"] == 0 and grey["joint_original"] == found["joint_original"] and grey["psnr"] < found["psnr"] - 5
     slight = vae_report(Shifted(1e-4), judge, pixels, scenes)
     for name in ("object", "color", "place", "style", "content", "joint"): assert slight[f"{name}_original"] == slight[f"{name}_reconstructed"]
+
+
+def test_pictures_go_to_where_the_model_is(drawn, monkeypatch):
+    "Another device needs a GPU; that pictures are sent there, and come back in their own number format, does not."
+    pictures = drawn["photo"][0][:2]
+    pixels = to_pixels(pictures)
+    assert reconstruct(Shifted(0, device="meta"), pixels).device.type == "cpu"
+    vae = load_components("tiny").vae
+    want, got = reconstruct(vae, pixels), reconstruct(vae.double(), pixels)
+    assert got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-5)
+    judge, asked = load_judge("attributes"), []
+    answer = judge(pixels)
+    monkeypatch.setattr(judge, "forward", lambda part: asked.append(part.device.type) or answer)
+    words = name_attributes(judge, pictures)
+    assert name_attributes(judge.to("meta"), pictures) == words and asked == ["cpu", "meta"]
 
 
 def test_a_vae_is_measured_in_every_style():

@@ -99,11 +99,12 @@ def load_judge(
 @torch.no_grad()
 def name_attributes(
     judge, # AttributeJudge
-    pictures, # as in `to_pixels`
+    pictures, # as in `to_pixels`; on any device
     batch_size:int = 64, # at a time
 )->list: # one dict attribute -> word for each picture
     "What the judge sees."
-    logits = [judge(part) for part in to_pixels(pictures).split(batch_size)]
+    device = next(judge.parameters()).device
+    logits = [judge(part.to(device)) for part in to_pixels(pictures).split(batch_size)]
     best = lambda name: torch.cat([part[name].argmax(1) for part in logits]).tolist()
     words = {name: [ATTRIBUTES[name][k] for k in best(name)] for name in ATTRIBUTES}
     return [dict(zip(words, values)) for values in zip(*words.values())]

@@ -147,10 +147,11 @@ def memorized(
 @torch.no_grad()
 def reconstruct(
     vae, # AutoencoderKL
-    pictures, # as in `to_pixels`, or (b, 3, h, w) in [-1, 1]
+    pictures, # as in `to_pixels`, or (b, 3, h, w) in [-1, 1]; on any device
     batch_size:int = 16, # at a time
-)->torch.Tensor: # (b, 3, h, w) in [-1, 1]
+)->torch.Tensor: # (b, 3, h, w) in [-1, 1], where the pictures are
     "Pictures that went through latents and back: no model that draws with this VAE does better."
     ready = torch.is_tensor(pictures) and pictures.is_floating_point()
     parts = (pictures if ready else to_pixels(pictures)).split(batch_size)
-    return torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in parts])
+    through = lambda part: vae.decode(vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean).sample
+    return torch.cat([through(part).clamp(-1, 1).to(part) for part in parts])

@@ -34,9 +34,10 @@ def _given(
     text_encoder, # a model, or None
     text_encoder_2, # a model, or None
 )->dict: # part name -> model
-    "The models that are there, under their names."
+    "The models that are there, under their names; CourseError without any."
     models = dict(unet=unet, text_encoder=text_encoder, text_encoder_2=text_encoder_2)
-    return {part: model for part, model in models.items() if model is not None}
+    if found := {part: model for part, model in models.items() if model is not None}: return found
+    raise CourseError("no model was given: wanted a UNet or a text encoder with a LoRA in it")
 
 def _tensor_name(
     part:str, # "unet", "text_encoder" or "text_encoder_2"
@@ -84,7 +85,6 @@ def lora_file_tensors(
 )->tuple: # (name -> tensor on the CPU, metadata of strings)
     "Tensors and metadata of a LoRA in diffusers' layout; CourseError without any model."
     models = _given(unet, text_encoder, text_encoder_2)
-    if not models: raise CourseError("no model was given: wanted a UNet or a text encoder with a LoRA in it")
     tensors = {_tensor_name(part, name): value.detach().to("cpu", dtype, copy=True).contiguous()
         for part, model in models.items() for name, value in _for_original_base(model, adapter_name)}
     settings = {f"{part}.{key}": value
@@ -247,7 +247,7 @@ def kohya_tensors(
     dtype=torch.float32, # of the tensors
     title:str="lora", # for the metadata
 )->tuple: # (name -> tensor, metadata of strings)
-    "Tensors and metadata of a LoRA in the layout of kohya's sd-scripts."
+    "Tensors and metadata of a LoRA in the layout of kohya's sd-scripts; CourseError without any model."
     tensors = {}
     for part, model in _given(unet, text_encoder, text_encoder_2).items():
         note = _settings(model, adapter_name)
