@@ -289,11 +289,20 @@ class Line(torch.nn.Module):
     def forward(self, x): return (x - torch.nn.functional.dropout(x @ self.a, .2) @ self.b).square().mean(1)
 
 
-def toy_train(folder, updates, start=None, name="adamw", ema=False, accumulation=1, schedule="cosine"):
+class Kernel(torch.nn.Module):
+    "The same numbers under a kernel whose channels lie last in memory."
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.randn(4, 2, 2, 2, generator=seeded("a")).to(memory_format=torch.channels_last))
+
+    def forward(self, x): return torch.nn.functional.conv2d(x.view(-1, 2, 2, 2), self.a).square().mean((1, 2, 3))
+
+
+def toy_train(folder, updates, start=None, name="adamw", ema=False, accumulation=1, schedule="cosine", model=Line):
     folder.mkdir(parents=True, exist_ok=True)
-    model, plan = Line(), BatchSampler(5, 2, accumulation, seed=3)
+    model, plan = model(), BatchSampler(5, 2, accumulation, seed=3)
     named = dict(model.named_parameters())
-    try: optimizer = make_optimizer(list(named.values()), dict(prodigy=1.).get(name, 1e-2), name=name)
+    try: optimizer = torch.optim.AdamW(named.values(), 1e-2, fused=True) if name == "fused" else make_optimizer(list(named.values()), dict(prodigy=1.).get(name, 1e-2), name=name)
     except CourseError as error: pytest.skip(str(error))
     state = TrainState(named, optimizer, make_schedule(optimizer, "constant" if name == "schedulefree" else schedule, 1, 6), seed=3, ema=Ema(named, .9) if ema else None)
     write = lambda where: save_tensors(where / "weights.safetensors", {k: p.detach() for k, p in named.items()})
@@ -313,6 +322,16 @@ def test_every_optimizer_resumes_to_the_byte(name, ema, accumulation, tmp_path):
     for k in (1, 2, 3, 4):
         toy_train(tmp_path / f"from-{k}", 5, tmp_path / "straight" / f"checkpoint-{k}", **options)
         assert files_of(tmp_path / f"from-{k}" / "checkpoint-5") == files_of(tmp_path / "straight" / "checkpoint-5")
+
+
+@pytest.mark.parametrize("name", ["adamw", "fused"])
+def test_weights_with_channels_last_resume_to_the_byte(name, tmp_path):
+    "Files hold moments row by row; a fused step reads them in the order in which the weights lie."
+    straight = toy_train(tmp_path / "straight", 5, name=name, model=Kernel)
+    for k in (1, 3):
+        resumed = toy_train(tmp_path / f"from-{k}", 5, tmp_path / "straight" / f"checkpoint-{k}", name=name, model=Kernel)
+        assert files_of(tmp_path / f"from-{k}" / "checkpoint-5") == files_of(tmp_path / "straight" / "checkpoint-5")
+        for state in (straight, resumed): assert {m.stride() for m in state.optimizer.state[state.parameters["a"]].values() if m.ndim} == {state.parameters["a"].stride()} == {(8, 1, 4, 2)}
 
 
 def test_what_is_saved_is_the_average_and_what_trains_is_not(tmp_path):

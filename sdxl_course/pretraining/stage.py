@@ -171,10 +171,6 @@ def resume_stage(
     refuse_others(found, state)
     load_checkpoint(found, state, read_averages(state), scaler)
     follow_schedule(state.lr_scheduler, peaks)
-    optimizer = getattr(state.optimizer, "optimizer", state.optimizer)
-    for p, memory in optimizer.state.items(): # fused steps read weights and memory in the order they lie
-        for key, value in memory.items():
-            if value.shape == p.shape: memory[key] = torch.empty_like(p).copy_(value)
 
 # %% ../../nbs/library/pretraining_stage.ipynb #3218f2cb
 def steps_done(

@@ -17,6 +17,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..core import CourseError, load_tensors, save_tensors, sync_folder, to_jsonable, write_atomic, write_json
 from ..options import option
 from .loop import copy_into, eval_weights
@@ -172,7 +174,7 @@ def restore_optimizer(
     tensors:dict, # as `optimizer_state` gave them
     rest:dict, # the same
 ):
-    "Give a fresh optimizer its moments back; how it computes (fused or not) stays as it is here."
+    "Give a fresh optimizer its moments back; how it computes (fused, channels last) stays as it is here."
     optimizer = getattr(optimizer, "optimizer", optimizer)
     order = [name for group in rest["groups"] for name in group["names"]]
     moments = {i: {} for i in range(len(order))}
@@ -185,6 +187,10 @@ def restore_optimizer(
     groups = [{**here, **plain_values(saved)} for here, saved in zip(optimizer.state_dict()["param_groups"],
         rest["groups"])]
     optimizer.load_state_dict(dict(state={i: m for i, m in moments.items() if m}, param_groups=groups))
+    for p, memory in optimizer.state.items(): # fused steps read weights and moments in the order they lie in memory
+        for key, value in memory.items():
+            if getattr(value, "shape", None) == p.shape and value.stride() != p.stride():
+                memory[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 # %% ../../nbs/library/train_checkpoint.ipynb #32692716
 def save_checkpoint(
