@@ -484,3 +484,19 @@ def test_a_missing_mask_counts_everywhere_and_another_companion_may_not_be_missi
     assert collate([store.entry(second, "", components, 32)]).extra == {}
     with pytest.raises(CourseError, match="1 of 2 samples of a batch have no 'copy'"):
         collate([store.entry(masked, "", components, 32, companions=(COPY,)), store.entry(second, "", components, 32)])
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "cached"])
+def test_class_pictures_count_everywhere_and_need_the_method_s_companions_as_all_pictures_do(toy, make_pictures, tmp_path, kept):
+    records, class_records, components = copied(read_dataset(make_pictures(2))), read_dataset(make_pictures(2)), toy()
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "mask.png")
+    masked, micro = [replace(record, companions=dict(mask=tmp_path / "mask.png")) for record in records], MicroBatch(0, 0, 0, (0, 1), 2, True)
+
+    def batch(records, class_records, *companions):
+        loader = BatchLoader(records, components, 3, resolution=64, class_records=class_records, companions=companions)
+        loader.encode_once(kept, True)
+        return loader.batch(micro, loader.prepare(micro), 1000)[0].to("cpu")
+    mask = batch(masked, class_records).extra["mask"]
+    assert len(mask) == 4 and mask[:2].amin() < 0.2 and torch.equal(mask[2:], torch.ones_like(mask[2:]))  # behind each picture that of its class
+    with pytest.raises(CourseError, match=r"\.png has no copy picture: wanted one for every picture"): batch(records, class_records, COPY)
+    assert len(batch(records, copied(class_records), COPY).extra["copy"]) == 4
