@@ -7,8 +7,8 @@ from course import NBS, NOTEBOOKS, RULES, page_name, read, typical_length
 
 
 UNFINISHED = { # pages that moved and do not yet keep a rule; a page that keeps it must leave this list
-    *((f"library/pretraining_{room}", "workshop") for room in ("cache", "data", "export", "unet")),
-    *((f"library/pretraining_{room}", "checks") for room in ("export", "unet")),
+    *((f"library/pretraining_{room}", "workshop") for room in ("cache", "data", "unet")),
+    *((f"library/pretraining_{room}", "checks") for room in ("unet",)),
 }
 
 
