@@ -16,10 +16,10 @@ from .core import image_grid, provenance, run_guarded, write_json
 from .options import check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, Scene
 from .world.samples import sample_dir, sample_scenes
-from .model.sampling import generate
+from .model.sampling import generate, save_picture
 from .train.results import save_curve
 from .text_to_image import TextToImageConfig, train_text_to_image
-from .inference import load_pipeline, save_picture
+from .inference import load_pipeline
 from .measure.judges import load_judge, name_attributes, right_answers
 from .evaluate import prompt_of
 

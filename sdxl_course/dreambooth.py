@@ -18,7 +18,8 @@ from .data.records import is_picture, list_files
 from .model.words import TokenOptions, add_tokens, placeholder_map, replace_placeholders
 from .options import is_set, option
 from .train.build import functions
-from .train.class_images import PriorOptions, bare_pictures, class_pictures, has_captions, with_words
+from .train.class_images import PriorOptions, class_pictures, fill_captions, has_captions
+from .train.class_images import uncaptioned_pictures
 from .train.config import LoraConfig
 from .train.machine import data_parallel
 from .train.objective import PriorDistillation
@@ -82,7 +83,7 @@ def subject_report(
             "wanted a folder with pictures of the thing")
     if not place and Path(dataset).is_dir() and any(map(is_picture, list_files(dataset))): place = dataset
     place, most = place and Path(place).expanduser(), None if folder else config.max_train_samples
-    if place and not config.caption_column: return bare_pictures(place, most, config.seed)
+    if place and not config.caption_column: return uncaptioned_pictures(place, most, config.seed)
     return check_dataset(place, None if place else dataset, config.dataset_config_name, config.image_column,
         config.caption_column or "", config.cache_dir, most, config.seed, require_captions=False)
 
@@ -104,7 +105,7 @@ def find_subject(
     own = not column and not folder and config.instance_data_dir
     if own and has_captions(Path(own).expanduser()):
         log("there are captions beside the pictures, which are not used: --caption_column text would")
-    return with_words(report, config.instance_prompt)
+    return fill_captions(report, config.instance_prompt)
 
 def check_placeholders(
     config, # DreamBoothConfig

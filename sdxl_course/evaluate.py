@@ -24,10 +24,10 @@ from .world.scene import Scene, is_held_out, sample_scene
 from .world.render import render
 from .world.captions import MEDIUM, SEEN, WHERE, with_article
 from .model.components import load_components
-from .model.sampling import generate
+from .model.sampling import generate, save_picture
 from .data.records import open_image
 from .data.check import read_dataset
-from .inference import load_pipeline, save_picture
+from .inference import load_pipeline
 from .measure.metrics import ClipJudge, bootstrap_interval, nearest_neighbours, thumbnail_embeds
 from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_attributes, right_answers
 from .measure.judges import vae_scores, vae_table

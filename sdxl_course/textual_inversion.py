@@ -20,7 +20,7 @@ from .model.components import quiet
 from .model.words import TABLES, LearnedTokens, add_tokens, save_embeddings, save_learned_embeds
 from .options import option
 from .train.build import functions
-from .train.class_images import bare_pictures
+from .train.class_images import uncaptioned_pictures
 from .train.config import TrainConfig
 from .train.loop import eval_weights
 from .train.prepare import load_model
@@ -78,7 +78,7 @@ def read_pictures(
     if not place.is_dir():
         raise CourseError(f"--{'validation_data_dir' if folder else 'train_data_dir'} {place} is "
             f"{'a file' if place.exists() else 'not there'}: wanted a folder of pictures")
-    report = bare_pictures(place, None if folder else config.max_train_samples, config.seed)
+    report = uncaptioned_pictures(place, None if folder else config.max_train_samples, config.seed)
     captions = tuple(one.format(config.placeholder_token) for one in TEMPLATES[config.learnable_property])
     return replace(report, records=[replace(record, captions=captions) for record in report.records])
 

@@ -21,11 +21,12 @@ from sdxl_course.model.conditioning import encode_prompts, make_time_ids
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.data.records import open_image
 from sdxl_course.train import class_images, prepare
-from sdxl_course.train.class_images import NOTE, class_pictures, missing_pictures
+from sdxl_course.train.class_images import SETTINGS_FILE, class_pictures, missing_pictures
 from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, train_dreambooth
 from sdxl_course.model.adapters import add_lora, inject_lora, lora_modules, lora_parameters
 from sdxl_course.model.lora_files import initialize_lora_from
 from sdxl_course.model.noise import noise_schedule
+from sdxl_course.model import sampling
 from sdxl_course.model.words import add_tokens, load_learned_tokens
 from sdxl_course.data.preprocess import prepare_image
 from sdxl_course.data.loader import BatchLoader
@@ -417,7 +418,7 @@ def test_class_pictures_are_lossless_and_noted(five, usual):
     files = drawn(five)
     assert sorted(files) == [f"class-{i:05d}.png" for i in range(5)] and all(data.startswith(b"\x89PNG") for data in files.values())
     assert len({data for data in files.values()}) == 5 and all(pixels(data).shape == (64, 64, 3) for data in files.values())
-    note = json.loads((five / NOTE).read_text())
+    note = json.loads((five / SETTINGS_FILE).read_text())
     assert note | dict(weights="") == dict(prompt=CLASS, model=Path(usual["pretrained_model_name_or_path"]).name, revision=None, vae=None, weights="", max_token_length=75, prediction_type="epsilon", rescale_betas_zero_snr=False,
         precision="fp32", seed=0, size=64, steps=25, guidance=5.0)
     assert len(note["weights"]) == 24
@@ -447,12 +448,12 @@ def test_a_class_picture_depends_on_its_number_only(five, usual, toy, tmp_path, 
 
 
 def test_drawing_goes_on_after_a_crash_and_counts_only_pictures(five, usual, toy, tmp_path, monkeypatch):
-    folder, real, written = tmp_path / "c", class_images.write_atomic, []
+    folder, real, written = tmp_path / "c", sampling.write_atomic, []
 
     def dies(path, data):
         if len(written) == 3: raise KeyboardInterrupt
         written.append(real(path, data))
-    monkeypatch.setattr(class_images, "write_atomic", dies)
+    monkeypatch.setattr(sampling, "write_atomic", dies)
     with pytest.raises(KeyboardInterrupt): class_pictures(class_config(usual, folder), toy(), lambda text: None)
     monkeypatch.undo()
     (folder / "class-00001.png").write_bytes((folder / "class-00001.png").read_bytes()[:100])
@@ -471,9 +472,9 @@ def test_class_pictures_of_another_request_are_refused(five, usual, toy):
     other = toy()
     with torch.no_grad(): other.unet.conv_in.bias += 1e-3
     with pytest.raises(CourseError, match="with other weights"): class_pictures(class_config(usual, five), other)
-    with pytest.raises(CourseError, match="model 'model', now 'other'"): class_images.refuse_note(five, class_images.read_note(five), class_images.make_note(replace(class_config(usual, five), pretrained_model_name_or_path="x/other"), "fp32"))
+    with pytest.raises(CourseError, match="model 'model', now 'other'"): class_images.check_settings(five, class_images.read_settings(five), class_images.drawing_settings(replace(class_config(usual, five), pretrained_model_name_or_path="x/other"), "fp32"))
     for change, what in ((dict(pretrained_vae_model_name_or_path="x/other"), "vae None, now 'other'"), (dict(revision="b"), "revision"), (dict(prediction_type="v_prediction"), "prediction_type"), (dict(max_token_length=150), "max_token_length")):
-        with pytest.raises(CourseError, match=what): class_images.refuse_note(five, class_images.read_note(five), class_images.make_note(replace(class_config(usual, five), **change), "bf16"))
+        with pytest.raises(CourseError, match=what): class_images.check_settings(five, class_images.read_settings(five), class_images.drawing_settings(replace(class_config(usual, five), **change), "bf16"))
     said = []
     assert len(class_pictures(class_config(usual, five, mixed_precision="bf16"), None, said.append)[0]) == 5 and "only the names" in said[0]  # nothing is loaded that could tell more
     class_pictures(class_config(usual, five, revision="main", prediction_type="epsilon"), toy(), lambda text: pytest.fail(text))  # other words for the same weights
@@ -499,7 +500,7 @@ def test_foreign_pictures_beside_drawn_ones_are_named_and_left_alone(five, usual
 
 def test_a_damaged_note_and_an_unwritable_folder_are_sentences(usual, tmp_path):
     (tmp_path / "c").mkdir()
-    (tmp_path / "c" / NOTE).write_text("{")
+    (tmp_path / "c" / SETTINGS_FILE).write_text("{")
     with pytest.raises(CourseError, match="JSON"): class_pictures(class_config(usual, tmp_path / "c"))
     (tmp_path / "file").write_text("")
     with pytest.raises(CourseError, match="class_data_dir"): class_pictures(class_config(usual, tmp_path / "file" / "c"))
@@ -513,7 +514,7 @@ def test_prior_generation_precision(five, usual, toy, tmp_path, monkeypatch):
     assert files["no"] == files["half"] == files["full"] != files["brain"] and any("fp16 needs a GPU" in text for text in said)
     assert files["no"]["class-00000.png"] == drawn(five)["class-00000.png"]
     assert {p.dtype for p in base.unet.parameters()} == {torch.float32}  # what will be trained stays what it was
-    assert json.loads((tmp_path / "brain" / NOTE).read_text())["precision"] == "bf16"
+    assert json.loads((tmp_path / "brain" / SETTINGS_FILE).read_text())["precision"] == "bf16"
 
 
 def test_missing_class_pictures_are_drawn_as_the_others_were(five, usual, toy, tmp_path):
@@ -522,13 +523,13 @@ def test_missing_class_pictures_are_drawn_as_the_others_were(five, usual, toy, t
     said = []
     class_pictures(class_config(usual, tmp_path / "c", prior_generation_precision="bf16"), toy(), said.append)
     assert drawn(tmp_path / "c") == drawn(five) and "drawn in fp32" in said[0]
-    note = json.loads((five / NOTE).read_text())
-    (tmp_path / "c" / NOTE).write_text(json.dumps(note | dict(precision="fp16")))
+    note = json.loads((five / SETTINGS_FILE).read_text())
+    (tmp_path / "c" / SETTINGS_FILE).write_text(json.dumps(note | dict(precision="fp16")))
     (tmp_path / "c" / "class-00003.png").unlink()
     note_alone = tmp_path / "alone"
     note_alone.mkdir()
-    (note_alone / NOTE).write_text(json.dumps(note | dict(precision="fp16", prompt="x")))  # a run that ended before its first picture binds nobody
-    assert len(class_pictures(class_config(usual, note_alone), toy(), lambda text: None)[0]) == 5 and json.loads((note_alone / NOTE).read_text())["precision"] == "fp32"
+    (note_alone / SETTINGS_FILE).write_text(json.dumps(note | dict(precision="fp16", prompt="x")))  # a run that ended before its first picture binds nobody
+    assert len(class_pictures(class_config(usual, note_alone), toy(), lambda text: None)[0]) == 5 and json.loads((note_alone / SETTINGS_FILE).read_text())["precision"] == "fp32"
     with pytest.raises(CourseError, match="1 class pictures are missing.*drawn in fp16.*would draw in fp32"): class_pictures(class_config(usual, tmp_path / "c"), toy())
 
 
@@ -572,8 +573,8 @@ def test_the_run_keeps_a_report_of_its_pictures_also_when_they_are_unusable(drea
 
 
 def test_several_processes_share_the_work_and_draw_nothing_twice(five, toy, tmp_path, monkeypatch):
-    note, written = class_images.read_note(five), []
-    monkeypatch.setattr(class_images, "save_png", lambda picture, path: written.append(Path(path).name))
+    note, written = class_images.read_settings(five), []
+    monkeypatch.setattr(class_images, "save_picture", lambda picture, path: written.append(Path(path).name))
     for rank in range(3): class_images.draw_class_pictures(toy(), tmp_path, note | dict(steps=1), list(range(5)), 2, (rank, 3))
     assert sorted(written) == [f"class-{i:05d}.png" for i in range(5)]
 
