@@ -7,7 +7,6 @@ __all__ = ['BANDS', 'luminance', 'band_power', 'power_ratios', 'frechet_distance
            'draw_patches', 'sliced_wasserstein', 'patch_distances']
 
 # %% ../../nbs/library/measure_distributions.ipynb #26e6970e
-import math
 import torch
 import torch.nn.functional as F
 from ..core import CourseError, seeded
