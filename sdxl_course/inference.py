@@ -14,7 +14,8 @@ import sys
 from PIL.PngImagePlugin import PngInfo
 from dataclasses import dataclass
 from pathlib import Path
-from .core import CourseError, image_grid, is_interactive, pick_device, run_guarded, weight_dtype
+from .core import CourseError, image_grid, is_interactive, run_guarded
+from .devices import pick_device, weight_dtype
 from .core import write_atomic
 from .options import writable_folder
 from .options import option, parse_config
