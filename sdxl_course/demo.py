@@ -12,7 +12,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from .core import image_grid, provenance, run_guarded, write_json
+from .core import image_grid, run_guarded, write_json
+from .devices import provenance
 from .options import check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, Scene
 from .world.samples import sample_dir, sample_scenes

@@ -17,7 +17,8 @@ import time
 from PIL import Image
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from .core import CourseError, image_grid, is_interactive, provenance, run_guarded, seeded, write_json
+from .core import CourseError, image_grid, is_interactive, run_guarded, seeded, write_json
+from .devices import provenance
 from .options import writable_folder
 from .options import check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT

@@ -11,7 +11,8 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from .core import CourseError, image_grid, is_interactive, pick_device, run_guarded, weight_dtype
+from .core import CourseError, image_grid, is_interactive, run_guarded
+from .devices import pick_device, weight_dtype
 from .options import writable_folder
 from .options import option, parse_config
 from .world.scene import STYLES

@@ -21,7 +21,8 @@ from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from .core import CourseError, image_grid, provenance, to_jsonable, write_json
+from .core import CourseError, image_grid, to_jsonable, write_json
+from .devices import provenance
 from .options import check_limits, option, run_command
 from .world.scene import Scene
 from .world.render import render

@@ -22,7 +22,7 @@ def test_docs_stage(fresh_copy):
     assert (pages / "_quarto.yml").is_file() and not (pages / "_quarto.yml").is_symlink()
     core = json.loads((pages / "library" / "core.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in core["cells"])
-    assert "pick_device" in text and "default_exp" not in text
+    assert "image_grid" in text and "default_exp" not in text
 
 
 @pytest.mark.parametrize("source, made", [("1 / 0", False), ("import sys\nif __name__ == '__main__': sys.exit('the end')", False),

@@ -14,7 +14,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import CourseError, provenance, save_tensors, write_atomic, write_json
+from ..core import CourseError, save_tensors, write_atomic, write_json
+from ..devices import provenance
 from ..options import check_options, run_command
 from ..world.scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, VIEWS
 from ..model.components import save_components, tiny_path

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from safetensors import safe_open
-from ..core import CourseError, load_tensors, pick_device, save_tensors
+from ..core import CourseError, load_tensors, save_tensors
+from ..devices import pick_device
 from ..options import option
 from ..data.loader import Batch
 from ..data.sampler import MicroBatch, prefetch

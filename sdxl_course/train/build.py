@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ..core import progress, weight_dtype, write_json
+from ..core import progress, write_json
+from ..devices import weight_dtype
 from ..data.loader import BatchLoader
 from ..data.sampler import BatchSampler
 from ..data.records import with_masks

@@ -18,7 +18,8 @@ from accelerate import PartialState
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
-from ..core import CourseError, progress, seed_from, weight_dtype, write_json
+from ..core import CourseError, progress, seed_from, write_json
+from ..devices import weight_dtype
 from ..options import is_within, option
 from ..model.components import NETWORKS
 from ..model.conditioning import empty_prompt_embeds, encode_prompts
