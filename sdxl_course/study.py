@@ -17,7 +17,6 @@ import time
 import torch
 from PIL import Image
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -167,7 +166,8 @@ def measure(
 NO_DIFFERENCE = 0.1 # of the way from floor to ceiling
 _FELL, _LITTLE = dict(low=-np.inf, high=0.), dict(low=-NO_DIFFERENCE)
 _SAME = _LITTLE | dict(high=NO_DIFFERENCE)
-_fidelity = partial(Claim, key="subject_fidelity") # how much it is our chair
+
+def _fidelity(*words, **limits): return Claim(*words, key="subject_fidelity", **limits) # how much it is our chair
 
 CLAIMS = (
     _fidelity("training makes it our chair", "plain", "base"),
