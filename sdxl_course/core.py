@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 class CourseError(ValueError):
     "A mistake that the user can mend, told in one sentence: what was given, what was wanted, what to do."
 
+# %% ../nbs/library/core.ipynb #165db8d7
 def run_guarded(
     action, # a function that returns an exit code or None
     *args,  # what it is called with
@@ -83,6 +84,7 @@ def seed_from(
     digest = hashlib.sha256(json.dumps(names).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
+# %% ../nbs/library/core.ipynb #98a59c38
 def seeded(
     *keys,        # whole numbers and words that name the draw
     device="cpu", # generators are made where the draw happens; CPU draws are the same on every machine
@@ -134,6 +136,7 @@ def wrap_title(
         else: lines.append(word)
     return lines
 
+# %% ../nbs/library/core.ipynb #7ae1964d
 def grid_columns(
     count:int,    # how many pictures
     columns=None, # the wish; None: one row up to four pictures, then nearly square
@@ -248,6 +251,7 @@ def to_jsonable(
     if isinstance(value, float): return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
+# %% ../nbs/library/core.ipynb #328b1b09
 def write_json(
     path, # file to write
     obj,  # anything that `to_jsonable` understands
@@ -267,6 +271,7 @@ def sorted_header(
     header += b" " * (-len(header) % 8) # the numbers begin on a multiple of 8
     return len(header).to_bytes(8, "little") + header + data[8 + size:]
 
+# %% ../nbs/library/core.ipynb #8aef9dc8
 def save_tensors(
     path,          # file to write, usually ending in .safetensors
     tensors:dict,  # name -> tensor, of any dtype and on any device
@@ -329,6 +334,7 @@ def hint(
         return "too large" if error > 0 else "too small" if error < 0 else "not a number"
     return f"{int(wrong.sum())} of {error.numel()} values are off, by up to {error.abs().max():.3g}"
 
+# %% ../nbs/library/core.ipynb #f9782050
 def check(
     name:str,       # of the exercise
     given,          # your answer, None if not tried

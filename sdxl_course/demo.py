@@ -50,6 +50,7 @@ def phase(
     seconds[name] = round(time.perf_counter() - begin, 2)
     print(f"    done in {seconds[name]:.0f} s", flush=True)
 
+# %% ../nbs/library/demo.ipynb #15d7601a
 def peak_memory_bytes()->int: # None where the system does not tell
     "The most memory that this process has held."
     try: import resource
@@ -67,6 +68,7 @@ def draw_prompts(
     seeds = [seed + i for i in range(len(scenes))]
     return generate(load_pipeline("tiny", lora=lora), [prompt_of(scene) for scene in scenes], seeds)
 
+# %% ../nbs/library/demo.ipynb #0503f5ff
 def style_and_content(
     pictures, # PIL images
     scenes, # what was asked for
@@ -96,6 +98,7 @@ class DemoConfig:
 
     def __post_init__(self): check_limits(self)
 
+# %% ../nbs/library/demo.ipynb #869490ca
 def demo_training(
     config:DemoConfig,
 )->TextToImageConfig: # as the text-to-image command would be given it

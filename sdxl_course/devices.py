@@ -19,6 +19,7 @@ def available_devices()->list: # names of kinds of device, best first
     if torch.backends.mps.is_available(): found.append("mps")
     return found + ["cpu"]
 
+# %% ../nbs/library/devices.ipynb #844a8bc6
 def pick_device(
     name=None, # "cuda", "cuda:1", "mps", "cpu"; None takes the best that is here
 )->torch.device: # where tensors go

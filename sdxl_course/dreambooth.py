@@ -107,6 +107,7 @@ def find_subject(
         log("there are captions beside the pictures, which are not used: --caption_column text would")
     return fill_captions(report, config.instance_prompt)
 
+# %% ../nbs/library/dreambooth.ipynb #6651d50d
 def check_placeholders(
     config, # DreamBoothConfig
     records, # ImageRecord
@@ -135,6 +136,7 @@ def remarks(
             "and 1 is usual")
     return sentences
 
+# %% ../nbs/library/dreambooth.ipynb #b8c5e67f
 def prior_records(
     config, # DreamBoothConfig
     components, # already loaded ones, or None
@@ -164,6 +166,7 @@ def subject_weights(
     words = token_weights(tokens, rate*scale, decay, config.train_text_encoder_ti_frac)
     return together(lora_weights(config, components, seed, scale), words)
 
+# %% ../nbs/library/dreambooth.ipynb #93a56d07
 def subject_loss(
     config, # DreamBoothConfig
     components, # SDXLComponents

@@ -44,6 +44,7 @@ def prompt_of(
     color = scene.color + " " if is_colored(scene) else ""
     return f"{with_article(MEDIUM[scene.style][0])} of {with_article(color + scene.object)} {PLACES[scene.place]}"
 
+# %% ../nbs/library/evaluate.ipynb #d2d49bed
 def evaluation_scenes(
     number:int, # of scenes
     seed:int = 0, # another seed, other scenes
@@ -207,6 +208,7 @@ def subject_column(pictures, scenes)->dict: # subject_similarity: (n,) numbers, 
     column[asked] = SubjectJudge([scenes[k] for k in asked]).similarity([pictures[k] for k in asked]).numpy()
     return dict(subject_similarity=column)
 
+# %% ../nbs/library/evaluate.ipynb #f01f91c3
 def score_columns(
     pictures, # PIL images
     scenes, # Scene: what was asked for
@@ -237,6 +239,7 @@ def summarize(
         scores |= {name: float(np.nanmean(values)), f"{name}_interval": list(interval)}
     return scores
 
+# %% ../nbs/library/evaluate.ipynb #b22be1fd
 def score_table(
     scores:dict, # from `summarize`
 )->str: # lines for a terminal
@@ -285,6 +288,7 @@ def check_output(
     writable_folder(Path(path).expanduser().absolute().parent, complaint, remedy)
     if Path(path).is_dir() and flag != "save_images": raise CourseError(f"{complaint} (it is a folder): {remedy}")
 
+# %% ../nbs/library/evaluate.ipynb #5f94cc25
 def evaluated_scenes(
     config:EvaluateConfig,
 )->list: # Scene

@@ -29,6 +29,7 @@ def adapter_names(
     "Names of the LoRAs in a pipeline."
     return list(dict.fromkeys(name for names in pipeline.get_list_adapters().values() for name in names))
 
+# %% ../nbs/library/inference.ipynb #7126e65c
 def set_lora_scale(
     pipeline, # StableDiffusionXLPipeline with LoRAs in it
     scale=1.0, # one strength for all, one for each in order of loading, or name -> strength
@@ -66,6 +67,7 @@ def _named(
         named[stem if stem not in named else f"{stem}_{len(named)}"] = where
     return named
 
+# %% ../nbs/library/inference.ipynb #7e47c73d
 def load_pipeline(
     model="tiny", # "tiny", a folder, a hub id or one .safetensors file
     lora=None, # a LoRA file, folder or hub id; several in a list; or name -> file
@@ -166,6 +168,7 @@ def warn_about_prompts(
 def one_or_all(scales): # the strength of every LoRA, or a list with one for each
     return 1.0 if not scales else scales[0] if len(scales) == 1 else scales
 
+# %% ../nbs/library/inference.ipynb #e509431f
 def settings_of(
     config:GenerateConfig,
     pipeline, # as the config wants it

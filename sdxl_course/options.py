@@ -60,6 +60,7 @@ def _check_number(name, value, limit, kind):
         raise CourseError(f"--{name} is {value!r}: wanted a {'whole ' if whole else ''}number")
     if wanted := check_range(value, limit): raise CourseError(f"--{name} is {value}: wanted {wanted}")
 
+# %% ../nbs/library/options.ipynb #31ca7c17
 def check_limits(
     config, # dataclass whose fields come from `option`
 ):
@@ -71,6 +72,7 @@ def check_limits(
         if limit: _check_number(f.name, value, limit, kinds[f.name])
         if choices and value not in choices: raise CourseError(not_among(f"--{f.name}", value, choices))
 
+# %% ../nbs/library/options.ipynb #b9191f0f
 def not_among(
     name:str, # of the option
     value, # that was given
@@ -89,6 +91,7 @@ def rules_of(
     "The rules that stand beside the options: those of every class that the config is made of, base classes first."
     for cls in reversed(type(config).__mro__): yield from vars(cls).get(kind, ())
 
+# %% ../nbs/library/options.ipynb #b35200a9
 def check_options(
     config, # a config dataclass, made of option classes
 ):
@@ -118,6 +121,7 @@ def fields_of(
     "The options of one or several option classes as keyword arguments for a function that knows no config."
     return {f.name: getattr(config, f.name) for group in groups for f in fields(group)}
 
+# %% ../nbs/library/options.ipynb #96d4eb42
 def resume_kinds(
     config, # a config dataclass
 )->dict: # field name -> fixed, free or machine
@@ -139,6 +143,7 @@ def is_within(
     if not (folder and other): return False
     return Path(folder).expanduser().resolve().is_relative_to(Path(other).expanduser().resolve())
 
+# %% ../nbs/library/options.ipynb #69c838ef
 def would_be_read(
     folder, # or None
     pictures, # folder of pictures, or None
@@ -212,6 +217,7 @@ def file_flags(
             raise CourseError(f"{path} sets {name!r} to null: wanted a value, since this option cannot be empty")
     return words
 
+# %% ../nbs/library/options.ipynb #79befa5d
 def _unknown(given:str, name:str, known)->str:
     "A sentence for an option that is not known, with the nearest name."
     guess = nearest(name, list(known))
@@ -260,6 +266,7 @@ def signal_handler(
     try: yield
     finally: signal.signal(kind, signal.SIG_DFL if before is None else before)
 
+# %% ../nbs/library/options.ipynb #f0ee3d68
 RESUMABLE = "the same command with --resume_from_checkpoint latest goes on from the newest checkpoint"
 
 def run_command(

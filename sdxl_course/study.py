@@ -17,7 +17,6 @@ import time
 import torch
 from PIL import Image
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -70,6 +69,7 @@ class Variant:
     longer:int = 1 # times the usual number of updates
     eval_steps:tuple = (1.0,) # shares of the training after which it is judged
 
+# %% ../nbs/library/study.ipynb #be4606de
 _PRIOR, _ENCODERS = (("with_prior_preservation", True),), (("train_text_encoder", True), ("text_encoder_lr", 1e-4))
 VARIANTS = dict(
     plain=Variant(), prior=Variant(options=_PRIOR), teacher=Variant(options=(("prior_teacher", True),)),
@@ -89,6 +89,7 @@ def selected_variants(
             raise CourseError(f"there is no variant {name!r}: wanted some of {', '.join(VARIANTS)}")
     return names
 
+# %% ../nbs/library/study.ipynb #cdae2edb
 def eval_steps_of(
     name:str, # a key of `VARIANTS`
     config:StudyConfig,
@@ -123,6 +124,7 @@ def unrelated_scenes()->list: # Scene
     "Things that are no chairs."
     return [scene for scene in evaluation_scenes(14, 81) if scene.object != "chair"][:12]
 
+# %% ../nbs/library/study.ipynb #a546e841
 def draw_evaluation(
     pipeline, # with or without a LoRA
     subject:str, # how it knows the thing
@@ -167,7 +169,9 @@ def measure(
 NO_DIFFERENCE = 0.1 # of the way from floor to ceiling
 _FELL, _LITTLE = dict(low=-np.inf, high=0.), dict(low=-NO_DIFFERENCE)
 _SAME = _LITTLE | dict(high=NO_DIFFERENCE)
-_fidelity = partial(Claim, key="subject_fidelity") # how much it is our chair
+
+# %% ../nbs/library/study.ipynb #55b2076a
+def _fidelity(*words, **limits): return Claim(*words, key="subject_fidelity", **limits) # how much it is our chair
 
 CLAIMS = (
     _fidelity("training makes it our chair", "plain", "base"),
@@ -207,6 +211,7 @@ def picture_row(
     small = [drawn[name][0].resize((96, 96), Image.Resampling.LANCZOS) for name in (*APPLICATIONS, "class")]
     return image_grid(small, columns=6)
 
+# %% ../nbs/library/study.ipynb #e2df0952
 def run_one(
     name:str, # a key of `VARIANTS`
     seed:int, # of the training
@@ -233,6 +238,7 @@ def rounded(values): # the same, four digits after the point
     if isinstance(values, list): return [rounded(value) for value in values]
     return round(values, 4) if isinstance(values, float) else values
 
+# %% ../nbs/library/study.ipynb #190ad15c
 def study_settings(
     config:StudyConfig,
 )->dict: # plain values
@@ -249,6 +255,7 @@ def study_settings(
     return to_jsonable(options | dict(weights=weights_name(components),
         judges={name: fingerprint(judge)[:16] for name, judge in judges.items()}, prompts=prompts))
 
+# %% ../nbs/library/study.ipynb #4a024a3c
 def row_settings(name, settings)->dict: # with what `name` means
     "What one row was made with."
     return dict(settings, variant=to_jsonable(VARIANTS.get(name, Variant("chair"))))
@@ -338,6 +345,7 @@ def summary(
             subject_fidelity=float(fidelity.mean()), low=low, high=high, **columns))
     return found
 
+# %% ../nbs/library/study.ipynb #35cc8956
 def summary_table(
     study:dict, # of `run_study`
 )->str: # lines for a terminal

@@ -13,7 +13,7 @@ def test_rule(path, rule):
 
 
 def test_exported_cells_are_short():
-    assert typical_length(map(read, NOTEBOOKS)) <= 16, "the aim is 12: split exported cells: one definition each, or a few that belong together"
+    assert typical_length(map(read, NOTEBOOKS)) <= 12, "split exported cells: one definition each, or a few that belong together"
 
 
 def test_all_notebooks_together_are_light():

@@ -64,6 +64,7 @@ def tensors_digest(
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+# %% ../../nbs/library/data_cache.ipynb #6c7354d5
 def hashed(
     *parts, # strings, numbers, None, and lists of them
 )->str: # 64 hexadecimal digits
@@ -80,6 +81,7 @@ def _settings(module):
     unimportant = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "output_hidden_states")
     return {key: value for key, value in values.items() if not key.startswith("_") and key not in unimportant}
 
+# %% ../../nbs/library/data_cache.ipynb #01a70e10
 def fingerprint(
     module, # nn.Module of diffusers or transformers
 )->str: # 64 hexadecimal digits; the same for the same configuration and weights
@@ -110,6 +112,7 @@ def _checksum(tensors, text):
     "Covers the numbers and the notes of an entry."
     return hashlib.sha256(f"{text}\n{tensors_digest(tensors.items())}".encode()).hexdigest()
 
+# %% ../../nbs/library/data_cache.ipynb #52dcb25d
 class LatentCache:
     "Tensors kept under the name of what they were made from."
     def __init__(self,
@@ -152,6 +155,7 @@ def read(
     except (CourseError, ValueError, KeyError) as error:
         warnings.warn(f"cache entry {self.path(key).name} is damaged and is made again ({error})", stacklevel=2)
 
+# %% ../../nbs/library/data_cache.ipynb #ae497f2f
 @patch
 def get_or_make(
     self:LatentCache,
@@ -179,6 +183,7 @@ def _infinite(vae):
     return (f"its latents are not finite numbers (autoencoder in {vae.dtype}): "
             "encode in float32 or use an autoencoder mended for fp16")
 
+# %% ../../nbs/library/data_cache.ipynb #5251b5eb
 def companion_tensors(
     record,     # ImageRecord
     prepared,   # PreparedImage, with these companions
@@ -212,6 +217,7 @@ def _unchanged(record):
     try: return decode(data)
     except CourseError as error: raise CourseError(f"{record.path}: {error}")
 
+# %% ../../nbs/library/data_cache.ipynb #47be99c5
 def _companion_keys(record, companions):
     "What companions add to a key: of a plain mask its content or None, of others all that decides their tensors."
     content = {companion: content_key(read_companion(record, companion.name)) for companion in companions}
@@ -312,6 +318,7 @@ def entry(
     text_key, texts = self.prompt(components, caption)
     return CacheEntry.of(f"{key}-{text_key}", latents, sizes, texts)
 
+# %% ../../nbs/library/data_cache.ipynb #63935256
 @patch
 def load(
     self:LatentCache,

@@ -76,6 +76,7 @@ def _captions(root, name, texts, problems):
     try: return read_sidecar(Path(root, name))
     except CourseError as error: problems.append((name, str(error))); return ()
 
+# %% ../../nbs/library/data_check.ipynb #b5cc145c
 def _metadata(folder, names, image_column, caption_column):
     "Captions and problems of all metadata files, under names relative to the folder."
     captions, problems = {}, []
@@ -156,6 +157,7 @@ def _load_table(name, config, data_dir, cache_dir):
         raise CourseError(f"dataset {str(name)!r} has no split 'train': its splits are {', '.join(table)}")
     return table["train"]
 
+# %% ../../nbs/library/data_check.ipynb #0d737458
 def _column(table, wanted, flag):
     "A column that must be there."
     if wanted in table.column_names: return wanted
@@ -177,6 +179,7 @@ def _stored(value, roots, store):
     if not path.exists() or path.stat().st_size != len(data): write_atomic(path, data)
     return path
 
+# %% ../../nbs/library/data_check.ipynb #08ad58b2
 def _undecoded(table, image_column):
     "The table with its pictures as file bytes."
     import datasets
@@ -250,6 +253,7 @@ def check_dataset(
     else: found = _table_examples(dataset_name, dataset_config_name, train_data_dir, *asked, cache_dir, *kept)
     return check_candidates(folder, *found, require_captions, **options)
 
+# %% ../../nbs/library/data_check.ipynb #fc7c032c
 def read_dataset(
     *source, # as for `check_dataset`
     on_problem:str="error", # "skip": leave out what cannot be used
@@ -323,6 +327,7 @@ def run_check_data(
     report.usable("skip")
     return 0
 
+# %% ../../nbs/library/data_check.ipynb #9fc15632
 def main(
     argv=None, # the words after check-data; None takes them from the command line
 )->int: # exit code: 0 usable, 2 not

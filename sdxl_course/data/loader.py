@@ -149,6 +149,7 @@ def _index(self:BatchLoader):
 @patch
 def rng(self:BatchLoader, epoch:int, i:int)->SampleRNG: return SampleRNG(self.seed, epoch, self.keys[i])
 
+# %% ../../nbs/library/data_loader.ipynb #369c2fc6
 @patch
 def name(self:BatchLoader, i:int)->str: return self.all[i].path.name
 
@@ -161,6 +162,7 @@ def samples(self:BatchLoader,
     own, n, m = [(i, self.targets[i]) for i in micro.indices], len(self.records), len(self.class_records)
     return own + [(n + (i + micro.epoch*n) % m, target) for i, target in own if m]
 
+# %% ../../nbs/library/data_loader.ipynb #14813206
 @patch
 def augmentation(self:BatchLoader, epoch:int, i:int)->tuple: # (mirrored?, which of the cached crops)
     "Flip and crop of a sample in one epoch."
@@ -168,6 +170,7 @@ def augmentation(self:BatchLoader, epoch:int, i:int)->tuple: # (mirrored?, which
     crop = rng.randint("kept crop", self.cached_crops) if self.cached_crops else 0
     return self.random_flip and rng.uniform("flip") < 0.5, crop
 
+# %% ../../nbs/library/data_loader.ipynb #5412e85b
 @patch
 def crop(self:BatchLoader, i:int, target:tuple, number:int): # (top, left), or None for the middle
     "Where one of the cached random crops of a picture begins."
@@ -192,6 +195,7 @@ def caches_latents(self:BatchLoader,
     return False, ("since their crop is drawn; --center_crop, --use_aspect_ratio_buckets or --cached_crops "
         "would change that")
 
+# %% ../../nbs/library/data_loader.ipynb #5d400afd
 @patch
 def caches_text_embeds(self:BatchLoader,
     trained:bool, # the text encoders learn
@@ -218,6 +222,7 @@ def encode_latents(self:BatchLoader,
         self.latent_keys[view] = self.cache.picture(self.all[i], self.components.vae, self.resolution, flip,
             self.crop(i, size, number), self.image_interpolation_mode, target_size=size, companions=self.companions)[0]
 
+# %% ../../nbs/library/data_loader.ipynb #6ca95b7b
 @patch
 def encode_captions(self:BatchLoader,
     prompts=(), # further texts to encode
@@ -256,6 +261,7 @@ def cache_bytes(self:BatchLoader, latents:bool, texts:bool)->int:
     pictures = len(self.all)*views*2*4*4*side**2 # float32: mean and std of four channels
     return latents*pictures + texts*captions*4*(77*windows + 1)*width
 
+# %% ../../nbs/library/data_loader.ipynb #c2ecf420
 @patch
 def choose_place(self:BatchLoader, latents:bool, texts:bool, folder):
     "Move a large cache to the disk, unless it is there already."
@@ -272,6 +278,7 @@ def prepare(self:BatchLoader,
     if self.latent_keys: return [None]*len(samples)
     return [self._prepare(micro.epoch, i, target) for i, target in samples]
 
+# %% ../../nbs/library/data_loader.ipynb #96d21627
 @patch
 def _prepare(self:BatchLoader, epoch, i, target):
     record, fixed = self.all[i], self.center_crop or self.use_aspect_ratio_buckets

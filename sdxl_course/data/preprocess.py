@@ -44,6 +44,7 @@ def bucket_sizes(
     allowed = [(h, w) for h, w in tall if w and max(h, w) <= max_ratio*min(h, w)]
     return sorted({shape for h, w in allowed for shape in ((h, w), (w, h))}, reverse=True)
 
+# %% ../../nbs/library/data_preprocess.ipynb #d72fbdeb
 def nearest_bucket(
     size:tuple,    # (height, width) of the picture
     buckets:list,  # of (height, width)
@@ -62,6 +63,7 @@ def covering_size(
     scale = max(want/have for want, have in zip(target, size))
     return tuple(max(want, round(have*scale)) for want, have in zip(target, size))
 
+# %% ../../nbs/library/data_preprocess.ipynb #2bbc5d4a
 def crop_loss(
     size:tuple,   # (height, width) of the picture
     target:tuple, # (height, width) of its square or bucket
@@ -113,6 +115,7 @@ def center_crop_origin(
     "Where the middle window begins."
     return tuple(max(0, round((have - keep) / 2)) for have, keep in zip(size, target))
 
+# %% ../../nbs/library/data_preprocess.ipynb #3cdd4242
 def random_crop_origin(
     size:tuple,   # (height, width) after resizing
     target:tuple, # (height, width) to keep
@@ -138,6 +141,7 @@ def crop(
                           "all (height, width)")
     return image.crop((left, top, left + width, top + height))
 
+# %% ../../nbs/library/data_preprocess.ipynb #9940d4a1
 def flip_left_right(
     image, # PIL.Image
 )->Image.Image: # its mirror image
@@ -162,6 +166,7 @@ class PreparedImage:
     flipped: bool        # was it mirrored?
     extra: dict = field(default_factory=dict) # companion's name -> (3, h, w) in [-1, 1]; L: (1, h, w) in [0, 1]
 
+# %% ../../nbs/library/data_preprocess.ipynb #8f1dc904
 def _window(image, size, flip, origin, target, interpolation):
     "Resize, flip and crop, in this order, as a tensor."
     image = resize(image, size, interpolation)

@@ -56,6 +56,7 @@ def list_files(
         found += [(Path(where) / name).relative_to(folder).as_posix() for name in files]
     return sorted(found, key=natural_key)
 
+# %% ../../nbs/library/data_records.ipynb #ea210d82
 def is_picture(
     name:str, # a file name
 )->bool: # by its ending; hidden files are none
@@ -83,6 +84,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000 # about 8000 x 8000
 MIN_SIDE = 16           # pixels; smaller pictures teach nothing but blur
 
+# %% ../../nbs/library/data_records.ipynb #a8db5b56
 def open_header(
     data:bytes, # a whole picture file
 )->Image.Image: # size and mode known, pixels not yet decoded
@@ -266,6 +268,7 @@ def content_key(
     "A name for a picture that depends on its bytes and on nothing else."
     return hashlib.sha256(data).hexdigest()[:24]
 
+# %% ../../nbs/library/data_records.ipynb #8c6d8d9c
 def _remarks(path, image):
     "What is unusual about a usable picture; each is a kind, or a kind and a detail after a colon."
     kind = "JPEG" if image.format == "MPO" else image.format # MPO: a phone's JPEG with a second picture inside
@@ -337,6 +340,7 @@ def with_companions(
                           f"for instance {lacking[0].name}: wanted {lacking[0].stem}.png")
     return [replace(record, companions=record.companions | {name: path}) for record, path in zip(records, found)]
 
+# %% ../../nbs/library/data_records.ipynb #ea317175
 def with_masks(
     records:list,   # ImageRecord
     mask_dir=None,  # folder of masks named like the pictures; None: the pictures' own transparency
@@ -357,6 +361,7 @@ def companions_of(
 def _unopened(path, name, error):
     return CourseError(f"{path}: it cannot be opened as {'an' if name[0] in 'aeiou' else 'a'} {_noun(name)} ({error})")
 
+# %% ../../nbs/library/data_records.ipynb #4d20af32
 def read_companion(
     record, # ImageRecord
     name:str, # of the `Companion`
@@ -387,6 +392,7 @@ def open_companion(
                           "wanted the same size")
     return image
 
+# %% ../../nbs/library/data_records.ipynb #b2dec4eb
 def open_mask(
     record, # ImageRecord
 )->Image.Image|None: # "L", upright, of the picture's size; None: no mask

@@ -54,6 +54,7 @@ def _counted(report):
     return [("dataset", report.name), ("usable pictures", usable), ("problems", len(report.problems)),
             ("remarks", len(report.remarks)), ("other files", others)]
 
+# %% ../../nbs/library/data_report.ipynb #d17cd883
 @patch
 def summary(self:DataReport)->list: # (what, value) pairs
     "The report in a few lines."
@@ -84,6 +85,7 @@ def tables(self:DataReport)->list: # (title, column names, rows)
               ("remarks", ("remark", "pictures", "which"), remarks)]
     return [table for table in tables if table[2]]
 
+# %% ../../nbs/library/data_report.ipynb #68540598
 @patch
 def values(self:DataReport)->dict: # fit for JSON
     "The report for other programs; nothing is left out."
@@ -124,6 +126,7 @@ def _pad(text, width, right):
     space = " " * (width - _columns_of(text))
     return space + text if right else text + space
 
+# %% ../../nbs/library/data_report.ipynb #c07c7ae7
 def _text_table(head, rows, indent="  "):
     "The same for a terminal: columns, the last one broken into lines."
     cells = [[_printable(cell) for cell in row] for row in ([head] if head else []) + _some(head or rows[0], rows)]
@@ -158,6 +161,7 @@ def caption_remarks(
     "Captions that say very little."
     return [f"a caption of one word: {text}" for text in captions if len(re.findall(WORD, text)) < 2]
 
+# %% ../../nbs/library/data_report.ipynb #4c65b193
 @patch
 def with_lengths(
     self:DataReport,
@@ -203,6 +207,7 @@ class Fit:
     scale: float  # over 1: it is enlarged
     cut: float    # 0 .. 1, the share that the crop throws away
 
+# %% ../../nbs/library/data_report.ipynb #cd9775e7
 def fit_records(
     report:DataReport, # of a folder or table
     resolution:int,    # side of the square, pixels
@@ -230,6 +235,7 @@ class FitReport(DataReport):
         "Where each picture goes."
         return fit_records(self, self.resolution, self.use_aspect_ratio_buckets != other)
 
+# %% ../../nbs/library/data_report.ipynb #0ea46c8f
 def at_resolution(
     report:DataReport, # as `scan` or `check_dataset` gives it
     resolution:int,    # side of the square, pixels
@@ -268,6 +274,7 @@ def _bucket_rows(fits):
                      f"{mean_cut:.0%}", f"{worst.cut:.0%}", worst.file if worst.cut else "-"))
     return rows
 
+# %% ../../nbs/library/data_report.ipynb #e7f601e3
 def _worst_rows(fits, value, least, most=5):
     "The pictures with the largest `scale` or `cut`."
     worst = sorted((fit for fit in fits if getattr(fit, value) > least), key=lambda fit: -getattr(fit, value))[:most]
@@ -284,6 +291,7 @@ def tables(self:FitReport)->list: # (title, column names, rows)
             ("enlarged most", head, _worst_rows(fits, "scale", 1))]
     return DataReport.tables(self) + [table for table in more if table[2]]
 
+# %% ../../nbs/library/data_report.ipynb #a4dd42c5
 @patch
 def values(self:FitReport)->dict: # fit for JSON
     "The report for other programs; nothing is left out."

@@ -50,6 +50,7 @@ class MicroBatch:
     last: bool # whether the optimizer steps after it
     live: bool = True # False: a filler, for a process that would stand idle; it counts nothing
 
+# %% ../../nbs/library/data_sampler.ipynb #b281226e
 def epoch_order(
     n:int, # samples in the dataset
     seed:int, # of the run
@@ -90,6 +91,7 @@ def batches(self:BatchSampler,
         if len(waiting[shape]) == self.global_batch_size: full.append(waiting.pop(shape))
     return full + list(waiting.values())
 
+# %% ../../nbs/library/data_sampler.ipynb #6dc5eeea
 @patch
 def micro_steps(self:BatchSampler,
     first:int, # update to begin with

@@ -22,6 +22,7 @@ def trained_seeds(
     "Seeds of the trainings that a study has."
     return {row["seed"] for row in study["rows"] if row["variant"] == variant}
 
+# %% ../../nbs/library/measure_claims.ipynb #8366688f
 def measurements(
     study:dict, # with rows
     variant:str, # name of a way to train
@@ -81,6 +82,7 @@ class Claim:
         if not self.other: return f"{self.key}, {self.one} > {self.low:g}"
         return f"{self.key}, {self.one} - {'' if self.share == 1 else f'{self.share} '}{self.other}"
 
+# %% ../../nbs/library/measure_claims.ipynb #57c80aa4
 def verdict(
     wanted:tuple, # (low, high) between which the difference is claimed to lie
     low:float, # its interval
@@ -104,6 +106,7 @@ def verdicts(
         found.append(dict(claim=claim.text, measure=claim.measure(), **seen, verdict=said))
     return found
 
+# %% ../../nbs/library/measure_claims.ipynb #b9ac1e05
 def verdict_table(
     verdicts:list, # of `verdicts`
 )->str: # lines for a terminal

@@ -20,6 +20,7 @@ def luminance(
     "How bright each pixel looks (ITU-R BT.601)."
     return (pixels*torch.tensor([0.299, 0.587, 0.114], device=pixels.device).view(3, 1, 1)).sum(1)
 
+# %% ../../nbs/library/measure_distributions.ipynb #d68e4406
 def band_power(
     pixels, # (b, 3, h, w) in [-1, 1], square
     bands=BANDS, # (low, high) in cycles per picture
@@ -90,6 +91,7 @@ def draw_patches(
     picks = [torch.randint(high, (number,), generator=generator).tolist() for high in (b, h - side + 1, w - side + 1)]
     return torch.stack([pixels[k, :, y:y + side, x:x + side].flatten() for k, y, x in zip(*picks)])
 
+# %% ../../nbs/library/measure_distributions.ipynb #440f86ee
 def sliced_wasserstein(
     a, # (n, d) points
     b, # (n, d)

@@ -157,6 +157,7 @@ def vae_scores(
     mean = lambda name: float(np.mean([one[name] for one in found.values() if name in one]))
     return found | dict(overall={name: mean(name) for name in found[STYLES[0]]})
 
+# %% ../../nbs/library/measure_judges.ipynb #dee0d111
 def vae_table(
     scores:dict, # from `vae_scores`
 )->str: # lines for a terminal

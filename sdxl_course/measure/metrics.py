@@ -91,6 +91,7 @@ def mean_similarity(
     if not same: return float(cosines.mean())
     return float((cosines.sum() - cosines.diagonal().sum()) / (len(a)*(len(a) - 1)))
 
+# %% ../../nbs/library/measure_metrics.ipynb #0ab7cecc
 def normalized(
     value:float, # or a tensor of values
     floor:float, # what chance or a stranger reaches
@@ -111,6 +112,7 @@ def prior_metrics(
     return dict(pres=mean_similarity(class_embeds, subject_embeds),
         div=1 - mean_similarity(class_embeds, class_embeds, same=True))
 
+# %% ../../nbs/library/measure_metrics.ipynb #255eb0d0
 def drift(
     before, # (n, d), of length 1: pictures by the base model
     after, # (n, d): the same prompts and seeds after fine-tuning
@@ -127,6 +129,7 @@ def thumbnail_embeds(
     small = F.adaptive_avg_pool2d(to_pixels(pictures), side).flatten(1)
     return F.normalize(small - small.mean(1, keepdim=True), dim=-1)
 
+# %% ../../nbs/library/measure_metrics.ipynb #7a58151c
 def nearest_neighbours(
     embeds, # (n, d), of length 1: drawn pictures
     training, # (m, d): training pictures, and their mirror images if the training had them
@@ -135,6 +138,7 @@ def nearest_neighbours(
     best = (embeds @ training.T).max(1)
     return best.values, best.indices
 
+# %% ../../nbs/library/measure_metrics.ipynb #7c9c5e99
 def memorized(
     embeds, # (n, d), of length 1: drawn pictures
     training, # (m, d): training pictures

@@ -26,6 +26,7 @@ from .judges import ATTRIBUTES, is_colored, load_judge
 SUBJECT_SEED = 4_000_000_000 # renders that the subject is held against
 SUBJECT_COLOR = "green" # in its sample pictures
 
+# %% ../../nbs/library/measure_subject.ipynb #0ead0490
 class SubjectJudge:
     "How much pictures look like the subject, on a scale from strangers to the truth."
     def __init__(self,
@@ -89,6 +90,7 @@ def application_scenes(
     asked = [dict(color=SUBJECT_COLOR) | words for words in APPLICATIONS[application]]
     return [Scene(thing, **words, seed=first + k) for k, words in enumerate(asked)]
 
+# %% ../../nbs/library/measure_subject.ipynb #e9a522f5
 def repeat_to(
     items:list, # one for each prompt
     pictures:list, # one or several for each prompt, prompt after prompt
@@ -96,6 +98,7 @@ def repeat_to(
     "What belongs to each picture."
     return items*(len(pictures)//len(items))
 
+# %% ../../nbs/library/measure_subject.ipynb #02dce2f4
 def subject_prompt(
     scene, # Scene
     name:str, # how the model knows the thing, as in "sks chair"
@@ -147,6 +150,7 @@ def prompt_fidelity(self:Scorer, name:str, pictures)->list: # 1. or 0. for each 
     with torch.no_grad(): seen = self.attributes(to_pixels(pictures))[aim][:, first:].argmax(1)
     return [float(ATTRIBUTES[aim][first + k] == getattr(scene, aim)) for k, scene in zip(seen.tolist(), scenes)]
 
+# %% ../../nbs/library/measure_subject.ipynb #c995e618
 @patch
 def nearest(self:Scorer, pictures)->list: # cosine of each with the training picture most like it
     "How near a picture comes to those that were learnt from, mirrored or not."

@@ -58,6 +58,7 @@ def _learns_text(c)->bool:
     "Whether the text encoders learn, or new tokens for them."
     return c.train_text_encoder or getattr(c, "train_text_encoder_ti", False)
 
+# %% ../../nbs/library/model_adapters.ipynb #e68e35a3
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderOptions:
     "Whether the text encoders get a LoRA as well."
@@ -88,6 +89,7 @@ def adaptable_layers(
     return {name: m for name, m in layers.items()
         if isinstance(m, (nn.Linear, nn.Conv2d)) and not name.endswith(".base_layer")}
 
+# %% ../../nbs/library/model_adapters.ipynb #507211ca
 def _ends_with(
     name:str, # of a module, with dots
     ending:str, # one or more of its last parts
@@ -146,6 +148,7 @@ def lora_size(
 INITS = ("gaussian", "default", "pissa", "pissa_niter_4", "olora", "orthogonal")
 MUTATING = ("pissa", "pissa_niter_4", "olora") # these take the first BA out of the base weights
 
+# %% ../../nbs/library/model_adapters.ipynb #ec829253
 def _check_numbers(
     rank:int, # at least 1; even for orthogonal
     alpha, # above 0, or None

@@ -39,6 +39,7 @@ def _given(
     if found := {part: model for part, model in models.items() if model is not None}: return found
     raise CourseError("no model was given: wanted a UNet or a text encoder with a LoRA in it")
 
+# %% ../../nbs/library/model_lora_files.ipynb #cf0b5e37
 def _tensor_name(
     part:str, # "unet", "text_encoder" or "text_encoder_2"
     name:str, # of the parameter inside the model
@@ -353,6 +354,7 @@ def _scale(
     "alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski, 2023)."
     return note["lora_alpha"]/(note["r"]**0.5 if note["use_rslora"] else note["r"])
 
+# %% ../../nbs/library/model_lora_files.ipynb #852421f0
 def _check_parts(
     path, # for messages
     tensors:dict, # name as in diffusers' layout -> tensor

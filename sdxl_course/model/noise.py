@@ -111,6 +111,7 @@ def snr(self:NoiseSchedule,
     alphas_cumprod = self.alphas_cumprod.to(t.device)[t]
     return alphas_cumprod / (1 - alphas_cumprod)
 
+# %% ../../nbs/library/model_noise.ipynb #4068107a
 @patch
 def sigma(self:NoiseSchedule,
     t, # (b,) int64 timesteps
@@ -129,6 +130,7 @@ def velocity(self:NoiseSchedule,
     signal, static = self._amplitudes(t, x0)
     return signal*noise - static*x0
 
+# %% ../../nbs/library/model_noise.ipynb #bc99008b
 @patch
 def target(self:NoiseSchedule,
     x0, # (b, ...) clean latents
@@ -162,6 +164,7 @@ def model_input(self:NoiseSchedule,
     "What the network sees, and which time it is told."
     return self.add_noise(x0, noise, t), t
 
+# %% ../../nbs/library/model_noise.ipynb #4d909acf
 @patch
 def predict_and_target(self:NoiseSchedule,
     network, # function of (noisy latents, time): answer, (b, c, h, w)
@@ -187,6 +190,7 @@ def answer_weight(self:NoiseSchedule,
     "The same weight on an error that is measured on the network's answers."
     return torch.ones_like(t, dtype=torch.float32)
 
+# %% ../../nbs/library/model_noise.ipynb #085eac2e
 @patch
 def unweighted(self:NoiseSchedule): # a NoiseSchedule
     "The schedule to measure the validation loss with: mean squared error, all noise levels alike."
@@ -201,6 +205,7 @@ def rescale_zero_terminal_snr(
     first, last = amplitude[0], amplitude[-1]
     return ((amplitude - last) * (first/(first - last)))**2
 
+# %% ../../nbs/library/model_noise.ipynb #febb08b2
 def _zero_terminal_snr(
     alphas_cumprod, # (T,) share of the picture's variance that is left
     prediction_type, # what the model is asked for
@@ -225,6 +230,7 @@ def edm_scalings(
     total = (sigma**2 + sigma_data**2).sqrt()
     return (sigma_data/total)**2, _sign(prediction_type)*sigma*sigma_data/total, 1/total, sigma.log()/4
 
+# %% ../../nbs/library/model_noise.ipynb #475b204b
 def euler_scalings(
     sigma, # (b,) standard deviation of the noise beside the full-size picture
     prediction_type="epsilon", # or "v_prediction"
@@ -252,6 +258,7 @@ def edm_input(
     "Noisy latents at unit variance."
     return noisy*_per_sample(scalings[2], noisy)
 
+# %% ../../nbs/library/model_noise.ipynb #7deeedbb
 def edm_output(
     noisy, # (b, ...) x0 + sigma*noise
     answer, # (b, ...) of the network
@@ -260,6 +267,7 @@ def edm_output(
     "The denoised latents that a network's answer implies."
     return _per_sample(scalings[0], noisy)*noisy + _per_sample(scalings[1], noisy)*answer
 
+# %% ../../nbs/library/model_noise.ipynb #6dfa5ac4
 def edm_loss_weight(
     sigma, # (b,) standard deviation of the noise beside the full-size picture
     sigma_data:float=0.5, # standard deviation of the clean latents; "edm" only

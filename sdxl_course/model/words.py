@@ -55,6 +55,7 @@ def replace_placeholders(
     for word, tokens in placeholders.items(): text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", tokens, text)
     return text
 
+# %% ../../nbs/library/model_words.ipynb #0244993d
 def placeholder_map(
     token_abstraction:str, # placeholders with commas between, as in "TOK" or "TOK,STY"
     number:int, # of new tokens for each
@@ -101,6 +102,7 @@ class ExtendedEmbedding(torch.nn.Module):
         old = self.base(ids.clamp(max=self.first - 1))
         return torch.where((ids >= self.first)[..., None], self.new[(ids - self.first).clamp(min=0)].to(old.dtype), old)
 
+# %% ../../nbs/library/model_words.ipynb #085b0486
 def fix_eos(
     encoder, # text encoder; changed in place
     tokenizer, # its tokenizer
@@ -190,6 +192,7 @@ def save_embeddings(
         tokens.save(folder/f"{stem}_{k}_{name}_emb.safetensors", k*tokens.each, tokens.each)
     return folder/f"{stem}_emb.safetensors"
 
+# %% ../../nbs/library/model_words.ipynb #7d6a9c53
 def save_learned_embeds(
     tokens:LearnedTokens, # of one placeholder
     folder, # output_dir

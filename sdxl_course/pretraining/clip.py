@@ -49,6 +49,7 @@ def contrastive_loss(
     losses = (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none"))/2
     return losses, (logits.argmax(1) == own).float().mean()
 
+# %% ../../nbs/library/pretraining_clip.ipynb #3a85fa0c
 def false_negatives(
     codes, # (b, 6) int: object, colour, place, style, view, accessory of each picture
     mentioned, # (b, 6) bool: which of them each caption mentions
@@ -65,6 +66,7 @@ def mentioned_attributes(
     said = lambda scene, one: [True, one["color"], one["place"], True, scene["view"] != "", scene["accessory"] != ""]
     return torch.tensor([[said(scene, one) for one in scene["captions"]] for scene in scenes])
 
+# %% ../../nbs/library/pretraining_clip.ipynb #f5c10af6
 def caption_ids(
     tokenizer, # CLIPTokenizer
     scenes:list, # dicts of `Pictures`
@@ -123,6 +125,7 @@ def make_clip_pair(
     with seeded_rng("vision", seed, number):
         return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
 
+# %% ../../nbs/library/pretraining_clip.ipynb #47b72165
 def initial_clip(
     run, # run folder
     number:int, # 1 or 2

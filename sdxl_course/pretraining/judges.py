@@ -67,6 +67,7 @@ def attribute_codes(
     "What each picture shows, as numbers."
     return torch.tensor([[words.index(scene[name]) for name, words in ATTRIBUTES.items()] for scene in scenes])
 
+# %% ../../nbs/library/pretraining_judges.ipynb #eae78852
 def picture_codes(
     pictures:Pictures,
 )->torch.Tensor: # (n, 6) int64, numbered as in `select_pictures`

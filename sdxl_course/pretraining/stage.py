@@ -45,6 +45,7 @@ class RunOptions:
     mixed_precision: str = option("no", "number format of the arithmetic; the weights stay in fp32",
         choices=("no", "bf16", "fp16"))
 
+# %% ../../nbs/library/pretraining_stage.ipynb #43df6107
 def changed_options(
     config, # dataclass of options
 )->dict: # option -> value; folders are left out
@@ -81,6 +82,7 @@ def warmup_stable_decay(
         return min(1., (step + 1)/max(1, warmup))*(floor + (1 - floor)*(1 + math.cos(math.pi*fallen))/2)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
+# %% ../../nbs/library/pretraining_stage.ipynb #ffeeb031
 def follow_schedule(
     scheduler, # LambdaLR, as a checkpoint left it
     peaks:list, # learning rates of this session's optimizer groups
@@ -104,6 +106,7 @@ class Hyperparameters:
     betas: tuple = (0.9, 0.99) # of AdamW
     ema: tuple = (0.99,) # decays of the averages that are kept
 
+# %% ../../nbs/library/pretraining_stage.ipynb #a4c13d9d
 def make_state(
     trainee, # module on its device; what requires a gradient is trained
     plan:Hyperparameters,

@@ -61,6 +61,7 @@ def choose_validation(
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
     return list(records)*getattr(config, "repeats", 1), others, name
 
+# %% ../../nbs/library/train_build.ipynb #cd7c0791
 def learning_scale(config, processes:int)->int:
     "What --scale_lr multiplies the learning rate by."
     return config.train_batch_size*config.gradient_accumulation_steps*processes if config.scale_lr else 1
@@ -126,6 +127,7 @@ def prepare_loader(
     report_lengths(captions, loader.components.tokenizer, config.max_token_length, log)
     return not texts[0]
 
+# %% ../../nbs/library/train_build.ipynb #332775b0
 def fill_cache(
     loader:BatchLoader,
     config, # TrainConfig
@@ -152,6 +154,7 @@ def start_trackers(run:Run):
         run.accelerator.trackers = []
         run.log(f"{config.report_to} did not start ({type(error).__name__}): the curves go to training_log.jsonl only")
 
+# %% ../../nbs/library/train_build.ipynb #dd0c3b30
 def begin(
     method:Method,
     config, # TrainConfig
@@ -209,6 +212,7 @@ def open_accelerator(method, config, output_dir, log):
     return accelerating(precision, tracker, output_dir/config.logging_dir, unused=method.unused_gradients(config),
         log=log)
 
+# %% ../../nbs/library/train_build.ipynb #68e502f1
 def _complete(run, report, live, checkpoint):
     "The last steps before training: lengths of captions, validation loss before, trackers, resume."
     run.stack.enter_context(tf32(run.config.allow_tf32))

@@ -89,6 +89,7 @@ def list_checkpoints(
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
+# %% ../../nbs/library/train_checkpoint.ipynb #28af3cf5
 def latest_checkpoint(
     output_dir, # folder of a run
     log=print, # told of damaged ones
@@ -98,6 +99,7 @@ def latest_checkpoint(
         if not (wrong := verify(path)): return path
         log(f"{path} is passed over: {wrong}")
 
+# %% ../../nbs/library/train_checkpoint.ipynb #6838c3ce
 def prune_checkpoints(
     output_dir, # folder of a run
     limit:int=None, # how many to keep; None: all
@@ -215,6 +217,7 @@ def save_checkpoint(
         write_atomic(draft/"training_log.jsonl", log_lines(state.rows))
     return write_folder(folder, fill)
 
+# %% ../../nbs/library/train_checkpoint.ipynb #f68faa02
 def log_lines(
     rows:list, # dicts
 )->bytes: # JSON, one object a line
@@ -231,6 +234,7 @@ def read_state(
         raise CourseError(f"{folder} has no readable trainer_state.json: wanted a checkpoint of this "
             "trainer") from error
 
+# %% ../../nbs/library/train_checkpoint.ipynb #3038188d
 def load_checkpoint(
     folder, # a whole checkpoint
     state, # TrainState, built as at the start of the run
@@ -261,6 +265,7 @@ def logging_to(
         with open(path, "ab") as file: file.write(log_lines([row]))
     return hook
 
+# %% ../../nbs/library/train_checkpoint.ipynb #b5fb04bc
 def checkpointing(
     output_dir, # folder of the run
     every:int, # updates between checkpoints
@@ -287,6 +292,7 @@ def config_changes(
     return {key: (saved[key], now[key]) for key in sorted(now)
         if key in saved and kinds.get(key) != "free" and saved[key] != now[key]}
 
+# %% ../../nbs/library/train_checkpoint.ipynb #97387ad9
 def refuse_changes(
     saved:dict, # configuration in the checkpoint
     now:dict, # configuration of this run

@@ -98,6 +98,7 @@ def has_captions(
     return any(Path(name).name in METADATA or is_picture(name)
         and any(Path(folder, name).with_suffix(end).is_file() for end in (".txt", ".caption")) for name in names)
 
+# %% ../../nbs/library/train_class_images.ipynb #23701d2c
 def fill_captions(
     report, # DataReport
     prompt:str, # for pictures without captions
@@ -151,6 +152,7 @@ def weights_name(
     "Which networks these are."
     return hashed(*[fingerprint(getattr(components, part)) for part in NETWORKS])[:24]
 
+# %% ../../nbs/library/train_class_images.ipynb #6a411a82
 def drawing_settings(
     config, # DreamBoothConfig
     precision:str, # fp32, fp16 or bf16
@@ -243,6 +245,7 @@ def prior_precision(
     if wanted is None: return "fp16" if gpu else "fp32"
     return "fp32" if wanted == "no" or wanted == "fp16" and not gpu else wanted
 
+# %% ../../nbs/library/train_class_images.ipynb #a4fbb85b
 def drawing_precision(
     config, # DreamBoothConfig
     found:dict, # settings of the pictures that are there
@@ -287,6 +290,7 @@ def process_group()->PartialState: # accelerate's, as the trainer will find it
     "The processes that draw together, and the device of this one."
     return PartialState(cpu=env_flag("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
+# %% ../../nbs/library/train_class_images.ipynb #223abb57
 def log_differences(
     folder, # of class pictures
     found:dict, # settings that lie there; CourseError if those are for other pictures

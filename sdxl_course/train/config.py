@@ -41,6 +41,7 @@ class RunOptions:
         "data: "
         "wanted a folder beside it"),)
 
+# %% ../../nbs/library/train_config.ipynb #51c5ea7b
 def _read_folders(c): # of pictures that a run reads; with a dataset, train_data_dir is a folder inside that
     "The folders that a later run would read again."
     names = ("instance_data_dir", "validation_data_dir", *(() if c.dataset_name else ("train_data_dir",)))
@@ -60,6 +61,7 @@ class TrainConfig(SharingOptions, HardwareOptions, MemoryOptions, EmaOptions, Sc
         check_options(self)
         self.check_schedule()
 
+# %% ../../nbs/library/train_config.ipynb #7ac87e4d
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(LoraFileOptions, TextEncoderOptions, LoraOptions, TrainConfig):
     "The options of a method that trains a LoRA."

@@ -56,6 +56,7 @@ def eval_weights(
         for group, mode in zip(optimizer.param_groups, modes):
             if mode is not None: group["train_mode"] = mode
 
+# %% ../../nbs/library/train_loop.ipynb #4e4e872c
 @torch.no_grad()
 def copy_into(
     parameters:dict, # name -> tensor, changed in place

@@ -35,6 +35,7 @@ class HardwareOptions:
     enable_xformers_memory_efficient_attention: bool = option(False, "attention by xformers", resume="machine")
     enable_npu_flash_attention: bool = option(False, "attention by an Ascend NPU", resume="machine")
 
+# %% ../../nbs/library/train_machine.ipynb #1cd26dbb
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
     "Memory against time, and old launchers."
@@ -68,6 +69,7 @@ def is_main_process()->bool: # before accelerate is set up
     "Whether this is the only process, or the first of several."
     return os.environ.get("RANK", "0") == "0"
 
+# %% ../../nbs/library/train_machine.ipynb #4de10a3c
 def resolve_precision(
     mixed_precision=None, # "no", "fp16", "bf16"; None: what `accelerate launch` or its config says
     gpu:bool=None, # None: look
@@ -169,6 +171,7 @@ def open_output(
     "Make the output folder; CourseError where it cannot be written."
     return writable_folder(folder, f"--output_dir {folder} cannot be written", "wanted a folder with write permission")
 
+# %% ../../nbs/library/train_machine.ipynb #38a473e6
 @contextmanager
 def output_lock(
     folder, # output_dir

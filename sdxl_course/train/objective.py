@@ -56,6 +56,7 @@ class LossWeighting:
     limit: str # of the value, as in `option`
     source: str # paper
 
+# %% ../../nbs/library/train_objective.ipynb #bf43bdb5
 WEIGHTINGS = {} # flag -> LossWeighting
 
 def loss_weighting(flag:str, help:str, kind:type=bool, limit:str="", source:str=""):
@@ -101,6 +102,7 @@ def _both(one, other):
     return (lambda c: {one, other} <= {*active_weightings(c)},
         f"--{one} and --{other} are two weights for one loss: leave one of them out")
 
+# %% ../../nbs/library/train_objective.ipynb #dbc64d6e
 class _WeightingRules:
     "Rules about the weightings that are registered when a configuration is made."
     def __iter__(self):
@@ -120,6 +122,7 @@ WeightingOptions = make_dataclass("WeightingOptions", map(_weighting_field, WEIG
 WeightingOptions.__doc__ = "How much each noise level counts; one option for each registered weighting."
 WeightingOptions.__module__ = __name__
 
+# %% ../../nbs/library/train_objective.ipynb #d09f33fb
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(WeightingOptions):
     "What counts as right."
@@ -140,6 +143,7 @@ def make_weighting(
         if one.kind is bool: return one.function
         return lambda snr, prediction_type: one.function(snr, value, prediction_type)
 
+# %% ../../nbs/library/train_objective.ipynb #b901471e
 def weighting_table()->str: # markdown
     "The registered weightings as a table."
     rows = [f"| `--{one.flag}` | {one.function.__name__} | {one.help} | {one.source} |" for one in WEIGHTINGS.values()]

@@ -106,6 +106,7 @@ def _package(name, needed_by): # the module
     except ImportError as error:
         raise CourseError(f"--optimizer {needed_by} needs the package {name}: pip install {name}") from error
 
+# %% ../../nbs/library/train_optimizer.ipynb #af6a383b
 def make_optimizer(
     parameters, # list of trainable tensors, fp32, or of groups: dicts with params and whatever differs from the rest
     learning_rate:float, # step size

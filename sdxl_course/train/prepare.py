@@ -40,6 +40,7 @@ def data_fingerprint(
     content = lambda r: [content_key(Path(path).read_bytes()) for path in files(r)]
     return hashlib.sha256(json.dumps([(r.key, r.captions, *content(r)) for r in records]).encode()).hexdigest()[:16]
 
+# %% ../../nbs/library/train_prepare.ipynb #9b13dfb3
 def run_seed(
     seed, # that was given, or None
     checkpoint=None, # Path to go on from, or None
@@ -57,6 +58,7 @@ def config_folder(
     places = (path.with_suffix(""), path.parent) if path.is_file() else ()
     return next((place for place in places if (place/"model_index.json").is_file()), None)
 
+# %% ../../nbs/library/train_prepare.ipynb #662a478d
 def load_model(
     config, # TrainConfig
     dtype, # of the weights
@@ -132,6 +134,7 @@ def report_data(
         log("buckets (height x width): "
             + ", ".join(f"{h}x{w} with {number}" for (h, w), number in sorted(Counter(loader.targets).items())))
 
+# %% ../../nbs/library/train_prepare.ipynb #7e2cacb0
 def report_lengths(
     captions, # texts
     tokenizer, # CLIPTokenizer
@@ -172,6 +175,7 @@ def make_noise_schedule(
         config.do_edm_style_training,
         bool(active_weightings(config)))
 
+# %% ../../nbs/library/train_prepare.ipynb #2eb8d059
 def make_loss(
     config, # TrainConfig
     components, # SDXLComponents
@@ -186,6 +190,7 @@ def make_loss(
         unmasked_weight=config.unmasked_weight,
         max_token_length=config.max_token_length, **options)
 
+# %% ../../nbs/library/train_prepare.ipynb #96a5cce1
 def read_captioned(
     config, # TrainConfig
     folder, # of pictures with captions

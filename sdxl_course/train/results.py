@@ -90,6 +90,7 @@ class CardText:
     text_encoders: bool = False # whether they were trained
     files: tuple = () # patterns of files to upload, besides those of every run
 
+# %% ../../nbs/library/train_results.ipynb #7c733cad
 TAGS = ("text-to-image", "diffusers", "diffusers-training")
 
 def card_data(settings, result, prompts, trigger, tags)->ModelCardData:
@@ -170,6 +171,7 @@ def save_results(
     ModelCard(card, ignore_metadata_errors=False)
     write_atomic(result.output_dir/"README.md", card.encode())
 
+# %% ../../nbs/library/train_results.ipynb #2ff8d895
 def save_sheet(
     folder, # with step-000010-0.png and the like
     path, # .png
@@ -202,6 +204,7 @@ def open_repository(
             "wanted a network and a token that may write (hf auth login, or HF_TOKEN); "
             "nothing was trained, leave --push_to_hub out to train without it") from error
 
+# %% ../../nbs/library/train_results.ipynb #70eae211
 def push_folder(
     repository:str, # owner/name
     folder, # output_dir

@@ -97,6 +97,7 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
         embeds, pooled = encode_prompts(self.components, [caption], self.config.max_token_length)
     return embeds[0], pooled[0]
 
+# %% ../../nbs/library/train_run.ipynb #7455c36b
 @patch
 def measure(self:Run)->float: # validation loss
     "The validation loss of the weights that count as the result."
@@ -113,6 +114,7 @@ def settings(self:Run)->dict: # what a checkpoint must agree on
         "data": data_fingerprint(self.loader.all), "base_model": base, "vae": vae,
         "pictures_per_micro_step": self.sampler.global_batch_size}
 
+# %% ../../nbs/library/train_run.ipynb #ce86a8ac
 @patch
 def resume(self:Run,
     checkpoint, # Path
@@ -139,6 +141,7 @@ def track(self:Run,
             self.log(f"{tracker.name} failed ({type(error).__name__}) and is told nothing more; "
                 "every number is in training_log.jsonl")
 
+# %% ../../nbs/library/train_run.ipynb #909d2ebc
 @patch
 def validate(self:Run,
     folder, # where the pictures go
@@ -169,6 +172,7 @@ def log_row(self:Run, state, row):
     known = {name: row[key] for name, key in TRACKED.items() if row.get(key) is not None}
     self.track(lambda tracker: tracker.log({**known, **single}, step=row["step"]))
 
+# %% ../../nbs/library/train_run.ipynb #25dc0729
 @patch
 def validate_when_due(self:Run, state, row):
     "Draw the validation prompts every so often, and bring the curve up to date."
@@ -200,6 +204,7 @@ def hooks(self:Run,
     return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row,
         self.validate_when_due]
 
+# %% ../../nbs/library/train_run.ipynb #7b57736f
 @patch
 def plot(self:Run, after=()): # (update, validation loss) pairs that are not in the log
     "Write loss.png."
@@ -216,6 +221,7 @@ def batches(self:Run): # yields (MicroBatch, arguments of the loss module)
         self.trained.before_step(micro.step, self.updates)
         yield micro, self.loader.batch(micro, prepared, len(self.schedule))
 
+# %% ../../nbs/library/train_run.ipynb #82564a02
 @patch
 def train(self:Run):
     "Every update that is left. Interrupted, it writes a checkpoint; called again, it goes on."
@@ -229,6 +235,7 @@ def train(self:Run):
             with defer_signals(patient=True): self.save_interrupted()
             raise
 
+# %% ../../nbs/library/train_run.ipynb #19ecb59f
 @patch
 def save_interrupted(self:Run):
     "Write a checkpoint here and now, unless there is one."
@@ -251,6 +258,7 @@ def finish(self:Run)->Result:
     self.accelerator.wait_for_everyone()
     return result
 
+# %% ../../nbs/library/train_run.ipynb #1d105ab3
 @patch
 def explain(self:Run,
     result:Result, # gets the final pictures and the address on the hub

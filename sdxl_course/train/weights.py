@@ -32,6 +32,7 @@ class Trained:
     before_step: object = lambda step, updates: None # called before each micro-batch
     after_update: object = lambda state, folder: None # called after each update, by the main process
 
+# %% ../../nbs/library/train_weights.ipynb #ba7ae74f
 def together(
     first:Trained, # names the result
     second:Trained,
@@ -52,6 +53,7 @@ def _publish_lora(folder, parts, dtype, kohya):
     if kohya: save_kohya(Path(folder)/"pytorch_lora_weights_kohya.safetensors", **parts, dtype=dtype)
     return path
 
+# %% ../../nbs/library/train_weights.ipynb #981696c1
 def lora_card(config)->CardText:
     "What the model card says of a LoRA."
     kind = "DoRA" if config.use_dora else "LoRA"

@@ -46,6 +46,7 @@ def make_table(
     parts += legs(w - .06, d - .06, h, t, ["wood", "main"][r.integers(2)], r.uniform(0, .06))
     return parts, (0, h + .03, 0, .18), (0, h - .1, 0, w*.8)
 
+# %% ../../nbs/library/world_objects.ipynb #7470ff75
 def make_lamp(
     r, # numpy.random.Generator
 )->tuple: # parts, top, waist
@@ -65,6 +66,7 @@ def make_mug(
     parts = [Part("cup", (0, h, 0), (w, h, .05)), handle, cone(0, h + .02, 0, w - .05, w - .05, h*.8, "dark")]
     return parts, (0, 2*h, 0, w*.8), (0, h, 0, w + .01)
 
+# %% ../../nbs/library/world_objects.ipynb #35e70eeb
 def make_teapot(
     r, # numpy.random.Generator
 )->tuple: # parts, top, waist
@@ -89,6 +91,7 @@ def make_house(
     if r.random() < .6: parts += [box(w*.5, 2*h + roof*.75, -.08, .06, .16, .06, "brick")]
     return parts, (0, 2*h + roof, 0, .18), (0, h*1.75, 0, w*1.05)
 
+# %% ../../nbs/library/world_objects.ipynb #b06921fb
 def make_car(
     r, # numpy.random.Generator
 )->tuple: # parts, top, waist
@@ -120,6 +123,7 @@ def make_tree(
              for i in range(tiers)]
     return [trunk] + crown, (0, h - .02, 0, .1), (0, .5, 0, w*.95)
 
+# %% ../../nbs/library/world_objects.ipynb #588cd1e9
 def make_sailboat(
     r, # numpy.random.Generator
 )->tuple: # parts, top, waist
@@ -230,6 +234,7 @@ def make_mushroom(
     top = h + .04 + cap*dome
     return parts + [ball(0, top - .01, 0, .07, .03, .07, "cream")], (0, top, 0, .16), (0, h*.55, 0, w*1.15)
 
+# %% ../../nbs/library/world_objects.ipynb #c577c16f
 def make_lighthouse(
     r, # numpy.random.Generator
 )->tuple: # parts, top, waist
@@ -251,6 +256,7 @@ def make_umbrella(
     parts += [cone(0, .02, 0, .12, .1, .02, "dark"), ball(0, h + .53*w, 0, .035, m="wood")]
     return parts, (0, h + .5*w, 0, .13), (0, h*.5, 0, .05)
 
+# %% ../../nbs/library/world_objects.ipynb #7e80fb24
 def make_windmill(
     r, # numpy.random.Generator
 )->tuple: # parts, top, waist

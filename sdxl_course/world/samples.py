@@ -30,6 +30,7 @@ def _encoded(
     image.save(buffer, **options)
     return buffer.getvalue()
 
+# %% ../../nbs/library/world_samples.ipynb #ffb6b617
 def _damaged_files(
     picture, # PIL.Image, RGB
 )->dict: # file name -> bytes

@@ -23,6 +23,7 @@ def noise2(
     i, j, k, l = i % 64, j % 64, (i + 1) % 64, (j + 1) % 64
     return (grain[i, j]*(1 - u) + grain[k, j]*u)*(1 - v) + (grain[i, l]*(1 - u) + grain[k, l]*u)*v
 
+# %% ../../nbs/library/world_textures.ipynb #64fb1c25
 def mix(
     a, b, # colours, (..., 3) each
     t,    # share of b, (...)
@@ -30,6 +31,7 @@ def mix(
     "Blend two colours, broadcasting t over pixels."
     return np.asarray(a)*(1 - t[..., None]) + np.asarray(b)*t[..., None]
 
+# %% ../../nbs/library/world_textures.ipynb #b6197284
 def step(
     edge,     # where it is one half
     x,        # array
