@@ -9,7 +9,6 @@ __all__ = ['PATIENCE', 'SHARDED', 'REFUSED', 'HardwareOptions', 'MemoryOptions',
 
 # %% ../../nbs/library/train_machine.ipynb #3c883515
 import os
-import signal
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
