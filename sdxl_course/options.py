@@ -255,16 +255,17 @@ def parse_config(
 # %% ../nbs/library/options.ipynb #66f93bcf
 @contextmanager
 def signal_handler(
-    kind, # signal.SIGINT or signal.SIGTERM
     listener, # function of (number, frame)
+    *kinds, # signal.SIGINT, signal.SIGTERM
 ):
-    "Another handler for a signal inside; without effect outside the main thread, where no signal arrives."
-    try: before = signal.signal(kind, listener)
+    "Another handler for some signals inside; without effect outside the main thread, where no signal arrives."
+    try: before = {kind: signal.signal(kind, listener) for kind in kinds}
     except ValueError:
         yield
         return
     try: yield
-    finally: signal.signal(kind, signal.SIG_DFL if before is None else before)
+    finally:
+        for kind, former in before.items(): signal.signal(kind, signal.SIG_DFL if former is None else former)
 
 # %% ../nbs/library/options.ipynb #f0ee3d68
 RESUMABLE = "the same command with --resume_from_checkpoint latest goes on from the newest checkpoint"
@@ -279,7 +280,7 @@ def run_command(
     "Run a recipe from the command line; SIGTERM, with which clusters take their machine back, counts as Ctrl-C."
     def run():
         try:
-            with signal_handler(signal.SIGTERM, signal.default_int_handler): recipe(parse_config(cls, argv, prog))
+            with signal_handler(signal.default_int_handler, signal.SIGTERM): recipe(parse_config(cls, argv, prog))
         except KeyboardInterrupt:
             print(interrupted, file=sys.stderr)
             raise

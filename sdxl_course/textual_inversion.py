@@ -145,7 +145,7 @@ def new_token(
         files=("learned_embeds*.safetensors", "model_index.json", *PIPELINE))
     trained = token_weights(tokens, config.learning_rate*scale, config.adam_weight_decay, 1.0,
         partial(publish_tokens, config=config, tokens=tokens), card)
-    return replace(trained, after_update=partial(publish_when_due, config=config, tokens=tokens))
+    return replace(trained, after_update=(partial(publish_when_due, config=config, tokens=tokens),))
 
 # %% ../nbs/library/textual_inversion.ipynb #ffe52a8e
 TEXTUAL_INVERSION = Method("textual-inversion", TextualInversionConfig, read_pictures, new_token,

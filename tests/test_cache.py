@@ -465,10 +465,11 @@ def test_companions_share_crop_and_flip_in_every_batch(toy, make_pictures, optio
     views = set()
     for epoch in range(4):
         micro = MicroBatch(epoch, 0, epoch, (0, 2, 1, 3), 4, True)
-        batch = loader.batch(micro, loader.prepare(micro), 1000)[0].to("cpu")
+        batch = loader.batch(micro, loader.prepare(micro))[0].to("cpu")
         means = torch.cat([posterior(components.vae, pixels[None])[0] for pixels in batch.extra["copy"]])
         torch.testing.assert_close(batch.extra["twin_mean"], means, rtol=1e-4, atol=1e-5)                # what is kept as pixels is what was encoded
-        for (tensors, sizes), twin, std, mask in zip(loader.latents(micro, loader.prepare(micro)), batch.extra["twin_mean"], batch.extra["twin_std"], batch.extra["mask"]):
+        for one, twin, std, mask in zip(loader.latents(micro, loader.prepare(micro)), batch.extra["twin_mean"], batch.extra["twin_std"], batch.extra["mask"]):
+            tensors = (loader.cache.fetch(one) if kept else one)[0]
             torch.testing.assert_close(twin, tensors["latent_mean"], rtol=1e-4, atol=1e-5); torch.testing.assert_close(std, tensors["latent_std"], rtol=1e-4, atol=1e-5)
             assert torch.equal(mask, torch.ones(1, *twin.shape[1:]))
         views |= {(i, *loader.augmentation(epoch, i)) for i in range(4)}
@@ -495,7 +496,7 @@ def test_class_pictures_count_everywhere_and_need_the_method_s_companions_as_all
     def batch(records, class_records, *companions):
         loader = BatchLoader(records, components, 3, resolution=64, class_records=class_records, companions=companions)
         loader.encode_once(kept, True)
-        return loader.batch(micro, loader.prepare(micro), 1000)[0].to("cpu")
+        return loader.batch(micro, loader.prepare(micro))[0].to("cpu")
     mask = batch(masked, class_records).extra["mask"]
     assert len(mask) == 4 and mask[:2].amin() < 0.2 and torch.equal(mask[2:], torch.ones_like(mask[2:]))  # behind each picture that of its class
     with pytest.raises(CourseError, match=r"\.png has no copy picture: wanted one for every picture"): batch(records, class_records, COPY)

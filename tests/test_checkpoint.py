@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from sdxl_course.train.checkpoint import checkpointing, verify, find_checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, remove_partial, write_folder
-from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded, write_atomic
+from sdxl_course.core import CourseError, SampleRNG, load_tensors, save_tensors, seeded, write_atomic
 from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_image
-from sdxl_course.data.sampler import SampleRNG, BatchSampler
+from sdxl_course.data.sampler import BatchSampler
 from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
 from sdxl_course.train.loop import TrainState, fit, copy_into
 from toy import files_of, make_pictures as fill

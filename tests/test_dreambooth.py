@@ -18,7 +18,7 @@ from sdxl_course import dreambooth
 from sdxl_course.model.latents import posterior
 from sdxl_course.cli import main as command
 from sdxl_course.model.conditioning import encode_prompts, make_time_ids
-from sdxl_course.core import CourseError, seeded
+from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.data.records import open_image
 from sdxl_course.train import class_images, prepare
 from sdxl_course.train.class_images import SETTINGS_FILE, class_pictures, missing_pictures
@@ -30,7 +30,7 @@ from sdxl_course.model import sampling
 from sdxl_course.model.words import add_tokens, load_learned_tokens
 from sdxl_course.data.preprocess import prepare_image
 from sdxl_course.data.loader import BatchLoader
-from sdxl_course.data.sampler import BatchSampler, MicroBatch, SampleRNG
+from sdxl_course.data.sampler import BatchSampler, MicroBatch
 from sdxl_course.train.objective import WEIGHTINGS, DenoisingLoss, PriorDistillation, denoising_loss, make_weighting, per_sample_mse, predict, without_adapters
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
@@ -343,7 +343,7 @@ def test_defects_1_2_3_prompts_sizes_and_weights_go_with_their_pictures_in_both_
     components, loader = unlike
     alone, pairs = weighed(components, options), weighed(components, options, prior_loss_weight=0.5)
     micro = MicroBatch(7, 0, 2, (3, 0, 4, 2)[:b], b, True)
-    batch = loader.batch(micro, loader.prepare(micro), 1000)
+    batch = loader.batch(micro, loader.prepare(micro))
     together = pairs(*batch[:3])
     partners = [5 + (i + 2 * 5) % 3 for i in micro.indices]
     things, others = (by_hand(components, loader, which, 2, alone) for which in (micro.indices, partners))
@@ -371,7 +371,7 @@ def test_defect_5_class_pictures_carry_their_own_size_and_crop(paired):
     for epoch in range(4):
         micro = MicroBatch(0, 0, epoch, (0, 1), 2, True)
         prepared = loader.prepare(micro)
-        sizes = loader.batch(micro, prepared, 1000)[0].time_ids
+        sizes = loader.batch(micro, prepared)[0].time_ids
         assert sizes[:2].tolist() == [[64, 64, 0, 0, 64, 64]] * 2 and sizes[2:, :2].tolist() == [[80, 120]] * 2
         assert sizes[2:, 2:4].tolist() == [list(p.crop_top_left) for p in prepared[2:]]
         ids += sizes[2:, 3].tolist()
@@ -615,7 +615,7 @@ def test_the_teacher_adds_the_weighed_distance_to_the_base_model(paired, toy, op
     named = inject_lora(lora_modules(live, text), 0, 4, use_dora=dora)
     loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2), 3, True)
-    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
+    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro))
     batch, noise, t = replace(batch, **{k: getattr(batch, k)[:3] for k in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")}), noise[:3], t[:3]
     captions = [r.captions[0] for r in loader.records[:3]] if text else None
     plain, taught = weighed(live, options, encode_text=text), weighed(live, options, PriorDistillation, encode_text=text, class_prompt=CLASS, teacher_weight=0.5)
@@ -668,7 +668,7 @@ def test_euler_style_on_v_is_the_v_loss_over_one_plus_sigma_squared(paired):
     plain, euler = (weighed(components, dict(prediction_type="v_prediction", do_edm_style_training=style)) for style in (False, True))
     loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2, 3), 4, True)
-    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
+    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro))
     assert torch.allclose(euler(batch, noise, t), plain(batch, noise, t) / (1 + plain.schedule.sigma(t)**2), rtol=1e-3)
 
 
@@ -680,7 +680,7 @@ def test_true_edm_is_the_closed_form_of_diffusers_scheduler(paired, kind):
     loss = DenoisingLoss(components, noise_schedule(theirs))
     loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1), 2, True)
-    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro), 1000)
+    batch, noise, t, _ = loader.batch(micro, loader.prepare(micro))
     for k, place in enumerate(t.tolist()):
         sigma = theirs.sigmas[999 - place]
         one = replace(batch, **{name: getattr(batch, name)[k:k + 1] for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")})
@@ -700,7 +700,7 @@ def test_an_edm_model_is_trained_its_own_way_without_being_asked(dream, toy, usu
     run = dreambooth.open_dreambooth(make(usual, output_dir=str(tmp_path / "o")), playground(), lambda text: None)
     try:
         micro = next(run.sampler.micro_steps(0, 1))
-        batch, noise, t, _ = run.loader.batch(micro, run.loader.prepare(micro), 1000)
+        batch, noise, t, _ = run.loader.batch(micro, run.loader.prepare(micro))
         with torch.no_grad(): assert torch.equal(denoising_loss(run.components.unet, batch, run.schedule.unweighted(), noise, t), run.loss(batch, noise, t))
     finally: run.close()
     for options in (dict(snr_gamma=5.0), dict(debiased_estimation_loss=True), dict(rescale_betas_zero_snr=True)):
@@ -882,7 +882,7 @@ def test_defects_9_and_10_frozen_text_encoders_are_out_of_the_way(usual, toy, pr
     try:
         assert not any("text_encoder" in name for name, _ in run.loss.named_modules())
         micro = next(run.sampler.micro_steps(0, 1))
-        batch = run.loader.batch(micro, run.loader.prepare(micro), 1000)[0]
+        batch = run.loader.batch(micro, run.loader.prepare(micro))[0]
         assert not batch.prompt_embeds.requires_grad and not batch.pooled_prompt_embeds.requires_grad
         run.train()
         assert all(row["grad_norm"] > 0 for row in run.state.rows)

@@ -129,7 +129,7 @@ def test_defect_13_and_trap_20_kept_crops_keep_their_own_sizes(toy, make_picture
         return (cloud.mean + cloud.std * rng.normal("vae", (4, 8, 8)))[0] * parts.vae.config.scaling_factor
     for epoch in range(4):
         micro = MicroBatch(0, 0, epoch, (0, 1, 2, 3), 4, True)
-        batch = loader.batch(micro, loader.prepare(micro), 1000)[0]
+        batch = loader.batch(micro, loader.prepare(micro))[0]
         for i, latents, (height, width, top, left, *target) in zip(micro.indices, batch.latents, batch.time_ids.int().tolist()):
             rng, mirrored = loader.rng(epoch, i), loader.augmentation(epoch, i)[0]
             assert (height, width, top, target) == (80, 160, 0, [64, 64])
@@ -168,7 +168,7 @@ def test_masks_are_mirrored_with_their_pictures(toy, make_pictures, kept):
     loader.encode_once(latents=kept, texts=True)
     for epoch in range(2):
         micro = MicroBatch(0, 0, epoch, tuple(range(5)), 5, True)
-        for i, mask in zip(micro.indices, loader.batch(micro, loader.prepare(micro), 1000)[0].extra["mask"]):
+        for i, mask in zip(micro.indices, loader.batch(micro, loader.prepare(micro))[0].extra["mask"]):
             alpha, mirrored = torch.tensor(np.array(Image.open(records[i].path).getchannel("A"))) / 255, loader.augmentation(epoch, i)[0]
             want = alpha.reshape(8, 8, 8, 8).mean((1, 3))
             assert torch.allclose(mask[0], want.flip(-1) if mirrored else want, atol=1e-6)

@@ -12,7 +12,7 @@ import yaml
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from sdxl_course.core import CourseError
+from sdxl_course.core import CourseError, SampleRNG
 from sdxl_course.data.records import content_key
 from sdxl_course.data.check import read_dataset
 from sdxl_course.data.loader import BatchLoader
@@ -20,7 +20,7 @@ from sdxl_course.text_to_image import TextToImageConfig, main, open_text_to_imag
 from sdxl_course.train.results import license_of
 from sdxl_course.train.prepare import load_base
 from sdxl_course.model.adapters import enable_gradient_checkpointing, lora_modules
-from sdxl_course.data.sampler import SampleRNG, MicroBatch, epoch_order
+from sdxl_course.data.sampler import MicroBatch, epoch_order
 from toy import files_of, make_pictures as fill
 
 
@@ -221,7 +221,7 @@ def test_defect_16_exif_and_alpha_are_seen_as_a_viewer_shows_them(toy, tmp_path)
     loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1), 2, True)
     prepared = loader.prepare(micro)
-    assert loader.batch(micro, prepared, 1000)[0].time_ids[:, :2].tolist() == [[96, 64], [96, 64]]  # (height, width), upright
+    assert loader.batch(micro, prepared)[0].time_ids[:, :2].tolist() == [[96, 64], [96, 64]]  # (height, width), upright
     assert (prepared[1].pixels == 1).all()  # white, not the hidden red
 
 
@@ -295,7 +295,7 @@ def test_size_numbers_are_of_what_was_really_cut(toy, tmp_path):
     loader.encode_once(latents=False, texts=True)
     micro = MicroBatch(0, 0, 0, (0, 1, 2, 3), 4, True)
     prepared = loader.prepare(micro)
-    ids = loader.batch(micro, prepared, 1000)[0].time_ids
+    ids = loader.batch(micro, prepared)[0].time_ids
     assert ids[:, :2].tolist() == [[80, 160]] * 4 and ids[:, 4:].tolist() == [[64, 64]] * 4
     assert ids[:, 3].tolist() == [p.crop_top_left[1] for p in prepared] and len(set(ids[:, 3].tolist())) > 1 and ids[:, 2].abs().sum() == 0
     later = loader.prepare(MicroBatch(9, 0, 1, (0, 1, 2, 3), 4, True))

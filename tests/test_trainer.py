@@ -6,9 +6,9 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from sdxl_course.core import CourseError
+from sdxl_course.core import CourseError, SampleRNG
 from sdxl_course.text_to_image import TextToImageConfig, main
-from sdxl_course.data.sampler import SampleRNG, BatchSampler
+from sdxl_course.data.sampler import BatchSampler
 from sdxl_course.options import config_dict, parse_config
 from sdxl_course.train.optimizer import make_optimizer, make_schedule
 from sdxl_course.train.machine import usable_tracker

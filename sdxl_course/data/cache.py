@@ -291,19 +291,22 @@ class CacheEntry:
     key: str             # for `LatentCache.load`
     extra: dict = field(default_factory=dict) # tensors of the companions: see `Companion.keep`
 
-    @classmethod
-    def of(cls,
-        key:str,      # for `LatentCache.load`
-        latents:dict, # latent_mean, latent_std, and the companions' tensors
-        sizes:dict,   # original_size, crop_top_left, target_size
-        texts:dict,   # prompt_embeds, pooled_prompt_embeds
-    )->"CacheEntry":
-        "Put the two halves together."
-        extra = {name: x for name, x in latents.items() if name not in ("latent_mean", "latent_std")}
-        return cls(latents["latent_mean"], latents["latent_std"], **texts, key=key, extra=extra,
-                   **{name: tuple(pair) for name, pair in sizes.items()})
-
 # %% ../../nbs/library/data_cache.ipynb #19d1cbe3
+@patch
+def join(
+    self:LatentCache,
+    latents,    # key of `picture`, or its (tensors, sizes)
+    texts,      # key of `prompt`, or its tensors
+    key:str="", # of the whole
+)->CacheEntry:
+    "The two halves of an example put together; CourseError where one that a key stands for is gone."
+    tensors, sizes = self.fetch(latents) if isinstance(latents, str) else latents
+    if isinstance(texts, str): texts = self.fetch(texts)[0]
+    extra = {name: x for name, x in tensors.items() if name not in ("latent_mean", "latent_std")}
+    return CacheEntry(tensors["latent_mean"], tensors["latent_std"], **texts, key=key, extra=extra,
+                      **{name: tuple(pair) for name, pair in sizes.items()})
+
+# %% ../../nbs/library/data_cache.ipynb #6624ebe0
 @patch
 def entry(
     self:LatentCache,
@@ -314,9 +317,9 @@ def entry(
     **options,      # flip, crop_top_left, interpolation, dtype, target_size, companions: see `picture`
 )->CacheEntry: # made now or long ago, there is no difference
     "One example, encoded at most once."
-    key, latents, sizes = self.picture(record, components.vae, resolution, **options)
+    key, *latents = self.picture(record, components.vae, resolution, **options)
     text_key, texts = self.prompt(components, caption)
-    return CacheEntry.of(f"{key}-{text_key}", latents, sizes, texts)
+    return self.join(latents, texts, f"{key}-{text_key}")
 
 # %% ../../nbs/library/data_cache.ipynb #63935256
 @patch
@@ -325,5 +328,4 @@ def load(
     key:str, # `CacheEntry.key`
 )->CacheEntry: # without any network
     "An entry that was made before; CourseError where it is gone."
-    (latents, sizes), (texts, _) = (self.fetch(part) for part in (key.split("-") + [key])[:2])
-    return CacheEntry.of(key, latents, sizes, texts)
+    return self.join(*(key.split("-") + [key])[:2], key)

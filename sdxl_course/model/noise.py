@@ -58,6 +58,7 @@ class NoiseSchedule:
     "How much of the picture is left at each timestep (Ho et al., 2020), and what the model is asked for."
     alphas_cumprod: torch.Tensor # (T,) share of the picture's variance that is left, falling
     prediction_type: str = "epsilon" # "epsilon", "v_prediction" or "sample"
+    loss_weight = None # method of t (b,): weights (b,) on the error of `predict_and_target`; None: all alike
 
     def __post_init__(self):
         if self.prediction_type in PREDICTION_TYPES: return
@@ -177,20 +178,12 @@ def predict_and_target(self:NoiseSchedule,
 
 # %% ../../nbs/library/model_noise.ipynb #b0731ac1
 @patch
-def loss_weight(self:NoiseSchedule,
-    t, # (b,) int64 timesteps
-): # (b,) or None: all alike
-    "The weight that belongs to the schedule itself, on the error of `predict_and_target`."
-    return None
-
-@patch
 def answer_weight(self:NoiseSchedule,
     t, # (b,) int64 timesteps
 ): # (b,)
-    "The same weight on an error that is measured on the network's answers."
+    "`loss_weight` for an error that is measured on the network's answers."
     return torch.ones_like(t, dtype=torch.float32)
 
-# %% ../../nbs/library/model_noise.ipynb #085eac2e
 @patch
 def unweighted(self:NoiseSchedule): # a NoiseSchedule
     "The schedule to measure the validation loss with: mean squared error, all noise levels alike."

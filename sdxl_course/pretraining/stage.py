@@ -20,12 +20,12 @@ from safetensors import safe_open
 from ..core import CourseError, load_tensors, save_tensors
 from ..devices import pick_device
 from ..options import option
-from ..data.loader import Batch
-from ..data.sampler import MicroBatch, prefetch
+from ..data.loader import Batch, prefetch
+from ..data.sampler import MicroBatch
 from ..train.checkpoint import latest_checkpoint, load_checkpoint, logging_to, prune_checkpoints
 from ..train.checkpoint import read_state, remove_partial, save_checkpoint
-from ..train.loop import TrainState, copy_into, fit
-from ..train.machine import accelerating, defer_signals, env_flag, resolve_precision
+from ..train.loop import TrainState, copy_into, defer_signals, fit
+from ..train.machine import accelerating, env_flag, resolve_precision
 from ..train.optimizer import MultiEma, muon_with_adamw
 
 # %% ../../nbs/library/pretraining_stage.ipynb #35ef7562

@@ -175,9 +175,9 @@ def denoising_loss(
     "The denoising loss, sample by sample (Ho et al., 2020); weighted by the schedule (EDM) or by the weighting."
     network = lambda noisy, time: predict(unet, noisy, time, batch)
     prediction, target = schedule.predict_and_target(network, batch.latents, noise, timesteps)
-    mask, weight = batch.extra.get("mask"), schedule.loss_weight(timesteps)
+    mask = batch.extra.get("mask")
     loss = per_sample_mse(prediction, target) if mask is None else masked_mse(prediction, target, mask, unmasked_weight)
-    if weight is not None: loss = loss*weight
+    if schedule.loss_weight is not None: loss = loss*schedule.loss_weight(timesteps)
     return loss if weighting is None else loss*weighting(schedule.snr(timesteps), schedule.prediction_type)
 
 # %% ../../nbs/library/train_objective.ipynb #3bbf284d

@@ -14,15 +14,14 @@ import torch
 from fastcore.basics import patch
 from ..core import is_interactive
 from ..data.loader import BatchLoader
-from ..data.sampler import BatchSampler, prefetch
+from ..data.sampler import BatchSampler
 from ..data.preprocess import to_tensor
 from ..model.conditioning import encode_prompts
 from ..model.sampling import eval_mode
 from ..options import config_dict, resume_kinds
 from .checkpoint import checkpointing, load_checkpoint, logging_to, read_state, refuse_changes
 from .checkpoint import save_checkpoint
-from .loop import TrainState, eval_weights, fit
-from .machine import defer_signals
+from .loop import TrainState, defer_signals, eval_weights, fit
 from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_captioned
 from .results import Result, push_folder, save_curve, save_results, save_sheet
 from .validation import draw_validation, validation_loss
@@ -196,12 +195,12 @@ def hooks(self:Run,
     def measure(state, row):
         every = config.validation_loss_steps
         if every and state.step % every == 0: row["validation_loss"] = self.measure()
-    def publish(state, row): self.trained.after_update(state, self.output_dir)
+    publish = [lambda state, row, one=one: one(state, self.output_dir) for one in self.trained.after_update]
     def show(state, row): bar.update(), bar.set_postfix(loss=row["loss"], lr=row["lr"])
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
         config.checkpoints_total_limit, accelerator.scaler)
     write = logging_to(self.output_dir/"training_log.jsonl", self.state)
-    return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row,
+    return [single_losses]*config.debug_loss + [measure, write, save, *publish, show, self.log_row,
         self.validate_when_due]
 
 # %% ../../nbs/library/train_run.ipynb #7b57736f
@@ -214,23 +213,16 @@ def plot(self:Run, after=()): # (update, validation loss) pairs that are not in 
 
 # %% ../../nbs/library/train_run.ipynb #fcfe9d94
 @patch
-def batches(self:Run): # yields (MicroBatch, arguments of the loss module)
-    "The batches of all updates that are left."
-    micro_steps = self.sampler.micro_steps(self.state.step, self.updates, self.accelerator.process_index)
-    for micro, prepared in prefetch(self.loader.prepare, micro_steps, self.config.dataloader_num_workers):
-        self.trained.before_step(micro.step, self.updates)
-        yield micro, self.loader.batch(micro, prepared, len(self.schedule))
-
-# %% ../../nbs/library/train_run.ipynb #82564a02
-@patch
 def train(self:Run):
     "Every update that is left. Interrupted, it writes a checkpoint; called again, it goes on."
     config, quiet = self.config, not (self.accelerator.is_main_process and is_interactive())
+    micro_steps = self.sampler.micro_steps(self.state.step, self.updates, self.accelerator.process_index)
+    batches = self.loader.batches(micro_steps, config.dataloader_num_workers)
+    before = [lambda state, one=one: one(state.step, self.updates) for one in self.trained.before_update]
     with tqdm(total=self.updates, initial=self.state.step, desc="training", disable=quiet) as bar:
         try:
-            fit(self.loss, self.batches(), self.state, self.accelerator, config.max_grad_norm, self.hooks(bar),
-                self.loader.name,
-                config.skip_nan_updates, config.debug_loss)
+            fit(self.loss, batches, self.state, self.accelerator, config.max_grad_norm, self.hooks(bar),
+                self.loader.names.__getitem__, config.skip_nan_updates, config.debug_loss, before)
         except KeyboardInterrupt:
             with defer_signals(patient=True): self.save_interrupted()
             raise

@@ -29,8 +29,8 @@ class Trained:
     publish: object # function of a folder: write the result; gives its path
     card: CardText # what the model card says
     trains_text: bool = False # what captions mean changes, so that they are encoded in every step
-    before_step: object = lambda step, updates: None # called before each micro-batch
-    after_update: object = lambda state, folder: None # called after each update, by the main process
+    before_update: tuple = () # functions of (step, updates), called before each update
+    after_update: tuple = () # functions of (state, folder), called after each update by the main process
 
 # %% ../../nbs/library/train_weights.ipynb #ba7ae74f
 def together(
@@ -38,11 +38,11 @@ def together(
     second:Trained,
 )->Trained:
     "Two kinds of weights in one run."
-    def both(name, *given): getattr(second, name)(*given); return getattr(first, name)(*given)
+    def both(name, folder): getattr(second, name)(folder); return getattr(first, name)(folder)
     return Trained(first.named | second.named, first.groups + second.groups, *(
         lambda folder, name=name: both(name, folder) for name in ("save", "load", "publish")), first.card,
-        first.trains_text or second.trains_text, *(
-        lambda *now, name=name: both(name, *now) for name in ("before_step", "after_update")))
+        first.trains_text or second.trains_text, first.before_update + second.before_update,
+        first.after_update + second.after_update)
 
 # %% ../../nbs/library/train_weights.ipynb #8fb16263
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -99,7 +99,7 @@ def token_weights(
     return Trained(tokens.named, groups, lambda folder: tokens.save(file(folder)),
         lambda folder: tokens.load(file(folder)),
         publish or (lambda folder: save_embeddings(tokens, folder)), card, True,
-        lambda step, updates: tokens.train(step < round(share*updates)))
+        (lambda step, updates: tokens.train(step < round(share*updates)),))
 
 # %% ../../nbs/library/train_weights.ipynb #a72de4fd
 PIPELINE = ("unet/*", "vae/*", "text_encoder*/*", "tokenizer*/*", "scheduler/*") # files of a pipeline, in its folders
