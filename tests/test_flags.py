@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -20,6 +21,7 @@ from sdxl_course.model.lora_files import read_lora
 from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
 from sdxl_course.textual_inversion import TextualInversionConfig
+from sdxl_course.train.objective import WEIGHTINGS
 from toy import files_of, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
@@ -533,11 +535,14 @@ def test_what_a_resume_may_change(command):
 def test_no_kind_is_left_out(): assert FREE | MACHINE <= {name for command in CONFIGS for name in resume_kinds(build(command))}
 
 
+def weight(one): return True if one.kind is bool else 5.0  # a value that asks for a weighting
+
+
 STRUCK = dict(  # command -> (options that cannot be together, a neighbour that can); `text` holds for the others too
     text=[(dict(lr_scheduler="piecewise_constant"), dict(lr_scheduler="piecewise_constant", lr_step_rules="1:1,0.1")), (dict(cache_text_embeds=True, train_text_encoder=True), dict(cache_text_embeds=False, train_text_encoder=True)),
     (dict(cache_text_embeds=True, shuffle_tags=True), dict(cache_text_embeds=False, shuffle_tags=True)), (dict(cache_latents=True), dict(cache_latents=True, cached_crops=2)),
     (dict(cached_crops=2, use_aspect_ratio_buckets=True), dict(cached_crops=2)), (dict(cache_latents=False, cache_latents_to_disk=True), dict(cache_latents_to_disk=True)),
-    (dict(snr_gamma=5.0, debiased_estimation_loss=True), dict(debiased_estimation_loss=True)), (dict(mask_data_dir="m"), dict(mask_data_dir="m", masked_loss=True)),
+    *[({one.flag: weight(one), other.flag: weight(other)}, {other.flag: weight(other)}) for one, other in combinations(WEIGHTINGS.values(), 2)], (dict(mask_data_dir="m"), dict(mask_data_dir="m", masked_loss=True)),
     (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")), (dict(keep_tags=1), dict(keep_tags=1, shuffle_tags=True)),
     (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)),
     (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
