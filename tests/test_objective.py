@@ -177,7 +177,7 @@ def test_a_weighting_registered_later_does_no_harm_to_configs_that_do_not_know_i
     assert make_noise_schedule(config, DDPMScheduler(**SDXL)).prediction_type == "epsilon"
 
 
-def test_registered_weightings_are_forgotten(): assert list(WEIGHTINGS) == [f.name for f in fields(WeightingOptions)]
+def test_registered_weightings_are_forgotten(): assert list(WEIGHTINGS) == ["snr_gamma", "debiased_estimation_loss"] == [f.name for f in fields(WeightingOptions)]
 
 
 # ------------------------------------------------ weights
