@@ -152,7 +152,8 @@ def _is_hub_id(
     where, # a path or a hub id
 )->bool:
     "Whether something that is no path here is written as owner/name."
-    return not Path(where).expanduser().exists() and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", str(where)))
+    written = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", str(where))
+    return bool(written) and not Path(where).expanduser().exists()
 
 def _fetched_lora(
     where:str, # owner/name
@@ -193,7 +194,8 @@ def _attach_layers(
     adapter_name:str, # new to the model
 ):
     "Put a LoRA into one network, each layer with its own rank and alpha."
-    rank, alpha = (Counter(getattr(one, key) for one in layers.values()).most_common(1)[0][0] for key in ("rank", "alpha"))
+    rank, alpha = (Counter(getattr(one, key) for one in layers.values()).most_common(1)[0][0]
+        for key in ("rank", "alpha"))
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers), init_lora_weights=False,
         use_dora=any(one.magnitude is not None for one in layers.values()),
         rank_pattern={name: one.rank for name, one in layers.items() if one.rank != rank},
@@ -269,7 +271,8 @@ def _kohya_metadata(
     "What other programs want to know about a file."
     return {"format": "pt", "ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title}
 
 # %% ../../nbs/library/model_lora_files.ipynb #3fed4d85

@@ -68,9 +68,9 @@ def _unet_names(
 )->list:
     "What programs call a layer of the UNet."
     sgm, older = sgm_name(module, layers), re.sub(r"\.to_(q|k|v|out)(\.0)?$", r".processor.to_\1_lora", module)
-    dotted = [f"{start}{name}" for name in dict.fromkeys((module, older)) for start in ("", "unet.", "base_model.model.",
-        "base_model.model.unet.")]
-    flat = [f"{start}_{name.replace('.', '_')}" for name in (sgm, module) for start in (KOHYA_PREFIX["unet"], "lycoris")]
+    starts = ("", "unet.", "base_model.model.", "base_model.model.unet.")
+    dotted = [start + name for name in dict.fromkeys((module, older)) for start in starts]
+    flat = [start + name.replace(".", "_") for name in (sgm, module) for start in ("lora_unet_", "lycoris_")]
     return [*dotted, f"diffusion_model.{sgm}", *flat]
 
 def _encoder_names(
@@ -279,11 +279,14 @@ def read_layers(
     check_tensors(path, tensors)
     found, rest = sort_tensors(tensors, layer_names(models))
     check_rest(path, rest, models, not found)
-    layers = {part: {} for part in models}
+    layers, own = {part: {} for part in models}, {part: adaptable_layers(model) for part, model in models.items()}
     for (part, module), t in found.items():
-        weight, rank = adaptable_layers(models[part])[module].weight, len(t.get("A", ()))
+        weight, rank = own[part][module].weight, len(t.get("A", ()))
         try: layers[part][module] = make_layer(t, weight, noted_alpha(notes.get(part), module, rank) if rank else None)
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
             raise CourseError(f"{path} does not load as a LoRA for this model, at {module} of {part}: "
                 f"{str(error).splitlines()[0]}") from error
+    for part, one in layers.items():
+        if len({layer.magnitude is None for layer in one.values()}) == 2:
+            raise CourseError(f"{path} is a DoRA in some layers of {part} and a LoRA in others: wanted one kind")
     return {part: one for part, one in layers.items() if one}

@@ -49,7 +49,8 @@ PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 def _publish_lora(folder, parts, dtype, kohya):
     "Write pytorch_lora_weights.safetensors, and kohya's layout beside it where that is asked for."
     path = save_lora(folder, **parts, dtype=dtype)
-    if kohya: save_kohya(Path(folder)/"pytorch_lora_weights_kohya.safetensors", **parts, dtype=dtype)
+    if kohya: save_kohya(Path(folder)/"pytorch_lora_weights_kohya.safetensors", **parts, dtype=dtype,
+        title=Path(folder).resolve().name)
     return path
 
 def lora_card(config)->CardText:
