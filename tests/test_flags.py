@@ -591,9 +591,14 @@ def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, b
 
 
 def test_every_sentence_about_an_idle_option_is_told_by_some_case():
-    cases = [dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
+    cases = [dict(use_dora=True, output_kohya_format=True), dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
     told = {sentence for case in cases for sentence in unused_options(build("text", **case))}
     for command in CONFIGS: assert {sentence for _, sentence in rules_of(build(command), "unused")} <= told
+
+
+def test_a_dora_for_other_programs_is_told_who_draws_it():
+    (sentence,) = unused_options(build("text", use_dora=True, output_kohya_format=True))
+    assert "A1111 and InvokeAI" in sentence and unused_options(build("text", use_dora=True)) == []
 
 
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said

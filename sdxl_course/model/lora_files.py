@@ -21,6 +21,7 @@ from .adapters import LORA_NAME, add_adapter, lora_parameters
 from .lora_layouts import KOHYA_KIND, KOHYA_PREFIX, read_layers, sgm_name
 from ..options import option
 from dataclasses import dataclass
+from typing import ClassVar
 
 # %% ../../nbs/library/model_lora_files.ipynb #d499e3b7
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,10 @@ class LoraFileOptions:
     output_kohya_format: bool = option(False,
         "write a second file in the layout of kohya's scripts, for other programs",
         resume="free")
+
+    unused: ClassVar = ((lambda c: c.use_dora and c.output_kohya_format,
+        "--use_dora in a kohya file: ComfyUI and Forge draw it as we do, A1111 and InvokeAI take the lengths along the "
+            "other axis, sd-scripts leaves them out; for those, train without --use_dora"),)
 
 # %% ../../nbs/library/model_lora_files.ipynb #e220548b
 def _given(
