@@ -218,9 +218,8 @@ def draw_and_save(
     paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])
     columns = min(config.num_images, 8) if len(config.prompt) > 1 else None
     grid = image_grid(pictures, columns, titles=[f"{s}: {p}" for p, s in zip(prompts, seeds)])
-    paths.append(save_picture(grid, folder/"grid.png"))
     print(f"wrote {len(pictures)} pictures and grid.png to {folder}")
-    return paths
+    return [*paths, save_picture(grid, folder/"grid.png")]
 
 # %% ../nbs/library/inference.ipynb #a142123f
 def main(

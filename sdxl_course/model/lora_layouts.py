@@ -83,6 +83,7 @@ def _encoder_names(
     dotted = [f"{start}{name}" for name in dict.fromkeys((short, older)) for start in ("text_model.", "")]
     return [f"{part}.{name}" for name in dotted] + [f"{KOHYA_PREFIX[part]}_{name.replace('.', '_')}" for name in dotted]
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #0ddf5400
 def layer_names(
     models:dict, # part name -> UNet or text encoder
 )->dict: # name -> (part, module)
@@ -146,6 +147,7 @@ def _lora_factors(t:dict)->tuple: # (B, A, rank that alpha is divided by)
     if "mid" in t: B, A = _with_core(B.T, A.flatten(1), t["mid"])
     return B, A.flatten(1), len(t["A"])
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #334bac2f
 def _loha_factors(t:dict)->tuple:
     "Factors of a LoHa (Hyeon-Woo et al., 2022): row by row and column by column, all products of both pairs."
     (B, A), (D, C) = (_with_core(*(t[f"hada_w{i}_{x}"] for x in "ab"), t.get(f"hada_t{i}")) for i in (1, 2))
@@ -177,6 +179,7 @@ def _magnitude(
     found = t.get("dora_scale", t.get("magnitude"))
     return None if found is None else found.reshape(outputs)
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #92884f09
 def make_layer(
     t:dict, # role -> tensor of one layer
     weight, # of that layer, for its shape
@@ -223,6 +226,7 @@ def check_tensors(
             raise CourseError(f"{path} has values in {name} that are not finite: the run that made it went wrong, "
                 "take an earlier checkpoint of it")
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #bf289472
 PART_NAME = re.compile(r"(?:lora_(?P<kohya>unet|te1|te2)_|(?P<part>unet|text_encoder_2|text_encoder)\.)")
 
 def part_of(
@@ -250,6 +254,7 @@ def _explain(
     if told is None and kind: return f"it is {kind}, this course reads LoRA, DoRA, LoHa, LoKr and whole differences"
     return told or ("was it made for another model?" if nothing else "was the LoRA made for another model?")
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #257a834f
 def check_rest(
     path, # for messages
     rest:list, # names of tensors that fit no layer
