@@ -201,19 +201,18 @@ def draw_and_save(
 )->list: # paths of the pictures, grid.png last
     "The `generate` command as a function; CourseError for what cannot be read, drawn or written."
     path, device = Path(config.output_dir).expanduser(), pick_device(config.device)
-    remedy = "wanted a folder for the pictures, choose another --output_dir"
-    folder = writable_folder(path, f"{path} cannot be written to", remedy)
+    folder = writable_folder(path, f"{path} cannot be written to",
+        "wanted a folder for the pictures, choose another --output_dir")
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
     pipeline = load_pipeline(config.model, config.lora, one_or_all(config.lora_scale), device, dtype,
         vae=config.vae, revision=config.revision, variant=config.variant)
     words = load_words(pipeline, config.lora, config.embeddings)
     warn_about_prompts(config, pipeline.tokenizer)
-    known = picture_size(pipeline)[0]
-    size = (config.height or known, config.width or known)
+    size = tuple(given or picture_size(pipeline)[0] for given in (config.height, config.width))
     prompts, seeds = zip(*[(p, config.seed + i) for p in config.prompt for i in range(config.num_images)])
-    spelled = [replace_placeholders(prompt, words) for prompt in prompts]
-    pictures = generate(pipeline, spelled, seeds, config.num_inference_steps, config.guidance_scale, size,
-        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=is_interactive())
+    pictures = generate(pipeline, [replace_placeholders(p, words) for p in prompts], seeds,
+        config.num_inference_steps, config.guidance_scale, size, config.batch_size or (8 if max(size) <= 512 else 1),
+        config.negative_prompt and replace_placeholders(config.negative_prompt, words), progress=is_interactive())
     shared = settings_of(config, pipeline)
     paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])
     columns = min(config.num_images, 8) if len(config.prompt) > 1 else None
