@@ -201,8 +201,7 @@ def draw_and_save(
 )->list: # paths of the pictures, grid.png last
     "The `generate` command as a function; CourseError for what cannot be read, drawn or written."
     path, device = Path(config.output_dir).expanduser(), pick_device(config.device)
-    folder = writable_folder(path, f"{path} cannot be written to",
-        "wanted a folder for the pictures, choose another --output_dir")
+    folder = writable_folder(path, f"{path} cannot be written to", "wanted a folder, choose another --output_dir")
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
     pipeline = load_pipeline(config.model, config.lora, one_or_all(config.lora_scale), device, dtype,
         vae=config.vae, revision=config.revision, variant=config.variant)
@@ -213,8 +212,8 @@ def draw_and_save(
     pictures = generate(pipeline, [replace_placeholders(p, words) for p in prompts], seeds,
         config.num_inference_steps, config.guidance_scale, size, config.batch_size or (8 if max(size) <= 512 else 1),
         config.negative_prompt and replace_placeholders(config.negative_prompt, words), progress=is_interactive())
-    shared = settings_of(config, pipeline)
-    paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])
+    notes = [dict(prompt=p, seed=s, **settings_of(config, pipeline)) for p, s in zip(prompts, seeds)]
+    paths = save_pictures(pictures, folder, notes)
     columns = min(config.num_images, 8) if len(config.prompt) > 1 else None
     grid = image_grid(pictures, columns, titles=[f"{s}: {p}" for p, s in zip(prompts, seeds)])
     print(f"wrote {len(pictures)} pictures and grid.png to {folder}")
