@@ -133,8 +133,7 @@ class GenerateConfig:
     lora: list[str] | None = option(None, "LoRA file, folder or hub id; again for more", action="extend")
     lora_scale: list[float] | None = option(None, "strength: one for all LoRAs (1.0 when not given) or one for each",
         action="extend")
-    embeddings: list[str] | None = option(None,
-        "file of learnt words; when not given, the one that lies beside the LoRA", action="extend")
+    embeddings: list[str] | None = option(None, "learnt words; else the file beside the LoRA", action="extend")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it")
     num_images: int = option(1, "pictures per prompt")
     num_inference_steps: int = option(25, "how often the UNet is asked")
@@ -201,7 +200,8 @@ def draw_and_save(
 )->list: # paths of the pictures, grid.png last
     "The `generate` command as a function; CourseError for what cannot be read, drawn or written."
     path, device = Path(config.output_dir).expanduser(), pick_device(config.device)
-    folder = writable_folder(path, f"{path} cannot be written to", "wanted a folder, choose another --output_dir")
+    folder = writable_folder(path, f"{path} cannot be written to",
+        "wanted a folder for the pictures, choose another --output_dir")
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
     pipeline = load_pipeline(config.model, config.lora, one_or_all(config.lora_scale), device, dtype,
         vae=config.vae, revision=config.revision, variant=config.variant)
