@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adapter_names', 'set_lora_scale', 'load_pipeline', 'sweep_lora_scale', 'save_pictures', 'unlearned_words',
-           'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'settings_of', 'draw_and_save', 'main']
+           'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'settings_of', 'load_words', 'draw_and_save', 'main']
 
 # %% ../nbs/library/inference.ipynb #9d887d8a
 import re
@@ -20,7 +20,8 @@ from .world.captions import caption_words
 from .model.components import load_components
 from .model.conditioning import removed_text
 from .model.sampling import generate, picture_size, save_picture
-from .model.lora_files import attach_lora
+from .model.lora_files import attach_lora, lora_file
+from .model.words import learned_placeholders, load_learned_tokens, replace_placeholders, words_beside
 
 # %% ../nbs/library/inference.ipynb #f88fee03
 def adapter_names(
@@ -134,6 +135,7 @@ class GenerateConfig:
     lora: list[str] | None = option(None, "LoRA file, folder or hub id; again for more", action="extend")
     lora_scale: list[float] | None = option(None, "strength: one for all LoRAs (1.0 when not given) or one for each",
         action="extend")
+    embeddings: list[str] | None = option(None, "learnt words; else the file beside the LoRA", action="extend")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it")
     num_images: int = option(1, "pictures per prompt")
     num_inference_steps: int = option(25, "how often the UNet is asked")
@@ -179,30 +181,46 @@ def settings_of(
         guidance_scale=config.guidance_scale, model=model, lora=", ".join(adapter_names(pipeline)) or None,
         lora_scale=config.lora and one_or_all(config.lora_scale))
 
+# %% ../nbs/library/inference.ipynb #a1eec1bd
+def load_words(
+    pipeline, # StableDiffusionXLPipeline; the new tokens go in here
+    lora=None, # LoRA files, folders or hub ids
+    embeddings=None, # files of learnt words; None: those beside the LoRAs
+)->dict: # placeholder -> new tokens
+    "Load the words that were learnt with LoRAs, and tell what prompts say for them."
+    local = [lora_file(one) for one in lora or () if Path(one).expanduser().exists()]
+    beside = dict.fromkeys(file for path in local if (file := words_beside(path)))
+    found = {}
+    for file in embeddings or beside:
+        load_learned_tokens(pipeline, file)
+        found |= learned_placeholders(file)
+        print(f"read the words {', '.join(found)} from {Path(file).name}")
+    return found
+
 # %% ../nbs/library/inference.ipynb #8ab00378
 def draw_and_save(
     config:GenerateConfig, # what to draw
 )->list: # paths of the pictures, grid.png last
     "The `generate` command as a function; CourseError for what cannot be read, drawn or written."
     path, device = Path(config.output_dir).expanduser(), pick_device(config.device)
-    remedy = "wanted a folder for the pictures, choose another --output_dir"
-    folder = writable_folder(path, f"{path} cannot be written to", remedy)
+    folder = writable_folder(path, f"{path} cannot be written to",
+        "wanted a folder for the pictures, choose another --output_dir")
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
     pipeline = load_pipeline(config.model, config.lora, one_or_all(config.lora_scale), device, dtype,
         vae=config.vae, revision=config.revision, variant=config.variant)
+    words = load_words(pipeline, config.lora, config.embeddings)
     warn_about_prompts(config, pipeline.tokenizer)
-    known = picture_size(pipeline)[0]
-    size = (config.height or known, config.width or known)
+    size = tuple(given or picture_size(pipeline)[0] for given in (config.height, config.width))
     prompts, seeds = zip(*[(p, config.seed + i) for p in config.prompt for i in range(config.num_images)])
-    pictures = generate(pipeline, prompts, seeds, config.num_inference_steps, config.guidance_scale, size,
-        config.batch_size or (8 if max(size) <= 512 else 1), config.negative_prompt, progress=is_interactive())
-    shared = settings_of(config, pipeline)
-    paths = save_pictures(pictures, folder, [dict(prompt=p, seed=s, **shared) for p, s in zip(prompts, seeds)])
+    pictures = generate(pipeline, [replace_placeholders(p, words) for p in prompts], seeds,
+        config.num_inference_steps, config.guidance_scale, size, config.batch_size or (8 if max(size) <= 512 else 1),
+        config.negative_prompt and replace_placeholders(config.negative_prompt, words), progress=is_interactive())
+    notes = [dict(prompt=p, seed=s, **settings_of(config, pipeline)) for p, s in zip(prompts, seeds)]
+    paths = save_pictures(pictures, folder, notes)
     columns = min(config.num_images, 8) if len(config.prompt) > 1 else None
     grid = image_grid(pictures, columns, titles=[f"{s}: {p}" for p, s in zip(prompts, seeds)])
-    paths.append(save_picture(grid, folder/"grid.png"))
     print(f"wrote {len(pictures)} pictures and grid.png to {folder}")
-    return paths
+    return [*paths, save_picture(grid, folder/"grid.png")]
 
 # %% ../nbs/library/inference.ipynb #a142123f
 def main(

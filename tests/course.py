@@ -26,7 +26,7 @@ EXPORTS = {"export", "exports", "exporti"}
 ROOMS = """
 core devices options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
-model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_files
+model.folders model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_layouts model.lora_files
 model.words
 data.records data.preprocess data.report data.check data.cache data.sampler data.loader
 train.machine train.objective train.optimizer train.loop train.checkpoint train.validation train.results train.config train.prepare

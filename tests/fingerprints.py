@@ -43,7 +43,7 @@ RUNS = { # name -> (module, flags)
 }
 
 
-TELL = ("README.md", "config.yaml", "checkpoint-4/trainer_state.json") # these hold the run's own name and flags
+TELL = ("README.md", "pytorch_lora_weights_kohya.safetensors", "config.yaml", "checkpoint-4/trainer_state.json") # these hold the run's own name and flags
 
 
 def prepare():

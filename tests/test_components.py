@@ -99,7 +99,7 @@ def test_variant_files(folder):
     for part in NETWORKS:
         for file in (folder / part).glob("*.safetensors"): file.rename(file.with_suffix("").with_suffix(".fp16.safetensors"))
     assert load_components(folder, variant="fp16").unet.dtype == torch.float32
-    with pytest.raises(CourseError, match="variant"): load_components(folder)
+    with pytest.raises(CourseError, match="add --variant fp16"): load_components(folder)
 
 
 def test_pickled_weights_are_refused(folder):
@@ -138,6 +138,9 @@ def test_folders_that_are_something_else(folder):
     with pytest.raises(CourseError, match="lacks tokenizer, text_encoder.*refiner"): load_components(folder)
     change_json(folder / "model_index.json", _class_name="FluxPipeline")
     with pytest.raises(CourseError, match="holds a FluxPipeline"): load_components(folder)
+    for text in ("[]", "3", '"x"', "null"):
+        (folder / "model_index.json").write_text(text)
+        with pytest.raises(CourseError, match="cannot be read"): load_components(folder)
     (folder / "model_index.json").write_text("[")
     with pytest.raises(CourseError, match="cannot be read"): load_components(folder)
     (folder / "model_index.json").unlink()
@@ -173,6 +176,26 @@ def test_replacement_vae(parts, folder, tmp_path):
     from diffusers import AutoencoderKL
     AutoencoderKL(latent_channels=16).save_pretrained(tmp_path / "wide")
     with pytest.raises(CourseError, match="16 latent channels"): load_components(folder, vae=tmp_path / "wide")
+
+
+def test_a_single_file_vae_gets_the_scale_of_the_base_model(folder, tmp_path):
+    "diffusers took it for Stable Diffusion 1.5's, 0.18215, and every picture was drawn from latents of the wrong size."
+    want = load_components(folder).vae
+    save_file(original_vae(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")), tmp_path / "vae.safetensors")
+    vae = load_components(folder, vae=tmp_path / "vae.safetensors").vae
+    assert vae.config.scaling_factor == want.config.scaling_factor == 0.13025
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in want.state_dict().items())
+
+
+def test_a_pickled_vae_is_refused(folder, tmp_path):
+    torch.save({}, tmp_path / "vae.pt")
+    with pytest.raises(CourseError, match="pickled weights can run code"): load_components(folder, vae=tmp_path / "vae.pt")
+
+
+@pytest.mark.parametrize("entry", [["diffusers", "StableDiffusionXLPipeline"], ["os", "system"], ["diffusers", "no_such"], "EulerDiscreteScheduler", ["diffusers", 3], 7])
+def test_only_known_classes_of_schedulers_are_looked_up(folder, entry):
+    change_json(folder / "model_index.json", scheduler=entry)
+    with pytest.raises(CourseError, match="as its scheduler|lacks scheduler"): load_components(folder)
 
 
 def test_saving_what_cannot_be_saved(parts, tmp_path):

@@ -245,10 +245,10 @@ def test_the_base_may_be_one_file(ran, toy, home, place, monkeypatch):
     assert same(ran(pretrained_model_name_or_path=str(file), rank=3), ran(rank=3)) and seen == [(str(file), file.parent / "base")]
 
 
-def sgm(name):
-    "Kohya's own block names, as sd-scripts writes them, for a UNet with one layer in each of two blocks."
+def older(name):
+    "Diffusers' block names in kohya's spelling, as other programs write them, for a UNet with one layer in each of two blocks."
     blocks = dict(down_blocks_1_attentions_0="input_blocks_3_1", mid_block_attentions_0="middle_block_1", up_blocks_0_attentions_0="output_blocks_0_1", up_blocks_0_attentions_1="output_blocks_1_1")
-    for ours, theirs in blocks.items(): name = name.replace(ours, theirs)
+    for theirs, ours in blocks.items(): name = name.replace(ours, theirs)
     return name
 
 
@@ -259,9 +259,9 @@ def test_a_run_goes_on_from_a_lora_file_of_either_layout(ran, options, tmp_path)
     first = ran(**options, output_kohya_format=True)
     kohya = first.folder / "pytorch_lora_weights_kohya.safetensors"
     values, notes = load_tensors(kohya)
-    save_tensors(tmp_path / "sgm.safetensors", {sgm(n): t for n, t in values.items()}, notes)
+    save_tensors(tmp_path / "older.safetensors", {older(n): t for n, t in values.items()}, notes)
     logs = []
-    for file in (first.folder, kohya, tmp_path / "sgm.safetensors"):
+    for file in (first.folder, kohya, tmp_path / "older.safetensors"):
         then = ran(**{**options, "lora_alpha": 8.0}, init_lora=str(file))  # another alpha: the values are scaled
         assert then.result.validation_loss_before == pytest.approx(first.result.validation_loss_after, rel=1e-5)
         logs.append(then.losses)
@@ -596,9 +596,14 @@ def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, b
 
 
 def test_every_sentence_about_an_idle_option_is_told_by_some_case():
-    cases = [dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
+    cases = [dict(use_dora=True, output_kohya_format=True), dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
     told = {sentence for case in cases for sentence in unused_options(build("text", **case))}
     for command in CONFIGS: assert {sentence for _, sentence in rules_of(build(command), "unused")} <= told
+
+
+def test_a_dora_for_other_programs_is_told_who_draws_it():
+    (sentence,) = unused_options(build("text", use_dora=True, output_kohya_format=True))
+    assert "A1111 and InvokeAI" in sentence and unused_options(build("text", use_dora=True)) == []
 
 
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said

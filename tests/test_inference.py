@@ -198,3 +198,22 @@ def test_the_config_is_plain(toy_model):
 def test_draw_and_save_takes_a_config(toy_model, tmp_path, capsys):
     paths = draw_and_save(GenerateConfig(prompt=["a mug"], model=str(toy_model), num_inference_steps=1, output_dir=str(tmp_path), height=64, width=96))
     assert [p.name for p in paths] == ["image_000.png", "grid.png"] and Image.open(paths[0]).size == (96, 64)
+
+
+def test_words_that_were_learnt_with_a_lora_are_read(toy_model, loras, tmp_path, capsys):
+    "field 13: TOK was drawn as the letters T, O and K."
+    import shutil
+    from sdxl_course.model.words import add_tokens, placeholder_map, save_embeddings
+    run = tmp_path / "ti"
+    shutil.copytree(loras["style"].parent, run)
+    tokens = add_tokens(load_components(toy_model), placeholder_map("TOK", 2), 0)
+    for table in tokens.tables.values(): table.new.data = 3 * torch.randn(table.new.shape, generator=seeded("words"))
+    file = save_embeddings(tokens, run)
+    def drawn(prompt, *flags):
+        assert main(["--model", str(toy_model), "--prompt", prompt, "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out"), *flags]) == 0
+        return [Image.open(tmp_path / "out" / "image_000.png")]
+    want = drawn("a <s0><s1> chair", "--lora", str(run))
+    assert "read the words TOK" in capsys.readouterr().out
+    assert gap(drawn("a TOK chair", "--lora", str(run)), want) == 0 and gap(drawn("a ti_emb chair", "--lora", str(run)), want) == 0
+    assert gap(drawn("a TOK chair", "--lora", str(loras["style"]), "--embeddings", str(file)), want) == 0
+    assert gap(drawn("a TOK chair", "--lora", str(loras["style"])), want) > 1

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
-from sdxl_course.model.adapters import add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
+from sdxl_course.model.adapters import adaptable_layers, add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
 from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
 from sdxl_course.model.lora_files import attach_lora, initialize_lora_from, load_lora_into, lora_file_tensors, read_lora
-from sdxl_course.model.lora_files import save_kohya, save_lora, sgm_name
+from sdxl_course.model.lora_files import save_kohya, save_lora
+from sdxl_course.model.lora_layouts import sgm_name
 
 EVERYTHING = "attention+feedforward+convolution"
 BASE = tiny_architecture(0)
@@ -38,6 +40,12 @@ def predict(parts):
         added = dict(text_embeds=two.text_embeds, time_ids=torch.full((2, 6), 128.))
         noise = torch.randn(2, 4, 16, 16, generator=seeded("noise"))
         return parts.unet.eval()(noise, 300, embeds, added_cond_kwargs=added).sample
+
+
+def attached(file):
+    parts = fresh_parts()
+    attach_lora(parts.pipeline(), file)
+    return parts
 
 
 def adapted(layers, encoders, **options):
@@ -219,15 +227,15 @@ def test_kohya_files_come_back_exactly(options, tmp_path):
 @pytest.mark.parametrize("layers", ["attention", EVERYTHING + ",proj_in,conv_in,conv_out,linear_1,time_emb_proj"])
 def test_kohyas_own_block_names_mean_to_us_what_they_mean_to_diffusers(layers, tmp_path):
     unet = shake(add_lora(tiny_architecture(0).unet, rank=2, alpha=3, layers=layers, generator=seeded("sgm")), "sgm")
-    older = {f"lora_unet_{name.replace('.', '_')}": f"lora_unet_{sgm_name(name, unet.config.layers_per_block).replace('.', '_')}" for name in dict(unet.named_modules()) if name}
-    tensors, notes = load_tensors(save_kohya(tmp_path / "ours.safetensors", unet))
-    save_tensors(tmp_path / "sgm.safetensors", {f"{older[place]}.{rest}": t for name, t in tensors.items() for place, rest in [name.split(".", 1)]}, notes)
-    assert not any("_blocks_0_attentions" in name or "down_blocks" in name for name in load_tensors(tmp_path / "sgm.safetensors")[0])
+    theirs = {f"lora_unet_{sgm_name(name, unet.config.layers_per_block).replace('.', '_')}": f"lora_unet_{name.replace('.', '_')}" for name in dict(unet.named_modules()) if name}
+    tensors, notes = load_tensors(save_kohya(tmp_path / "sgm.safetensors", unet))
+    assert not any("_blocks_0_attentions" in name or "down_blocks" in name for name in tensors)
+    save_tensors(tmp_path / "older.safetensors", {f"{theirs[place]}.{rest}": t for name, t in tensors.items() for place, rest in [name.split(".", 1)]}, notes)
     stock, heir, want = tiny_architecture(0), tiny_architecture(0), predict(SimpleNamespace(**{**vars(tiny_architecture(0)), "unet": unet}))
     stock.pipeline().load_lora_weights(tmp_path, weight_name="sgm.safetensors")
     add_lora(heir.unet, rank=2, alpha=1, layers=layers)
-    initialize_lora_from(heir.unet, None, None, tmp_path / "sgm.safetensors")
-    for parts in (stock, heir): assert (predict(parts) - want).abs().max() < 1e-5
+    initialize_lora_from(heir.unet, None, None, tmp_path / "older.safetensors")  # as we wrote it before, and others do
+    for parts in (stock, heir, attached(tmp_path / "sgm.safetensors"), attached(tmp_path / "older.safetensors")): assert (predict(parts) - want).abs().max() < 1e-5
 
 
 def test_defect_alpha_other_than_rank_survives_in_kohya_files(tmp_path):
@@ -262,3 +270,141 @@ def test_groups_cover_every_parameter_once():
     groups = parameter_groups(named, 1., .5, 8., .1, .2)
     rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert [rates[id(p)] for p in named.values()] == [(1., .1), (8., .1), (.5, .2), (4., .2), (.5, .2), (4., .2)]
+
+
+# ------------------------------------------------ other people's files
+
+def text_layer(parts): return next(name for name, _ in parts.text_encoder.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+
+
+LAYER, CONV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "mid_block.resnets.0.conv1"
+def draw(*shape, key="field"): return 0.1 * torch.randn(shape, generator=seeded(key, *shape))
+
+
+def written(tmp_path, tensors, notes=None): return save_tensors(tmp_path / "theirs.safetensors", tensors, notes or {})
+
+
+def changed(parts, module):
+    "What a LoRA adds to one layer's weights."
+    layer = parts.get_submodule(module)
+    return layer.get_delta_weight("default").detach()
+
+
+DOWN, UP = (3, 192), (192, 3)
+@pytest.mark.parametrize("down, up, alpha", [
+    (f"unet.{LAYER.replace('to_out.0', 'processor.to_out_lora')}.down.weight", ".up.weight", None),
+    (f"{LAYER.replace('to_out.0', 'processor.to_out_lora')}.down.weight", ".up.weight", None),
+    (f"unet.{LAYER}.lora.down.weight", ".lora.up.weight", None),
+    (f"unet.{LAYER}.lora_A.weight", ".lora_B.weight", None),
+    (f"base_model.model.{LAYER}.lora_A.weight", ".lora_B.weight", None),
+    (f"{LAYER}.lora_A.weight", ".lora_B.weight", None),
+    (f"lora_unet_{LAYER.replace('.', '_')}.lora_down.weight", ".lora_up.weight", 1.5),
+    ("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight", ".lora_up.weight", 6),
+])
+def test_every_layout_of_a_lora_gives_the_right_weights(tmp_path, down, up, alpha):
+    ending = next(e for e in (".lora.down.weight", ".lora_down.weight", ".lora_A.weight", ".down.weight") if down.endswith(e))
+    start = down.removesuffix(ending)
+    tensors = {down: draw(*DOWN), start + up: draw(*UP)} | ({} if alpha is None else {f"{start}.alpha": torch.tensor(alpha)})
+    parts = attached(written(tmp_path, tensors))
+    assert (changed(parts.unet, LAYER) - (alpha or 3) / 3 * draw(*UP) @ draw(*DOWN)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.{}.weight", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{}.weight",
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{}.weight"])
+def test_old_layouts_of_text_encoders(tmp_path, name):
+    parts = attached(written(tmp_path, {name.format("down"): draw(2, 64), name.format("up"): draw(64, 2)}))
+    assert (changed(parts.text_encoder, text_layer(BASE)) - draw(64, 2) @ draw(2, 64)).abs().max() < 1e-6
+
+
+def test_every_layer_keeps_its_own_rank_and_alpha(tmp_path):
+    "Kohya's conv_dim and conv_alpha differ from dim and alpha; a CP decomposition has a core."
+    linear, conv = (f"lora_unet_{name.replace('.', '_')}" for name in (LAYER, CONV))
+    tensors = {f"{linear}.lora_down.weight": draw(*DOWN), f"{linear}.lora_up.weight": draw(*UP), f"{linear}.alpha": torch.tensor(1.),
+        f"{conv}.lora_down.weight": draw(2, 192, 1, 1), f"{conv}.lora_mid.weight": draw(2, 2, 3, 3), f"{conv}.lora_up.weight": draw(192, 2, 1, 1), f"{conv}.alpha": torch.tensor(4.)}
+    parts = attached(written(tmp_path, tensors))
+    assert (changed(parts.unet, LAYER) - draw(*UP) @ draw(*DOWN) / 3).abs().max() < 1e-6
+    want = 2 * torch.einsum("oi,ijkl,jn->onkl", draw(192, 2, 1, 1)[..., 0, 0], draw(2, 2, 3, 3), draw(2, 192, 1, 1)[..., 0, 0])
+    assert (changed(parts.unet, CONV) - want).abs().max() < 1e-6
+
+
+def test_lycoris_kinds_give_the_right_weights(tmp_path):
+    linear, conv = (f"lora_unet_{name.replace('.', '_')}" for name in (LAYER, CONV))
+    loha = dict(hada_w1_a=draw(192, 2), hada_w1_b=draw(2, 192), hada_w2_a=draw(192, 2, key="b"), hada_w2_b=draw(2, 192, key="b"), alpha=torch.tensor(1.))
+    parts = attached(written(tmp_path, {f"{linear}.{key}": t for key, t in loha.items()}))
+    assert (changed(parts.unet, LAYER) - (loha["hada_w1_a"] @ loha["hada_w1_b"]) * (loha["hada_w2_a"] @ loha["hada_w2_b"]) / 2).abs().max() < 1e-6
+    lokr = dict(lokr_w1=draw(4, 4), lokr_w2=draw(48, 48, 3, 3), alpha=torch.tensor(1.))  # both whole: alpha says nothing
+    parts = attached(written(tmp_path, {f"{conv}.{key}": t for key, t in lokr.items()}))
+    assert (changed(parts.unet, CONV) - torch.kron(lokr["lokr_w1"][..., None, None], lokr["lokr_w2"])).abs().max() < 1e-5
+    parts = attached(written(tmp_path, {f"{linear}.diff": draw(192, 192)}))
+    assert (changed(parts.unet, LAYER) - draw(192, 192)).abs().max() < 1e-6
+
+
+def test_our_kohya_dora_is_a_dora_for_generate_too(tmp_path):
+    "diffusers drops dora_scale, with a warning that nobody saw: a DoRA was drawn as a plain LoRA."
+    parts, text = adapted(EVERYTHING, BOTH, rank=2, alpha=3, use_dora=True)
+    again = attached(save_kohya(tmp_path / "dora.safetensors", parts.unet, **text))
+    assert (predict(again) - predict(parts)).abs().max() < 1e-5
+    tensors, notes = load_tensors(tmp_path / "dora.safetensors")
+    flat = {name: t for name, t in tensors.items() if "dora_scale" not in name}
+    assert (predict(attached(written(tmp_path, flat, notes))) - predict(parts)).abs().max() > 1e-3
+
+
+KOHYA_LAYER = f"lora_unet_{LAYER.replace('.', '_')}"
+GOOD = {f"{KOHYA_LAYER}.lora_down.weight": draw(*DOWN), f"{KOHYA_LAYER}.lora_up.weight": draw(*UP)}
+@pytest.mark.parametrize("tensors, words", [
+    ({}, "holds no tensors"),
+    ({**GOOD, "stray.lora_down.weight": draw(3, 3)}, "1 layers that this model lacks, for instance stray"),
+    ({f"{KOHYA_LAYER}.lora_down.weight": draw(*DOWN)}, "tensor B is missing"),
+    ({f"{KOHYA_LAYER}.alpha": torch.tensor(1.)}, "only alpha"),
+    ({**GOOD, f"{KOHYA_LAYER}.lora_up.weight": draw(*UP) * torch.nan}, "not finite"),
+    ({**GOOD, f"{KOHYA_LAYER}.alpha": torch.tensor(torch.inf)}, "not finite"),
+    ({**GOOD, f"{KOHYA_LAYER}.lora_up.weight": torch.ones(*UP).long()}, "int64"),
+    ({**GOOD, f"{KOHYA_LAYER}.dora_scale": torch.ones(1, 192)}, "one length for each input"),
+    ({f"{KOHYA_LAYER}.lora_down.weight": draw(3, 7), f"{KOHYA_LAYER}.lora_up.weight": draw(*UP)}, "7 inputs"),
+    ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": draw(*DOWN), "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": draw(*UP)}, "Flux"),
+    ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": draw(*DOWN), "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": draw(*UP)}, "Flux"),
+    ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": draw(2, 64), **GOOD}, "Stable Diffusion 1.5"),
+    ({f"{KOHYA_LAYER}.oft_blocks": draw(2, 4, 4)}, "it is OFT"),
+    ({f"{KOHYA_LAYER}.diff": draw(192, 192), f"{KOHYA_LAYER}.diff_b": draw(192)}, "a change of biases"),
+])
+def test_nothing_is_drawn_as_if_it_were_not_there(tmp_path, tensors, words):
+    "In `generate` and in --init_lora alike: one reader, one check."
+    file, parts = written(tmp_path, tensors), fresh_parts()
+    with pytest.raises(CourseError, match=words): attach_lora(parts.pipeline(), file)
+    assert not getattr(parts.unet, "peft_config", None)
+    with pytest.raises(CourseError, match=words): initialize_lora_from(add_lora(parts.unet, rank=3, layers=LAYER), None, None, file)
+
+
+def test_bundled_words_are_no_layers(tmp_path):
+    assert (changed(attached(written(tmp_path, {**GOOD, "bundle_emb.TOK.clip_l": draw(2, 64)})).unet, LAYER) - draw(*UP) @ draw(*DOWN)).abs().max() < 1e-6
+
+
+def braces(text):
+    "a{b,c}d -> abd, acd; a{0..2} -> a0, a1, a2."
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match: return [text]
+    low, dots, high = match[1].partition("..")
+    inside = map(str, range(int(low), int(high) + 1)) if dots else match[1].split(",")
+    return [one for word in inside for one in braces(text[:match.start()] + word + text[match.end():])]
+
+
+# The names of Stability's SDXL in kohya's spelling, which ComfyUI, Forge, A1111, sd-scripts and InvokeAI look up in their own model.
+BLOCK = "transformer_blocks_{}_{{attn{{1,2}}_to_{{q,k,v,out_0}},ff_net_{{0_proj,2}}}}"
+DEEP, SHALLOW = BLOCK.format("{0..9}"), BLOCK.format("{0..1}")
+SGM_KEYS = [f"input_blocks_{{4,5}}_1_{SHALLOW}", f"input_blocks_{{7,8}}_1_{DEEP}", f"middle_block_1_{DEEP}", f"output_blocks_{{0..2}}_1_{DEEP}", f"output_blocks_{{3..5}}_1_{SHALLOW}",
+    "input_blocks_{1,2,4,5,7,8}_0_{in_layers_2,out_layers_3}", "input_blocks_{4,7}_0_skip_connection", "input_blocks_{3,6}_0_op", "middle_block_{0,2}_{in_layers_2,out_layers_3}",
+    "output_blocks_{0..8}_0_{in_layers_2,out_layers_3,skip_connection}", "output_blocks_{2,5}_2_conv"]
+
+
+def test_the_kohya_file_of_every_convolution_lora_has_the_names_that_other_programs_look_up():
+    "A1111 dropped lora_unet_up_blocks_0_upsamplers_0_conv, one of 749."
+    names = {sgm_name(module, 2).replace(".", "_") for module in sdxl_layers(EVERYTHING)}
+    assert len(names) == 749 and names == {name for line in SGM_KEYS for name in braces(line)}
+
+
+def sdxl_layers(choice):
+    targets, unet = lora_targets(META.unet, choice), META.unet
+    return [name for name in adaptable_layers(unet) if any(f".{name}".endswith(f".{end}") for end in targets)]
+
+
+META = sdxl_architecture()

@@ -94,7 +94,7 @@ def test_defects_31_and_32_kohya_files_with_text_encoders_and_dora_name_every_la
     folder = train("a", train_text_encoder=True, use_dora=True, lora_alpha=1.0, output_kohya_format=True).output_dir
     keys = load_file(folder / "pytorch_lora_weights_kohya.safetensors")
     layer, merged = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", load_stock(toy_model, str(folder))
-    weight, part = load_stock(toy_model).unet.get_submodule(layer).weight.detach(), lambda kind: keys[f"lora_unet_{layer.replace('.', '_')}.{kind}"]
+    weight, part = load_stock(toy_model).unet.get_submodule(layer).weight.detach(), lambda kind: keys[f"lora_unet_{layer.replace('mid_block.attentions.0', 'middle_block.1').replace('.', '_')}.{kind}"]
     whole = weight + part("alpha") / 4 * part("lora_up.weight") @ part("lora_down.weight")
     merged.fuse_lora()
     assert (merged.unet.get_submodule(layer).base_layer.weight - part("dora_scale") * whole / whole.norm(dim=1, keepdim=True)).abs().max() < 1e-6  # as ComfyUI computes it

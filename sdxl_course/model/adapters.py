@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['LAYER_GROUPS', 'INITS', 'MUTATING', 'LORA_NAME', 'LoraOptions', 'TextEncoderOptions', 'adaptable_layers',
-           'lora_targets', 'lora_size', 'lora_parameters', 'quiet_loading', 'add_lora', 'parameter_groups',
-           'lora_modules', 'enable_gradient_checkpointing', 'inject_lora']
+           'lora_targets', 'lora_size', 'lora_parameters', 'quiet_loading', 'ignore_old_torchao', 'add_adapter',
+           'add_lora', 'parameter_groups', 'lora_modules', 'enable_gradient_checkpointing', 'inject_lora']
 
 # %% ../../nbs/library/model_adapters.ipynb #98051324
+import peft
 import re
+import sys
 import torch
 import warnings
 from contextlib import contextmanager
@@ -222,6 +224,27 @@ def quiet_loading():
             yield
     finally: diffusers_logging.set_verbosity(level)
 
+# %% ../../nbs/library/model_adapters.ipynb #76401368
+def ignore_old_torchao():
+    "Let PEFT do without a torchao that is too old for it, in place of an ImportError."
+    try: peft.import_utils.is_torchao_available()
+    except ImportError:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("peft.") and hasattr(module, "is_torchao_available"):
+                module.is_torchao_available = lambda: False
+
+def add_adapter(
+    model, # a UNet or text encoder; changed in place
+    config, # LoraConfig of PEFT
+    adapter_name:str, # new to the model
+    generator=None, # torch.Generator that seeds PEFT's own draws
+):
+    "Let PEFT put adapters into a network, with the global random state as it was."
+    ignore_old_torchao()
+    with torch.random.fork_rng(devices=[]), quiet_loading(): # PEFT draws too: not from the global state
+        if generator is not None: torch.manual_seed(generator.initial_seed())
+        model.add_adapter(config, adapter_name)
+
 # %% ../../nbs/library/model_adapters.ipynb #824b23d8
 def add_lora(
     model, # a UNet or text encoder; changed in place
@@ -240,9 +263,7 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora,
         use_rslora=use_rslora, target_modules=_checked_targets(model, layers, init, adapter_name),
         init_lora_weights=True if init == "default" else init)
-    with torch.random.fork_rng(devices=[]), quiet_loading(): # PEFT draws too: not from the global state
-        if generator is not None: torch.manual_seed(generator.initial_seed())
-        model.add_adapter(config, adapter_name)
+    add_adapter(model, config, adapter_name, generator)
     for name, p in lora_parameters(model, adapter_name):
         p.data = p.data.float()
         if init in ("gaussian", "default") and ".lora_A." in name and not p.is_meta: _init_A(p, init, generator)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TOKEN_OPTIONS', 'TABLES', 'TokenOptions', 'replace_placeholders', 'placeholder_map', 'PlaceholderTokenizer',
            'ExtendedEmbedding', 'fix_eos', 'initial_embeddings', 'extend_embedding', 'LearnedTokens', 'save_embeddings',
-           'save_learned_embeds', 'add_tokens', 'load_learned_tokens']
+           'save_learned_embeds', 'add_tokens', 'load_learned_tokens', 'words_beside', 'learned_placeholders']
 
 # %% ../../nbs/library/model_words.ipynb #a342e3fc
 import copy
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,8 @@ class LearnedTokens:
         part = slice(first, number and first + number)
         return {name: table.new[part].detach().float().cpu().contiguous() for name, table in self.tables.items()}
 
-    def save(self, path, first=0, number=None):
-        save_tensors(path, self.rows(first, number), {"format": "pt", "first": str(first)})
+    def save(self, path, first=0, number=None, **notes):
+        save_tensors(path, self.rows(first, number), {"format": "pt", "first": str(first), **notes})
 
     def load(self, path):
         values = load_tensors(path)[0]
@@ -186,10 +187,11 @@ def save_embeddings(
     "Write all tokens in one file for A1111 and ComfyUI, and each placeholder's own where there are several."
     folder = Path(folder)
     stem = folder.resolve().name
-    tokens.save(folder/f"{stem}_emb.safetensors")
+    tokens.save(folder/f"{stem}_emb.safetensors", placeholders=json.dumps(list(tokens.placeholders)))
     for k, word in enumerate(tokens.placeholders if len(tokens.placeholders) > 1 else ()):
         name = re.sub(r"[^-\w]", "_", word)
-        tokens.save(folder/f"{stem}_{k}_{name}_emb.safetensors", k*tokens.each, tokens.each)
+        tokens.save(folder/f"{stem}_{k}_{name}_emb.safetensors", k*tokens.each, tokens.each,
+            placeholders=json.dumps([word]))
     return folder/f"{stem}_emb.safetensors"
 
 # %% ../../nbs/library/model_words.ipynb #7d6a9c53
@@ -235,6 +237,33 @@ def load_learned_tokens(
     for name, part in TABLES.items():
         tokenizer, encoder = getattr(pipeline, f"tokenizer{part}"), getattr(pipeline, f"text_encoder{part}")
         tokens = [f"<s{first + i}>" for i in range(len(values[name]))]
-        pipeline.load_textual_inversion(values[name], token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+        try: pipeline.load_textual_inversion(values[name], token=tokens, tokenizer=tokenizer, text_encoder=encoder)
+        except (ValueError, RuntimeError) as error:
+            raise CourseError(f"{where} does not fit this model, or other new words are in it already "
+                f"({str(error).splitlines()[0][:120]}): wanted one file of words, made for the same base model"
+                ) from error
         fix_eos(encoder, tokenizer)
     return pipeline
+
+# %% ../../nbs/library/model_words.ipynb #cb485bbc
+def words_beside(
+    lora, # file of a LoRA
+)->Path: # the file of the words that were learnt with it, or None
+    "The `_emb.safetensors` file that a run left beside its LoRA."
+    path = Path(lora)
+    found = path.parent.glob("*_emb.safetensors") if path.name.startswith("pytorch_lora_weights") else ()
+    return min(found, key=lambda file: (len(file.name), file.name), default=None) # the longer names hold one word each
+
+def learned_placeholders(
+    where, # an _emb.safetensors file
+)->dict: # placeholder -> new tokens
+    "What prompts may say for the words of a file: its placeholders, TOK where it names none, and the file's own name."
+    path = Path(where).expanduser()
+    tensors, notes = load_tensors(path)
+    try:
+        words, first = json.loads(notes.get("placeholders", '["TOK"]')), int(notes.get("first", 0))
+        rows = len(tensors["clip_l"])
+    except (KeyError, ValueError) as error:
+        raise CourseError(f"{path} holds no new words: wanted clip_l and clip_g") from error
+    tokens, each = [f"<s{first + i}>" for i in range(rows)], rows//len(words)
+    return {word: "".join(tokens[k*each:(k + 1)*each]) for k, word in enumerate(words)} | {path.stem: "".join(tokens)}
