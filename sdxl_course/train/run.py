@@ -73,6 +73,7 @@ class Run:
     loss_before: float = 0.0 # validation loss of the base model
     live: object = None # LiveView
     repository: str = "" # to be pushed to
+    resumed: tuple = () # the checkpoint that it went on from, which no pruning removes
     report: object = None # FitReport: what was read
     stack: ExitStack = field(default_factory=ExitStack) # what must be closed in the end
 
@@ -120,10 +121,11 @@ def resume(self:Run,
     "Go back to where the checkpoint was written; CourseError where it belongs to another configuration."
     config, saved = self.config, read_state(checkpoint)["config"]
     refuse_changes(saved, self.settings(), {**resume_kinds(config), "updates": "free"}, self.log)
-    if saved["updates"] != self.updates and not config.lr_scheduler.startswith("constant"):
+    if saved.get("updates", self.updates) != self.updates and not config.lr_scheduler.startswith("constant"):
         self.log(f"the {config.lr_scheduler} schedule is now {self.updates} updates long, it was {saved['updates']}: "
             "the learning rate jumps")
     load_checkpoint(checkpoint, self.state, self.trained.load, self.accelerator.scaler)
+    self.resumed = (checkpoint,)
     self.log(f"resuming from {checkpoint}: {self.state.step} of {self.updates} updates are done")
 
 # %% ../../nbs/library/train_run.ipynb #0c5c3f71
@@ -195,7 +197,7 @@ def hooks(self:Run,
     def publish(state, row): self.trained.after_update(state, self.output_dir)
     def show(state, row): bar.update(), bar.set_postfix(loss=row["loss"], lr=row["lr"])
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
-        config.checkpoints_total_limit, accelerator.scaler)
+        config.checkpoints_total_limit, accelerator.scaler, self.resumed)
     write = logging_to(self.output_dir/"training_log.jsonl", self.state)
     return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row,
         self.validate_when_due]
