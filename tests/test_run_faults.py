@@ -104,3 +104,93 @@ def test_a_run_keeps_the_checkpoint_that_it_went_on_from(train):
     folder = train(max_train_steps=2, checkpointing_steps=1).output_dir
     train(max_train_steps=5, resume_from_checkpoint="checkpoint-1", **options)
     assert names(folder) == ["checkpoint-1", "checkpoint-5"]
+
+
+# ---------------------------------------------------------------- 15: what nobody needs must not cost the run
+
+def breaks(error):
+    def call(*given, **named): raise error
+    return call
+
+
+NEEDLESS = {"the final pictures": ("sdxl_course.train.run.draw_validation", "image_0.png"), "the model card": ("sdxl_course.train.results.ModelCard", "README.md"), "the loss curve": ("sdxl_course.train.run.save_curve", "loss.png"),
+    "measuring the validation loss": ("sdxl_course.train.run.Run.measure", None), "config.yaml": ("sdxl_course.train.run.save_config", "config.yaml")}
+
+
+ERRORS = [RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"), OSError(28, "No space left on device"), ValueError("odd"), MemoryError(), RuntimeError("odd")]
+
+
+@pytest.mark.parametrize("what, error", zip(NEEDLESS, ERRORS))
+def test_what_nobody_needs_fails_alone_and_with_a_sentence(monkeypatch, start_of, what, error):
+    "Whatever breaks after the last update, the LoRA is there, and so is everything else."
+    where, file = NEEDLESS[what]
+    run, said = start_of(validation_prompt="x", num_validation_images=1)
+    run.train()
+    (run.output_dir / "loss.png").unlink()  # drawn on the way as well
+    monkeypatch.setattr(where, breaks(error))
+    result = run.finish()
+    assert result.weights_path.is_file() and len([text for text in said if what in text and "goes on" in text]) == 1, said
+    left = {"pytorch_lora_weights.safetensors", "config.yaml", "README.md", "loss.png", "image_0.png", "training_log.jsonl"} - {file}
+    assert left <= set(files_of(run.output_dir)) and file not in files_of(run.output_dir)
+    if what == "measuring the validation loss": assert "not measured" in (run.output_dir / "README.md").read_text()
+
+
+@pytest.fixture
+def start_of(tmp_path, toy, toy_model, make_pictures):
+    "A function that opens a run over five toy pictures, and the list of what it says; what it opened is closed in the end."
+    from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image
+    usual, runs = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(5)), resolution=64, train_batch_size=5, max_train_steps=2, learning_rate=1e-2, seed=0, report_to="none"), []
+
+    def start(name="run", log=None, **options):
+        said = []
+        runs.append(open_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), log=log or said.append))
+        return runs[-1], said
+    yield start
+    for run in runs: run.close()
+
+
+def test_pictures_curves_and_the_window_failing_in_the_middle_change_no_byte(start_of, monkeypatch):
+    options = dict(validation_prompt="x", num_validation_images=1, validation_loss_steps=1, checkpointing_steps=1, train_batch_size=2, max_train_steps=4)
+    whole, _ = start_of("whole", **options)
+    want = whole.run().weights_path.read_bytes()
+    run, said = start_of("broken", **options)
+    with monkeypatch.context() as patch:
+        for name in ("draw_validation", "save_curve"): patch.setattr(f"sdxl_course.train.run.{name}", breaks(RuntimeError("CUDA out of memory")))
+        patch.setattr("sdxl_course.train.run.Run.measure", breaks(MemoryError()))
+        assert run.run().weights_path.read_bytes() == want
+    assert {text.split(" failed")[0] for text in said if "goes on" in text} == {"drawing the validation prompts", "the loss curve", "measuring the validation loss", "drawing the final pictures"}
+
+
+def test_a_log_that_cannot_be_written_is_made_up_for(start_of, monkeypatch):
+    "A sentence that the window cannot show, and a row that the disk does not take."
+    def show(text): raise UnicodeEncodeError("cp1252", "x", 0, 1, "no such letter")
+    run, _ = start_of(log=show)
+    real, calls = open, []
+
+    def full(path, mode="r", *rest, **more):
+        if mode == "ab" and not calls.append(1): raise OSError(28, "No space left on device")
+        return real(path, mode, *rest, **more)
+    monkeypatch.setattr("builtins.open", full)
+    run.run()
+    rows = [json.loads(line) for line in (run.output_dir / "training_log.jsonl").read_text().splitlines()]
+    assert calls and [row["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\nlicense: 3\n---\n", "---\n- a\n---\n", b"\xff\xfe\x00---"], ids=["yaml", "number", "list", "bytes"])
+def test_a_base_with_a_broken_readme_has_another_licence(tmp_path, card):
+    from sdxl_course.train.results import license_of
+    (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert license_of(str(tmp_path)) == "other"
+
+
+def test_too_little_memory_ends_with_what_helps_here(start_of, monkeypatch):
+    run, _ = start_of(train_batch_size=2, checkpointing_steps=1, gradient_checkpointing=True, max_train_steps=3)
+    real, calls = run.loss.forward, []
+
+    def forward(*given):
+        calls.append(1)
+        if len(calls) == 2: raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")
+        return real(*given)
+    monkeypatch.setattr(run.loss, "forward", forward)
+    with pytest.raises(CourseError, match="update 2 did not fit.*--train_batch_size 1.*--mixed_precision bf16; --resume_from_checkpoint checkpoint-1") as told: run.train()
+    assert not any(word in str(told.value) for word in ("gradient_checkpointing", "ema", "rank", "resolution"))

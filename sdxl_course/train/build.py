@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ..core import progress, write_json
+from ..core import CourseError, progress, write_json
 from ..devices import weight_dtype
 from ..data.loader import BatchLoader
 from ..data.sampler import BatchSampler
@@ -21,13 +21,13 @@ from ..model.conditioning import removed_text
 from ..options import config_dict, run_command, unused_options
 from .checkpoint import archive_checkpoints, find_checkpoint, remove_partial
 from .loop import TrainState
-from .machine import accelerating, check_machine, is_main_process, open_output, output_lock
-from .machine import resolve_precision, tf32, usable_tracker
+from .machine import accelerating, check_machine, is_main_process, is_out_of_memory, open_output
+from .machine import output_lock, resolve_precision, tf32, unfailing, usable_tracker
 from .optimizer import Ema
 from .prepare import load_base, make_loader, optimizer_and_schedule, report_data, report_lengths
 from .prepare import run_seed
 from .results import LiveView, open_repository
-from .run import Method, Run
+from .run import Method, Run, too_large
 from .validation import hold_out, validation_set
 from .weights import Trained
 
@@ -178,7 +178,7 @@ def open_run(
     live:bool=False, # show the run in a notebook
 )->Run: # `run`; or `train`, then `finish`, then `close`
     "A run that is ready to train, resumed if that was asked for."
-    if not is_main_process(): log = lambda text: None # one voice is enough
+    log = unfailing(log) if is_main_process() else lambda text: None # one voice is enough
     found, class_records, components = begin(method, config, components, log)
     output_dir, stack = open_output(config.output_dir), ExitStack()
     try:
@@ -194,8 +194,9 @@ def open_run(
         run.stack, run.repository = stack, repository
         _complete(run, report, live, checkpoint)
         return run
-    except BaseException: # whatever it was: accelerate's shared state must not survive it
+    except BaseException as error: # whatever it was: accelerate's shared state must not survive it
         stack.close()
+        if is_out_of_memory(error): raise CourseError(too_large(config, "what comes before the first update")) from error
         raise
 
 # %% ../../nbs/library/train_build.ipynb #49c4ae3c

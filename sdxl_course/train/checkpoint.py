@@ -296,11 +296,20 @@ def _restore(folder, state, read_weights, scaler):
 def logging_to(
     path, # training_log.jsonl
     state, # TrainState; rows it has already are written at once
+    log=print, # told once where a row cannot be written
 ): # a hook for `fit`
-    "Append every row to a file."
+    "Append every row to a file; rows that could not be written follow as soon as that works again."
     write_atomic(path, log_lines(state.rows))
+    behind = []
     def hook(state, row):
-        with open(path, "ab") as file: file.write(log_lines([row]))
+        try:
+            if behind: write_atomic(path, log_lines(state.rows))
+            else:
+                with open(path, "ab") as file: file.write(log_lines([row]))
+            behind.clear()
+        except (OSError, CourseError) as error:
+            if not behind: log(f"{path} could not be written ({error}): the run goes on, its rows are in the checkpoints")
+            behind.append(row)
     return hook
 
 def checkpointing(

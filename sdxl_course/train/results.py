@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'TAGS', 'PUBLIC', 'SharingOptions', 'Result', 'license_of', 'CardText', 'card_data', 'is_hub_id',
-           'model_card', 'save_curve', 'save_results', 'save_sheet', 'open_repository', 'push_folder', 'LiveView']
+           'model_card', 'save_curve', 'save_config', 'save_card', 'save_sheet', 'open_repository', 'push_folder',
+           'LiveView']
 
 # %% ../../nbs/library/train_results.ipynb #d4009c62
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +61,13 @@ class Result:
     @property
     def losses(self)->list: return [row["loss"] for row in self.log]
 
+    def loss_line(self)->str: # "0.1234 before, 0.1200 after"
+        "The validation losses in words."
+        figure = lambda loss: f"{loss:.4f}" if math.isfinite(loss) else "not measured"
+        return f"{figure(self.validation_loss_before)} before, {figure(self.validation_loss_after)} after"
+
     def __repr__(self):
-        return (f"Result({len(self.log)} updates, loss on {self.measured_on} {self.validation_loss_before:.4f} before, "
-            f"{self.validation_loss_after:.4f} after)")
+        return f"Result({len(self.log)} updates, loss on {self.measured_on} {self.loss_line()})"
 
     def _repr_markdown_(self):
         files = [self.weights_path] if self.weights_path.is_file() else self.weights_path.rglob("*.safetensors")
@@ -76,7 +82,9 @@ def license_of(
 )->str: # identifier for a model card
     "The licence that the result inherits from its base model: what the base's own card says, if it lies here."
     card = (tiny_path() if model == "tiny" else Path(model).expanduser())/"README.md"
-    if card.is_file() and (license := ModelCard.load(card, ignore_metadata_errors=True).data.license): return license
+    try: license = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError): license = None # a card that nobody can read
+    if license and isinstance(license, str): return license
     return "openrail++" if model.startswith("stabilityai/stable-diffusion-xl-") else "other"
 
 # %% ../../nbs/library/train_results.ipynb #e4521008
@@ -126,7 +134,7 @@ def model_card(
 
 {text.sentence} for `{base}`{through}, {trained}
 at {settings["resolution"]} pixels. Text encoders trained: {learnt}. Loss on {result.measured_on} with fixed noise:
-{result.validation_loss_before:.4f} before, {result.validation_loss_after:.4f} after.
+{result.loss_line()}.
 {f'{chr(10)}Trigger words: `{trigger}`{chr(10)}' if trigger else ''}
 {'<Gallery />' if result.image_paths else ''}
 
@@ -156,16 +164,22 @@ def save_curve(
     figure.savefig(path)
 
 # %% ../../nbs/library/train_results.ipynb #93e5aebf
-def save_results(
+def save_config(
+    settings, # the run's configuration, as `config_dict` gives it
+    folder, # output_dir
+):
+    "Write config.yaml beside the weights."
+    content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    write_atomic(Path(folder)/"config.yaml", content.encode())
+
+def save_card(
     settings, # the run's configuration, as `config_dict` gives it
     result, # Result
     text, # CardText
     prompts, # of the pictures
     trigger:str="", # see `model_card`
 ):
-    "Write config.yaml and README.md beside the weights."
-    content = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    write_atomic(result.output_dir/"config.yaml", content.encode())
+    "Write README.md beside the weights."
     card = model_card(settings, result, text, prompts, trigger)
     ModelCard(card, ignore_metadata_errors=False)
     write_atomic(result.output_dir/"README.md", card.encode())
