@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CheckpointOptions', 'sha256_of', 'manifest', 'write_folder', 'verify', 'list_checkpoints', 'latest_checkpoint',
-           'prune_checkpoints', 'find_checkpoint', 'remove_partial', 'archive_checkpoints', 'optimizer_state',
+           'prune_checkpoints', 'find_checkpoint', 'remove_partial', 'archive_earlier', 'optimizer_state',
            'restore_optimizer', 'save_checkpoint', 'log_lines', 'read_state', 'load_checkpoint', 'logging_to',
            'checkpointing', 'config_changes', 'refuse_changes']
 
@@ -14,12 +14,14 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..core import CourseError, load_tensors, save_tensors, sync_folder, to_jsonable, write_atomic, write_json
+from ..core import CourseError, check_finite, load_tensors, save_tensors, sync_folder, to_jsonable
+from ..core import write_atomic, write_json
 from ..options import option
 from .loop import copy_into, eval_weights
 
@@ -28,6 +30,7 @@ from .loop import copy_into, eval_weights
 class CheckpointOptions:
     "When to write a checkpoint, how many to keep, which one to go on from."
     checkpointing_steps: int = option(500, "write a checkpoint every so many updates", "1 ..", "free")
+    checkpointing_minutes: float | None = option(None, "and another one every so many minutes", "> 0 ..", "free")
     checkpoints_total_limit: int | None = option(None, "keep only so many checkpoints", "1 ..", "free")
     resume_from_checkpoint: str | None = option(None, "latest, the name of a checkpoint, or a path to one",
         resume="free")
@@ -167,21 +170,28 @@ def remove_partial(
         if not target.exists(): os.replace(path, target)
     for kind in ("former", "part"):
         for path in Path(output_dir).glob(f".checkpoint-*.{kind}"): shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).rglob(".*.part"): # halves of single files
+        if re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name) and path.is_file(): path.unlink(missing_ok=True)
 
 # %% ../../nbs/library/train_checkpoint.ipynb #614aa2e8
-def archive_checkpoints(
-    output_dir, # folder of a run that begins afresh
+def archive_earlier(
+    output_dir, # folder of a run that begins afresh, or goes on from a checkpoint of another folder
+    results=(), # patterns of what a run leaves there besides its checkpoints
     log=print, # gets one sentence
 ):
-    "Move an earlier run's checkpoints away, so that they are not taken for this run's."
-    found = list_checkpoints(output_dir)
-    if not found: return
-    number = next(i for i in range(1, 10**6) if not (Path(output_dir)/f"earlier-{i}").exists())
-    home = Path(output_dir)/f"earlier-{number}"
-    home.mkdir()
-    for path in found: os.replace(path, home/path.name)
-    log(f"{output_dir} holds {len(found)} checkpoints of an earlier run: moved to {home.name}; "
-        f"to go on from them instead, use --resume_from_checkpoint {home/found[-1].name}")
+    "Move what an earlier run left away, so that it is neither overwritten nor taken for this run's."
+    folder, found = Path(output_dir), list_checkpoints(output_dir)
+    if not found and not (folder/"training_log.jsonl").is_file(): return # no run was here
+    number = next(i for i in range(1, 10**6) if not (folder/f"earlier-{i}").exists())
+    home, left = folder/f"earlier-{number}", {path for pattern in results for path in folder.glob(pattern)}
+    try:
+        home.mkdir()
+        for path in (*found, *sorted(left)): os.replace(path, home/path.name)
+    except OSError as error:
+        raise CourseError(f"what an earlier run left in {folder} could not be moved to {home.name} ({error.strerror}): "
+            "wanted a folder with write permission; choose another --output_dir") from error
+    log(f"{folder} holds an earlier run, with {len(found)} checkpoints: moved to {home.name}" + (
+        f"; to go on from it instead, use --resume_from_checkpoint {home/found[-1].name}" if found else ""))
 
 # %% ../../nbs/library/train_checkpoint.ipynb #4142d52b
 def optimizer_state(
@@ -264,6 +274,7 @@ def read_state(
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as found: error = found
     raise CourseError(f"{folder} has no readable trainer_state.json: wanted a checkpoint of this trainer") from error
 
+# %% ../../nbs/library/train_checkpoint.ipynb #4aa1fde9
 def load_checkpoint(
     folder, # a whole checkpoint
     state, # TrainState, built as at the start of the run
@@ -284,6 +295,7 @@ def _restore(folder, state, read_weights, scaler):
     read_weights(folder)
     if state.averages: copy_into(state.parameters, load_tensors(folder/"trained.safetensors")[0])
     if state.ema is not None: copy_into(state.ema.average, load_tensors(folder/"ema.safetensors")[0])
+    check_finite([*state.parameters.items(), *(state.ema.average.items() if state.ema is not None else ())], folder)
     groups, schedule = (json.loads((folder/f"{name}.json").read_text()) for name in ("optimizer", "scheduler"))
     restore_optimizer(state.optimizer, load_tensors(folder/"optimizer.safetensors")[0], groups)
     state.lr_scheduler.load_state_dict({**state.lr_scheduler.state_dict(), **schedule})
@@ -308,10 +320,11 @@ def logging_to(
                 with open(path, "ab") as file: file.write(log_lines([row]))
             behind.clear()
         except (OSError, CourseError) as error:
-            if not behind: log(f"{path} could not be written ({error}): the run goes on, its rows are in the checkpoints")
+            if not behind: log(f"{path} was not written ({error}): the run goes on, its rows are in the checkpoints")
             behind.append(row)
     return hook
 
+# %% ../../nbs/library/train_checkpoint.ipynb #5b7b2780
 def checkpointing(
     output_dir, # folder of the run
     every:int, # updates between checkpoints
@@ -320,13 +333,17 @@ def checkpointing(
     limit:int=None, # how many to keep
     scaler=None, # fp16: torch.amp.GradScaler
     spare=(), # checkpoints that stay in any case, such as the one resumed from
+    minutes:float=None, # at most so many between checkpoints
 ): # a hook for `fit`
     "Write a checkpoint every so often, then prune."
+    last = time.monotonic()
     def hook(state, row):
-        if state.step % every: return
+        nonlocal last
+        if state.step % every and (minutes is None or time.monotonic() - last < 60*minutes): return
         target = Path(output_dir)/f"checkpoint-{state.step}"
         save_checkpoint(target, state, write_weights, config, scaler)
         prune_checkpoints(output_dir, limit, [target, *spare])
+        last = time.monotonic()
     return hook
 
 # %% ../../nbs/library/train_checkpoint.ipynb #430f49d7

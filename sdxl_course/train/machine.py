@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'SHARDED', 'REFUSED', 'HardwareOptions', 'MemoryOptions', 'defer_signals', 'is_out_of_memory', 'optional',
            'unfailing', 'env_flag', 'is_main_process', 'resolve_precision', 'usable_tracker', 'data_parallel',
-           'accelerating', 'check_machine', 'open_output', 'output_lock', 'tf32']
+           'accelerating', 'check_machine', 'open_output', 'output_lock', 'check_disk', 'tf32']
 
 # %% ../../nbs/library/train_machine.ipynb #3c883515
 import os
 import re
+import shutil
 import signal
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -215,6 +216,22 @@ def output_lock(
     except (OSError, NotImplementedError): pass # a file system without locks
     try: yield
     finally: lock.release()
+
+# %% ../../nbs/library/train_machine.ipynb #f0fb25a7
+def check_disk(
+    needs, # (folder, bytes, what for), one of each
+):
+    "Raise CourseError where a disk is too small for all that goes there; folders may be not yet made."
+    disks = {}
+    for folder, size, what in needs:
+        place = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
+        disks.setdefault(place.stat().st_dev, []).append((place, size, what))
+    for entries in disks.values():
+        need, free = sum(size for _, size, _ in entries), shutil.disk_usage(entries[0][0]).free
+        if need <= free: continue
+        listed = " and ".join(f"{what} ({size/1e9:.1f} GB)" for _, size, what in entries if size)
+        raise CourseError(f"{entries[0][0]} has {free/1e9:.1f} GB of free space, less than {listed} need: "
+            "wanted more, or fewer checkpoints (--checkpoints_total_limit 2, a larger --checkpointing_steps)")
 
 # %% ../../nbs/library/train_machine.ipynb #7684c6f7
 @contextmanager

@@ -20,12 +20,13 @@ from ..data.preprocess import to_tensor
 from ..model.conditioning import encode_prompts
 from ..model.sampling import eval_mode
 from ..options import config_dict, resume_kinds
-from .checkpoint import checkpointing, latest_checkpoint, load_checkpoint, log_lines, logging_to
-from .checkpoint import read_state, refuse_changes, save_checkpoint
+from .checkpoint import archive_earlier, checkpointing, latest_checkpoint, load_checkpoint
+from .checkpoint import log_lines, logging_to, read_state, refuse_changes, save_checkpoint
 from .loop import TrainState, eval_weights, fit
 from .machine import defer_signals, is_out_of_memory, optional
 from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_captioned
-from .results import Result, push_folder, save_card, save_config, save_curve, save_sheet
+from .hub import PUBLIC, push_folder
+from .results import Result, save_card, save_config, save_curve, save_sheet
 from .validation import draw_validation, validation_loss
 from .weights import Trained
 from tqdm.auto import tqdm
@@ -80,12 +81,14 @@ class Run:
 
     def close(self): self.stack.close()
 
-    def run(self)->Result:
-        "From the first update to the last file."
-        try:
-            self.train()
-            return self.finish()
-        finally: self.close()
+# %% ../../nbs/library/train_run.ipynb #6b6ded19
+@patch
+def run(self:Run)->Result:
+    "From the first update to the last file."
+    try:
+        self.train()
+        return self.finish()
+    finally: self.close()
 
 # %% ../../nbs/library/train_run.ipynb #c604cbcf
 @patch
@@ -128,6 +131,15 @@ def resume(self:Run,
     load_checkpoint(checkpoint, self.state, self.trained.load, self.accelerator.scaler)
     self.resumed = (checkpoint,)
     self.log(f"resuming from {checkpoint}: {self.state.step} of {self.updates} updates are done")
+
+# %% ../../nbs/library/train_run.ipynb #42040be8
+@patch
+def set_aside(self:Run):
+    "Move what an earlier run left in the folder away, the base model excepted where it lies there."
+    base = Path(self.config.pretrained_model_name_or_path).expanduser()
+    parts = () if base.resolve() == self.output_dir.resolve() else self.trained.card.files
+    results = [*PUBLIC, "validation", *(pattern.split("/")[0] for pattern in parts)]
+    archive_earlier(self.output_dir, results, self.log)
 
 # %% ../../nbs/library/train_run.ipynb #0c5c3f71
 @patch
@@ -203,7 +215,7 @@ def hooks(self:Run,
     def show(state, row):
         with optional("the bar", self.log): bar.update(), bar.set_postfix(loss=row["loss"], lr=row["lr"])
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
-        config.checkpoints_total_limit, accelerator.scaler, self.resumed)
+        config.checkpoints_total_limit, accelerator.scaler, self.resumed, config.checkpointing_minutes)
     write = logging_to(self.output_dir/"training_log.jsonl", self.state, self.log)
     return [single_losses]*config.debug_loss + [measure, write, save, publish, show, self.log_row,
         self.validate_when_due]
