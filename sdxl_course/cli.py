@@ -22,7 +22,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),
     "plan": (None, "say whether a run fits a card, and how long it takes"),
-    "push": (None, "publish a LoRA with its model card"),
+    "push": ("train.hub", "upload what a run left, where the run itself could not"),
     "lora": (None, "look into, convert, merge, resize or extract LoRA files"),
 }
 

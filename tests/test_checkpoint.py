@@ -165,7 +165,7 @@ def test_a_run_told_to_stop_writes_a_checkpoint_that_goes_on_exactly(tmp_path, t
     while not (log.is_file() and log.read_bytes().count(b"\n") >= 3) and process.poll() is None and time.monotonic() < patience: time.sleep(0.01)
     process.send_signal(kind)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "--resume_from_checkpoint latest" in err, err[-2000:]
+    assert process.returncode == (130 if kind == signal.SIGINT else 143) and "Traceback" not in err and "--resume_from_checkpoint latest" in err, err[-2000:]
     found = list_checkpoints(tmp_path / "stopped")
     assert len(found) == 1 and 3 <= int(found[0].name.split("-")[1]) < n and found[0].name in out
     assert main(argv("stopped") + ["--resume_from_checkpoint", "latest"]) == main(argv("straight")) == 0
@@ -185,7 +185,7 @@ def test_pruning_keeps_the_newest_and_follows_a_resume(train):
     options = dict(checkpointing_steps=2, checkpoints_total_limit=2)
     names = lambda folder: {p.name for p in folder.iterdir() if "checkpoint" in p.name}
     assert names(train(max_train_steps=6, **options).output_dir) == {"checkpoint-4", "checkpoint-6"}
-    assert names(train(max_train_steps=10, resume_from_checkpoint="checkpoint-4", **options).output_dir) == {"checkpoint-8", "checkpoint-10"}
+    assert names(train(max_train_steps=10, resume_from_checkpoint="checkpoint-4", **options).output_dir) == {"checkpoint-4", "checkpoint-8", "checkpoint-10"}  # the one it went on from stays
 
 
 def test_trap_7_the_old_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypatch, tmp_path):

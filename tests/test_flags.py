@@ -153,6 +153,7 @@ TABLE = [  # model
     ("seed", 1, {}, differ), ("train_batch_size", 1, {}, differ), ("max_train_steps", 2, {}, lambda a, b: len(a.log) == 2 and a.log == b.log[:2]),
     ("num_train_epochs", 2, dict(max_train_steps=None, train_batch_size=5), lambda a, b: len(a.log) == 2), ("gradient_accumulation_steps", 2, {}, differ),
     ("checkpointing_steps", 2, {}, lambda a, b: "checkpoint-2/trainer_state.json" in names(a) and not any("checkpoint" in n for n in names(b))),
+    ("checkpointing_minutes", 1e-9, {}, lambda a, b: a.log == b.log and "checkpoint-1/trainer_state.json" in names(a) and not any("checkpoint" in n for n in names(b))),
     ("checkpoints_total_limit", 1, FORGET, lambda a, b: {n.split("/")[0] for n in names(a) if "checkpoint" in n} == {"checkpoint-3"} and "checkpoint-1/optimizer.json" in names(b)),
     ("save_precision", "bf16", {}, lambda a, b: {t.dtype for t in tensors(a).values()} == {torch.bfloat16} and all(torch.equal(t, tensors(b)[n].bfloat16()) for n, t in tensors(a).items())),
     ("output_kohya_format", True, {}, lambda a, b: "pytorch_lora_weights_kohya.safetensors" in names(a) - names(b) and all(n.startswith("lora_unet_") for n in tensors(a, "pytorch_lora_weights_kohya.safetensors"))),
@@ -384,7 +385,8 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr("sdxl_course.train.results.HfApi", Hub)
+    monkeypatch.setattr("sdxl_course.train.hub.HfApi", Hub)
+    monkeypatch.setattr("sdxl_course.train.hub.PAUSES", (0, 0))
     Hub.told, Hub.broken = [], ()
     return Hub
 
@@ -409,7 +411,7 @@ def test_a_hub_that_says_no_costs_nothing(train, hub, tmp_path):
     with pytest.raises(CourseError, match="nothing was trained"): train(push_to_hub=True)
     assert "training_log.jsonl" not in files_of(tmp_path / "run")
     hub.broken = ("upload",)
-    with pytest.raises(CourseError, match="nothing is lost.*hf upload"): train(push_to_hub=True)
+    with pytest.raises(CourseError, match="trained, not pushed.*nothing is lost.*sdxl-course push"): train(push_to_hub=True)
     assert {"pytorch_lora_weights.safetensors", "README.md", "config.yaml"} <= set(files_of(tmp_path / "run"))
 
 

@@ -341,7 +341,9 @@ def test_a_broken_number_stops_the_run_with_names_and_keeps_the_checkpoint(train
         calls.append(loss.requires_grad)
         return loss * torch.tensor([float("nan"), 1.0])[:len(loss)] if sum(calls) == 2 and loss.requires_grad else loss
     monkeypatch.setattr(module, "denoising_loss", breaks)
-    with pytest.raises(CourseError, match=r"update 2 .*\.png.*last checkpoint is good"): train(checkpointing_steps=1)
+    with pytest.raises(CourseError, match=r"update 2 .*\.png.*nothing was changed.*--resume_from_checkpoint checkpoint-1 goes on after update 1"): train(checkpointing_steps=1)
+    calls[:] = [True]
+    with pytest.raises(CourseError, match="there is no checkpoint yet"): train("fresh")  # in the first update
 
 
 def test_long_captions_are_reported(train, make_pictures):

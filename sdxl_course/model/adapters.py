@@ -28,7 +28,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
     "Which layers learn, and how wide."
-    rank: int = option(4, "width of the low-rank path", "1 ..")
+    rank: int = option(4, "width of the low-rank path", "1 .. 4096")
     lora_alpha: float | None = option(None, "strength: the path is scaled by alpha / rank; none: alpha = rank",
         "> 0 ..")
     lora_dropout: float = option(0.0, "share of the path's inputs dropped while training", "0 .. < 1")

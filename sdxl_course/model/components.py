@@ -22,7 +22,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from importlib.resources import files
 from pathlib import Path
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from ..core import CourseError, nearest, save_tensors, write_atomic, write_json
+from ..core import CourseError, check_finite, nearest, save_tensors, write_atomic, write_json
 from .folders import load_scheduler, named_class, read_json, require_safetensors, variants
 from ..options import option
 
@@ -299,6 +299,7 @@ def load_components(
     if parts.vae.config.latent_channels != parts.unet.config.in_channels:
         raise CourseError(f"the VAE makes {parts.vae.config.latent_channels} latent channels and the UNet of {model} "
             f"takes {parts.unet.config.in_channels}: wanted a VAE made for SDXL")
+    for part in NETWORKS: check_finite(getattr(parts, part).named_parameters(), f"{model}, {part}")
     return parts.to(device)
 
 # %% ../../nbs/library/model_components.ipynb #e4e6e172

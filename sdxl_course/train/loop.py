@@ -117,7 +117,7 @@ def ensure_finite(
     broken = [name for name, value in state.recent.items() if not math.isfinite(value)] or list(state.recent)
     names = ", ".join(broken[:4]) + (f" and {len(broken) - 4} more" if len(broken) > 4 else "")
     raise CourseError(f"update {state.step + 1} got loss {loss} and gradient norm {grad_norm} from {names}: "
-        "wanted finite numbers; nothing was changed and the last checkpoint is good; "
+        "wanted finite numbers; nothing was changed; "
         "try a lower --learning_rate, bf16 in place of fp16, or look at the pictures named")
 
 # %% ../../nbs/library/train_loop.ipynb #5166907f
