@@ -48,6 +48,7 @@ def _given(
     if found := {part: model for part, model in models.items() if model is not None}: return found
     raise CourseError("no model was given: wanted a UNet or a text encoder with a LoRA in it")
 
+# %% ../../nbs/library/model_lora_files.ipynb #cf0b5e37
 def _tensor_name(
     part:str, # "unet", "text_encoder" or "text_encoder_2"
     name:str, # of the parameter inside the model
@@ -160,6 +161,7 @@ def _is_hub_id(
     written = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", str(where))
     return bool(written) and not Path(where).expanduser().exists()
 
+# %% ../../nbs/library/model_lora_files.ipynb #f95160c5
 def _fetched_lora(
     where:str, # owner/name
     weight_name:str=None, # of the file; None: the usual name, else the only one
@@ -208,6 +210,7 @@ def _attach_layers(
     add_adapter(model, config, adapter_name)
     fill_lora(model, layers, adapter_name)
 
+# %% ../../nbs/library/model_lora_files.ipynb #7e12f832
 def attach_lora(
     pipeline, # StableDiffusionXLPipeline
     where, # a folder, a .safetensors file in any layout, or a hub id like owner/name

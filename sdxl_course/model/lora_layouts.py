@@ -73,6 +73,7 @@ def _unet_names(
     flat = [start + name.replace(".", "_") for name in (sgm, module) for start in ("lora_unet_", "lycoris_")]
     return [*dotted, f"diffusion_model.{sgm}", *flat]
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #700407f2
 def _encoder_names(
     part:str, # "text_encoder" or "text_encoder_2"
     module:str, # of a layer
@@ -132,6 +133,7 @@ def _thin(
     one = torch.eye(min(W.shape))
     return (one, W) if len(W) == len(one) else (W, one)
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #888b806d
 def _with_core(
     a, # (r, m); without a core (m, r)
     b, # (r, n)
@@ -141,6 +143,7 @@ def _with_core(
     if core is None: return a.flatten(1), b
     return a.T, torch.einsum("ijkl,jn->inkl", core, b)
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #eac1772d
 def _lora_factors(t:dict)->tuple: # (B, A, rank that alpha is divided by)
     "Factors of a LoRA, with or without a core."
     A, B = t["A"], t["B"].flatten(1)
@@ -154,6 +157,7 @@ def _loha_factors(t:dict)->tuple:
     A, C = A.flatten(1), C.flatten(1)
     return ((B[:, :, None]*D[:, None]).flatten(1), (A[:, None]*C[None]).flatten(0, 1), len(t["hada_w1_b"]))
 
+# %% ../../nbs/library/model_lora_layouts.ipynb #841be64d
 def _lokr_factors(t:dict)->tuple:
     "Factors of a LoKr (Yeh et al., 2023): Kronecker products of the factors of both parts."
     pairs, rank = [], None

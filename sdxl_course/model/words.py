@@ -254,6 +254,7 @@ def words_beside(
     found = path.parent.glob("*_emb.safetensors") if path.name.startswith("pytorch_lora_weights") else ()
     return min(found, key=lambda file: (len(file.name), file.name), default=None) # the longer names hold one word each
 
+# %% ../../nbs/library/model_words.ipynb #f041961a
 def learned_placeholders(
     where, # an _emb.safetensors file
 )->dict: # placeholder -> new tokens

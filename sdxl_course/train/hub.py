@@ -60,6 +60,7 @@ def impatient(
     try: yield
     finally: session.timeout = before
 
+# %% ../../nbs/library/train_hub.ipynb #6137e8df
 def three_tries(
     action, # function that talks to the hub
 ): # what it returns
@@ -93,6 +94,7 @@ def without_places(
         return Path(value).name if Path(value).is_absolute() or value.startswith("~") else value
     return {name: plain(name, value) for name, value in settings.items()}
 
+# %% ../../nbs/library/train_hub.ipynb #7b8c2c0a
 def stage(
     folder, # output_dir
     draft, # an empty folder
@@ -140,6 +142,7 @@ class PushConfig:
 
     def __post_init__(self): self.hide_token()
 
+# %% ../../nbs/library/train_hub.ipynb #d49acd32
 def push(
     config:PushConfig,
 )->str: # where to look
@@ -152,6 +155,7 @@ def push(
     except CourseError as error: raise CourseError(f"the repository {name!r} was not opened, {error}") from None
     return push_folder(repository, folder, config.token(), FURTHER)
 
+# %% ../../nbs/library/train_hub.ipynb #6e4d44fa
 def main(argv=None): # words of the command line
     "`sdxl-course push`."
     return run_guarded(lambda: print(push(parse_config(PushConfig, argv, "sdxl-course push", "output_dir"))))
