@@ -231,7 +231,7 @@ def test_revision_and_variant_reach_the_hub_and_the_files(monkeypatch, ran, plac
     monkeypatch.setattr(StableDiffusionXLPipeline, "download", lambda model, **wishes: asked.append((model, wishes)) or place["variant"])
     run = ran(pretrained_model_name_or_path="owner/name", revision="abc", variant="fp16")
     assert same(run, ran()) and asked[0][0] == "owner/name" and (asked[0][1]["revision"], asked[0][1]["variant"]) == ("abc", "fp16")
-    with pytest.raises(CourseError, match="variant None"): ran(pretrained_model_name_or_path="{variant}")
+    with pytest.raises(CourseError, match="has only the variant fp16 of its weights: add --variant fp16"): ran(pretrained_model_name_or_path="{variant}")
 
 
 def test_the_base_may_be_one_file(ran, toy, home, place, monkeypatch):
@@ -504,10 +504,10 @@ def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
     for f in fields(config):
         number = {int, float} & {hints[f.name], *get_args(hints[f.name])}
         assert f.metadata["help"] and "\n" not in f.metadata["help"] and kinds[f.name] in RESUME, f.name
-        assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name not in ("seed", "local_rank")), f.name  # every number has one
+        assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name != "local_rank"), f.name  # every number has one
         if not f.metadata["limit"]: continue
-        low, high = re.fullmatch(r"(?:> )?(\d+) \.\.(?: (?:< )?(\d+))?", f.metadata["limit"]).groups()
-        wrong = [float(low) - 1, float("nan"), float("inf"), *([float(low)] if ">" in f.metadata["limit"] else []), *([float(high) + 1] if high else []), *([float(high)] if "<" in f.metadata["limit"] else [])]
+        low, high = re.fullmatch(r"(?:> )?(-?\d+) \.\.(?: (?:< )?(\d+))?", f.metadata["limit"]).groups()
+        wrong = [int(low) - 1, float("nan"), float("inf"), *([float(low)] if ">" in f.metadata["limit"] else []), *([int(high) + 1] if high else []), *([float(high)] if "<" in f.metadata["limit"] else [])]
         assert all(check_range(value, f.metadata["limit"]) for value in wrong), f.name
         if f.default is not None: assert check_range(f.default, f.metadata["limit"]) == "", f.name
         for value in (int(value) if int in number else value for value in wrong if math.isfinite(value) or int not in number):
@@ -516,7 +516,7 @@ def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
             with pytest.raises(CourseError, match=f"--{f.name} is .*wanted a (whole )?number"): build(command, **{f.name: value})
 
 
-FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
