@@ -190,7 +190,8 @@ def _texts(config): # further texts whose length is checked
     return dict(class_prompt=config.class_prompt) if config.with_prior_preservation or config.prior_teacher else {}
 
 DREAMBOOTH = Method("dreambooth", DreamBoothConfig, find_subject, subject_weights, subject_loss,
-    read_validation=lambda config, folder: find_subject(config, folder=folder).usable(config.on_problem), class_records=prior_records,
+    read_validation=lambda config, folder: find_subject(config, folder=folder).usable(config.on_problem),
+    class_records=prior_records,
     remarks=remarks, check=check_placeholders, trigger=_trigger, texts=_texts, project="dreambooth-lora-sd-xl",
     unused_gradients=lambda config: config.train_text_encoder or config.train_text_encoder_ti)
 
