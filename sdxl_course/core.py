@@ -54,6 +54,9 @@ def run_guarded(
         if os.environ.get("SDXL_COURSE_DEBUG", "0") != "0": raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError: # whoever read has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130

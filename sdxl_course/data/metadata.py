@@ -41,38 +41,39 @@ def _delimiter(header):
     counts = {sign: len(next(csv.reader([header], delimiter=sign), [])) for sign in ",;\t|"}
     return "," if counts[","] > 1 else max(counts, key=counts.get)
 
-def _csv_rows(reader):
-    "Lines of a table with the number of the line on which each begins; CourseError for a quotation mark out of place."
+def _misquoted(error, line, last):
+    "What to say where the reader of a table gave up, in a row that begins on one line and ends on another."
+    if last != line or "unexpected end" in str(error):
+        return f"the quotation mark in line {line} is never closed, or closed in another line: close it or take it away"
+    if "limit" in str(error): return f"line {line} has a field that is too long ({error}): make it shorter"
+    return f"line {line} holds a quotation mark inside a quoted text: double it, or take the quotation marks away"
+
+def _csv_rows(reader, problems):
+    "Rows with the number of the line on which each begins, as far as the quotation marks leave no doubt."
     while True:
         line = reader.line_num + 1
         try: yield line, next(reader)
         except StopIteration: return
-        except csv.Error as error:
-            if reader.line_num == line and "unexpected end" not in str(error):
-                why = "holds a quotation mark inside a quoted text: double it, or take the quotation marks away"
-                if "limit" in str(error): why = f"has a field that is too long ({error}): make it shorter"
-                raise CourseError(f"line {line} {why}")
-            raise CourseError(f"the quotation mark in line {line} is never closed, or closed in another line: "
-                              "close it, or take it away")
+        except csv.Error as error: return problems.append(_misquoted(error, line, reader.line_num))
 
 # %% ../../nbs/library/data_metadata.ipynb #7382bfbb
 def read_csv(
     text:str, # comma-separated values, or with semicolons, tabs or bars between
 )->tuple: # rows as dicts, problems (sentences that name a line)
-    "A table read strictly; CourseError where a quotation mark leaves the rest in doubt."
+    "A table read strictly, up to the first quotation mark that leaves the rest in doubt."
     lines = text.lstrip("\r\n").splitlines() or [""]
     sign = _delimiter(lines[0])
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True, skipinitialspace=True)
-    found = [(line, row) for line, row in _csv_rows(reader) if row]
-    if not found: return [], []
-    head, rows, problems = [name.strip() for name in found[0][1]], [], []
+    rows, problems, doubts = [], [], []
+    found = [(line, row) for line, row in _csv_rows(reader, doubts) if row]
+    head = [name.strip() for name in found[0][1]] if found else []
     for line, row in found[1:]:
         if len(row) == len(head): rows.append(dict(zip(head, row)))
         else:
             remedy = "put the caption in quotation marks" if len(row) > len(head) else "add what is missing"
             problems.append(f"line {line} has {_shown(len(row))}, the header names {len(head)} "
                             f"({', '.join(head)}): {remedy}")
-    return rows, problems
+    return rows, problems + doubts
 
 # %% ../../nbs/library/data_metadata.ipynb #710efc47
 def _json_rows(text):

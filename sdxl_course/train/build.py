@@ -45,8 +45,8 @@ def write_report(
     if tokenizer: report = report.with_lengths(tokenizer, config.max_token_length)
     if is_main_process(): write_json(output_dir/"data_report.json", report.values())
     if report.problems and config.on_problem == "skip":
-        log(f"{len(report.problems)} problems are left out, as --on_problem skip asks, for instance "
-            f"{report.problems[0][0]} ({report.problems[0][1]}): read data_report.json")
+        log(f"left out for problems, as --on_problem skip asks: {len(report.problems)}, for instance "
+            f"{report.problems[0][0]} ({report.problems[0][1]}); data_report.json has them all")
     if kinds := report.remarks_by_kind():
         log(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, "
             "or ask sdxl-course check-data")
