@@ -303,11 +303,11 @@ def _restore(folder, state, read_weights, scaler):
     if state.averages: copy_into(state.parameters, load_tensors(folder/"trained.safetensors")[0])
     if state.ema is not None: copy_into(state.ema.average, load_tensors(folder/"ema.safetensors")[0])
     check_finite([*state.parameters.items(), *(state.ema.average.items() if state.ema is not None else ())], folder)
-    groups, schedule = (json.loads((folder/f"{name}.json").read_text()) for name in ("optimizer", "scheduler"))
+    groups, schedule = (json.loads((folder/f"{name}.json").read_text("utf-8")) for name in ("optimizer", "scheduler"))
     restore_optimizer(state.optimizer, load_tensors(folder/"optimizer.safetensors")[0], groups)
     state.lr_scheduler.load_state_dict({**state.lr_scheduler.state_dict(), **schedule})
     if scaler is not None and saved["scaler"]: scaler.load_state_dict(saved["scaler"])
-    rows = [json.loads(line) for line in (folder/"training_log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder/"training_log.jsonl").read_text("utf-8").splitlines()]
     if rows and rows[-1]["step"] != saved["step"]: raise ValueError(f"the log ends with update {rows[-1]['step']}")
     state.step, state.seed, state.overflows, state.rows[:] = saved["step"], saved["seed"], saved["overflows"], rows
 
