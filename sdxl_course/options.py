@@ -26,6 +26,7 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 from .core import CourseError, Terminated, nearest, run_guarded
+from .foreign_flags import FOREIGN, foreign_answer, foreign_value
 
 # %% ../nbs/library/options.ipynb #903ef20d
 RESUME = ("fixed", "free", "machine")
@@ -177,11 +178,17 @@ def writable_folder(
     except OSError as error: raise CourseError(f"{complaint} ({error.strerror}): {remedy}") from error
     return path
 
+# %% ../nbs/library/options.ipynb #fb946645
+def _foreign_hint(message:str)->str: # of argparse, such as "argument --resolution: invalid int value: '512,512'"
+    "What a value that argparse refused is here, where it is another trainer's."
+    found = re.match(r"argument --(\w+).*: invalid \w+ value: '(.*)'", message)
+    return foreign_value(*found.groups()) if found else ""
+
 # %% ../nbs/library/options.ipynb #fb946644
 class _Parser(HfArgumentParser):
     "HfArgumentParser that raises one sentence instead of printing usage and exiting, and knows `option`'s metadata."
     def error(self, message):
-        raise CourseError(f"{message}; --help lists every flag")
+        raise CourseError(f"{message}; {_foreign_hint(message) or '--help lists every flag'}")
 
     @staticmethod
     def _parse_dataclass_field(parser, field):
@@ -209,6 +216,9 @@ def read_config_file(
     "A config file's values as text, the way a command line would give them; CourseError where it is not readable."
     plain = lambda v: v if v is None or isinstance(v, (str, dict, list)) else json.dumps(v)
     text = lambda v: [plain(x) for x in v] if isinstance(v, list) else plain(v) # deeper ones are refused, not read
+    if str(path).lower().endswith(".toml"):
+        raise CourseError(f"the config file {path} is TOML, as kohya's are: wanted YAML or JSON, with lines such as "
+            "rank: 8")
     is_json = str(path).endswith(".json")
     try:
         content = Path(path).read_text(encoding="utf-8")
@@ -252,7 +262,8 @@ class NamedOptions:
         return super().__new__(cls)
 
 def _unknown(given:str, name:str, known)->str:
-    "A sentence for an option that is not known, with the nearest name."
+    "A sentence for an option that is not known: what it is called here, or the nearest name."
+    if answer := foreign_answer(name, known): return f"{given}, which is no option; {answer}"
     guess = nearest(name, list(known))
     return f"{given}, which is no option" + (f"; did you mean {guess}?" if guess else "; --help lists every flag")
 
@@ -282,6 +293,17 @@ def parse_config(
     except CourseError as error: told = without_secrets(str(error), argv)
     raise CourseError(told) # without argparse's own words, which hold what was typed
 
+# %% ../nbs/library/options.ipynb #fa794075
+def _unknown_words(words:list, known:list)->str: # words of a command line that nothing took; names of options
+    "A sentence for the first flag among them, or one for all of them where they are those of another trainer."
+    flags = [word.split("=")[0] for word in words if word.startswith("-")] or words[:1]
+    names = [flag.lstrip("-").replace("-", "_") for flag in flags]
+    if len(flags) == 1 or any(name not in FOREIGN for name in names):
+        first = next((i for i, name in enumerate(names) if name not in FOREIGN), 0)
+        return _unknown(f"got {flags[first]!r}", names[first], known)
+    answers = [f"{flag}: {foreign_answer(name, known)}" for flag, name in zip(flags, names)]
+    return f"got {len(flags)} flags of another trainer, which are no options; " + "; ".join(answers)
+
 # %% ../nbs/library/options.ipynb #fa794074
 def _parse(cls, argv, prog, positional):
     "A command line as a config."
@@ -296,11 +318,7 @@ def _parse(cls, argv, prog, positional):
     from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path)]
     config, extra, left = parser.parse_args_into_dataclasses(from_files + argv, return_remaining_strings=True,
         look_for_args_file=False)
-    if left:
-        name = next((word for word in left if word.startswith("-")), left[0])
-        option_name = name.lstrip("-").split("=")[0].replace("-", "_")
-        given = name.split("=")[0] if name.startswith("-") else name
-        raise CourseError(_unknown(f"got {given!r}", option_name, [f.name for f in fields(cls)]))
+    if left: raise CourseError(_unknown_words(left, [f.name for f in fields(cls)]))
     if extra.print_config:
         print(json.dumps(config_dict(config), indent=2))
         raise SystemExit(0)

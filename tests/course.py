@@ -24,7 +24,7 @@ EXPORTS = {"export", "exports", "exporti"}
 
 # The rooms of the library, from the ground up: a room imports only from rooms before it. This is the one place where they stand in order.
 ROOMS = """
-core devices options
+core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
 model.folders model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_layouts model.lora_files
 model.words

@@ -611,6 +611,71 @@ def test_a_dora_for_other_programs_is_told_who_draws_it():
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said
 
 
+# ------------------------------------------------ flags of other trainers
+
+# every flag of sd-scripts' sdxl_train_network.py, sdxl_train.py and train_textual_inversion.py, its data set configuration, and diffusers' advanced DreamBooth script
+THEIRS = """adaptive_noise_scale alpha_mask async_upload base_weights base_weights_multiplier block_lr blocks_to_swap bucket_no_upscale bucket_reso_steps cache_info cache_latents
+    cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk caption_dropout_every_n_epochs caption_dropout_rate caption_extension caption_extention
+    caption_prefix caption_separator caption_suffix caption_tag_dropout_rate clip_skip color_aug conditioning_data_dir config_file cpu_offload_checkpointing dataset_class
+    dataset_config dataset_repeats ddp_gradient_as_bucket_view ddp_static_graph ddp_timeout debiased_estimation_loss debug_dataset deepspeed diffusers_xformers dim_from_weights
+    disable_mmap_load_safetensors dynamo_backend enable_bucket enable_wildcard face_crop_aug_range flip_aug fp16_master_weights_and_gradients fp8_base fp8_base_unet full_bf16 full_fp16
+    fused_backward_pass fused_optimizer_groups gradient_accumulation_steps gradient_checkpointing highvram huber_c huber_scale huber_schedule huggingface_path_in_repo
+    huggingface_repo_id huggingface_repo_type huggingface_repo_visibility huggingface_token in_json initial_epoch initial_step ip_noise_gamma ip_noise_gamma_random_strength keep_tokens
+    keep_tokens_separator learning_rate learning_rate_te learning_rate_te1 learning_rate_te2 log_config log_prefix log_tracker_config log_tracker_name log_with logging_dir logit_mean
+    logit_std loss_type lowram lr_decay_steps lr_scheduler lr_scheduler_args lr_scheduler_min_lr_ratio lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_timescale
+    lr_scheduler_type lr_warmup_steps masked_loss max_bucket_reso max_data_loader_n_workers max_grad_norm max_timestep max_token_length max_train_epochs max_train_steps
+    max_validation_steps mem_eff_attn min_bucket_reso min_snr_gamma min_timestep mixed_precision mode_scale multires_noise_discount multires_noise_iterations network_alpha network_args
+    network_dim network_dropout network_module network_train_text_encoder_only network_train_unet_only network_weights no_half_vae no_metadata no_token_padding noise_offset
+    noise_offset_random_strength offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path optimizer_args optimizer_type output_config
+    output_dir output_name persistent_data_loader_workers pretrained_model_name_or_path prior_loss_weight random_crop reg_data_dir resize_interpolation resolution resume
+    resume_from_huggingface sample_at_first sample_every_n_epochs sample_every_n_steps sample_prompts sample_sampler save_every_n_epochs save_every_n_steps save_last_n_epochs
+    save_last_n_epochs_state save_last_n_steps save_last_n_steps_state save_model_as save_n_epoch_ratio save_precision save_state save_state_on_train_end save_state_to_huggingface
+    scale_v_pred_loss_like_noise_pred scale_weight_norms sdpa secondary_separator seed shuffle_caption skip_cache_check skip_until_initial_step stop_text_encoder_training
+    support_controlnet support_dreambooth support_dropout support_finetuning text_encoder_batch_size text_encoder_lr token_warmup_min token_warmup_step tokenizer_cache_dir
+    torch_compile train_batch_size train_data_dir train_text_encoder training_comment unet_lr use_8bit_adam use_lion_optimizer use_safetensors v2 v_parameterization v_pred_like_loss
+    vae vae_batch_size validate_every_n_epochs validate_every_n_steps validation_seed validation_split wandb_api_key wandb_run_name weighted_captions weighting_scheme xformers
+    zero3_init_flag zero3_save_16bit_model zero_stage zero_terminal_snr num_repeats lora_unet_blocks use_blora train_text_encoder_frac token_string init_word num_vectors_per_token
+    use_object_template use_style_template""".split()
+
+
+def told(cls, *words):
+    "The sentence that a command line ends with."
+    from sdxl_course.options import parse_config
+    with pytest.raises(CourseError) as caught: parse_config(cls, ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *words])
+    return str(caught.value)
+
+
+def test_no_flag_of_another_trainer_meets_a_guess():
+    ours = set().union(*({f.name for f in fields(cls)} for cls, _ in CONFIGS.values()))
+    strange = [name for name in THEIRS if name not in ours | {"block_lr", "clip_skip"}]
+    assert len(strange) > 150
+    for name in strange:
+        sentence = told(TextToImageConfig, f"--{name}", "1")
+        assert f"got '--{name}', which is no option; " in sentence and "did you mean" not in sentence and "--help lists" not in sentence, sentence
+        assert set(re.findall(r"--(\w+)", sentence.split(";", 1)[1])) <= ours | {"config", "print_config", "help", "block_lr", "concepts"}, sentence
+
+
+@pytest.mark.parametrize("theirs, ours", [("network_dim", "rank"), ("network_alpha", "lora_alpha"), ("unet_lr", "learning_rate"), ("flip_aug", "random_flip"), ("max_train_epochs", "num_train_epochs"),
+    ("save_every_n_steps", "checkpointing_steps"), ("shuffle_caption", "shuffle_tags"), ("min_snr_gamma", "snr_gamma"), ("enable_bucket", "use_aspect_ratio_buckets"), ("optimizer_type", "optimizer"),
+    ("network_weights", "init_lora"), ("caption_dropout_rate", "proportion_empty_prompts"), ("vae", "pretrained_vae_model_name_or_path"), ("resume", "resume_from_checkpoint"), ("log_with", "report_to")])
+def test_a_flag_of_another_trainer_is_answered_with_ours(theirs, ours, tmp_path):
+    assert re.search(rf"here it is --{ours}\b", told(TextToImageConfig, f"--{theirs}", "8"))
+    (tmp_path / "kohya.yaml").write_text(f"{theirs}: 8\n")
+    assert re.search(rf"sets '{theirs}', which is no option; here it is --{ours}\b", told(TextToImageConfig, "--config", str(tmp_path / "kohya.yaml")))
+    with pytest.raises(CourseError, match=rf"got '{theirs}', which is no option; here it is --{ours}\b"): build("text", **{theirs: 8})
+
+
+def test_a_whole_command_of_another_trainer_is_answered_at_once(tmp_path):
+    sentence = told(TextToImageConfig, "--network_dim=32", "--network_train_unet_only", "--unet_lr", "1e-4")
+    assert "got 3 flags" in sentence and "--network_dim: here it is --rank;" in sentence and "--network_train_unet_only: that is what happens" in sentence and sentence.endswith("--unet_lr: here it is --learning_rate")
+    assert "did you mean rank" in told(TextToImageConfig, "--network_dim", "32", "--rnak", "3")  # a slip of our own comes first
+    assert "here it is --resolution" not in told(TextToImageConfig, "--resolution", "1024,1024") and "one number: --resolution 1024" in told(TextToImageConfig, "--resolution", "1024,1024")
+    assert "--use_aspect_ratio_buckets" in told(TextToImageConfig, "--resolution", "832,1216")
+    assert "has no such option" in told(FullConfig, "--network_dim", "8") and "here it is --repeats" in told(DreamBoothConfig, "--instance_prompt", "x", "--num_repeats", "8")
+    (tmp_path / "kohya.toml").write_text("network_dim = 8\n")
+    assert "is TOML" in told(TextToImageConfig, "--config", str(tmp_path / "kohya.toml"))
+
+
 def test_every_option_has_a_place_in_this_file():
     assert {f.name for f in fields(TextToImageConfig)} - SHOWN == set()
     assert SHOWN - {f.name for f in fields(TextToImageConfig)} == set()
