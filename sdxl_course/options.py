@@ -316,9 +316,9 @@ def _parse(cls, argv, prog, positional):
     files = _Parser(allow_abbrev=False, add_help=False)
     files.add_argument("--config", action="append", default=[])
     from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path)]
-    config, extra, left = parser.parse_args_into_dataclasses(from_files + argv, return_remaining_strings=True,
-        look_for_args_file=False)
-    if left: raise CourseError(_unknown_words(left, [f.name for f in fields(cls)]))
+    words, known = from_files + argv, [f.name for f in fields(cls)]
+    if left := parser.parse_known_args(words)[1]: raise CourseError(_unknown_words(left, known))
+    config, extra = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     if extra.print_config:
         print(json.dumps(config_dict(config), indent=2))
         raise SystemExit(0)
