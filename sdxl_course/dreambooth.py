@@ -59,7 +59,8 @@ class DreamBoothConfig(TokenOptions, PriorOptions, SubjectOptions, LoraConfig):
         "pictures per device and micro-step; with prior preservation as many class pictures "
         "beside them", "1 ..", "free")
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
-    optimizer: str = option("AdamW", "adamw, adamw8bit, prodigy, adafactor, schedulefree; upper case or not")
+    optimizer: str = option("AdamW", "adamw, adamw8bit, prodigy, adafactor, schedulefree; upper case or not",
+        resume="never")
     adam_weight_decay: float = option(1e-4, "pull towards zero", "0 ..")
     text_encoder_lr: float | None = option(5e-6, "step size of the text encoders' LoRA; Prodigy has one for all",
         "0 ..")

@@ -29,16 +29,17 @@ from .core import CourseError, Terminated, nearest, run_guarded
 from .foreign_flags import FOREIGN, foreign_answer, foreign_value
 
 # %% ../nbs/library/options.ipynb #903ef20d
-RESUME = ("fixed", "free", "machine")
+RESUME = ("never", "fixed", "free", "machine")
 
 def option(
     default, # value when nothing is given; dataclasses.MISSING: must be given
     help:str, # one line for --help and the page of arguments
     limit:str="", # lowest .. highest allowed number, such as "0 .. < 1" or "> 0 .."
-    resume:str="fixed", # may a resumed run change it? fixed: no; free: yes; machine: yes, but the bits will differ
+    resume:str="fixed", # may a resumed run change it? one of RESUME
     **more, # for argparse, for instance choices
 ): # a dataclass field
-    "A command-line option: a dataclass field with its help line, its limit, and what a resume may change."
+    """A command-line option: a dataclass field with its help line, its limit, and what a resume may change: never,
+    fixed (only where --resume_with_changes names it), free, or machine (yes, but the bits will differ)."""
     if resume not in RESUME: raise CourseError(f"resume is {resume!r}: wanted one of {', '.join(RESUME)}")
     return field(default=default, metadata=dict(help=help, limit=limit, resume=resume, **more))
 
@@ -133,7 +134,7 @@ def fields_of(
 # %% ../nbs/library/options.ipynb #96d4eb42
 def resume_kinds(
     config, # a config dataclass
-)->dict: # field name -> fixed, free or machine
+)->dict: # field name -> one of RESUME
     "What a resumed run may change, option by option."
     return {f.name: f.metadata.get("resume", "fixed") for f in fields(config)}
 

@@ -29,7 +29,7 @@ world.shapes world.objects world.places world.scene world.textures world.trace w
 model.folders model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_layouts model.lora_files
 model.words
 data.records data.preprocess data.report data.check data.cache data.sampler data.loader
-train.machine train.objective train.optimizer train.loop train.checkpoint train.validation train.results train.config train.prepare
+train.machine train.objective train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.hub train.run train.build train.class_images
 text_to_image dreambooth full textual_inversion
 inference measure.metrics measure.judges measure.distributions measure.subject measure.claims evaluate study demo

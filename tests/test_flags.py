@@ -144,6 +144,10 @@ TABLE = [  # model
     ("num_validation_images", 2, PROMPT, lambda a, b: {"image_0.png", "image_1.png"} <= names(a) and "image_1.png" not in names(b)),
     ("validation_epochs", 2, dict(PROMPT, train_batch_size=5), lambda a, b: {n for n in names(a) if n.startswith("validation/")} == {"validation/step-000001-0.png"}
         and {n for n in names(b) if n.startswith("validation/")} == {"validation/step-000001-0.png", "validation/step-000002-0.png"}),
+    ("validation_steps", 2, dict(PROMPT, train_batch_size=5), lambda a, b: {n for n in names(a) if n.startswith("validation/")} == {"validation/step-000002-0.png"}
+        and {n for n in names(b) if n.startswith("validation/")} == {"validation/step-000001-0.png", "validation/step-000002-0.png"}),
+    ("validation_steps", 2, dict(PROMPT, train_batch_size=1, max_train_steps=11, validation_epochs=2), lambda a, b: {int(n[16:22]) for n in names(a) if n.startswith("validation/")} == {2, 4, 5, 6, 8, 10}
+        and {int(n[16:22]) for n in names(b) if n.startswith("validation/")} == {5}),
     ("validation_split", 0.4, dict(debug_loss=True, max_train_steps=6), lambda a, b: a.result.measured_on == "2 held-out pictures" and len({n for row in a.log for n in row["loss_of"]}) == 3
         and b.result.measured_on == "5 training pictures" and len({n for row in b.log for n in row["loss_of"]}) == 5),
     ("validation_data_dir", "{other}", {}, lambda a, b: a.log == b.log and a.result.measured_on == "3 held-out pictures" and a.result.validation_loss_before != b.result.validation_loss_before),
@@ -465,7 +469,7 @@ def test_everything_is_written_below_output_dir(ran, monkeypatch, tmp_path):
     assert not files_of(tmp_path) and {"config.yaml", "README.md", "training_log.jsonl", "image_0.png"} <= names(run)
 
 
-ELSEWHERE = dict(resume_from_checkpoint=("test_checkpoint.py", "test_resuming_twice_and_stopping_early_change_nothing"),
+ELSEWHERE = dict(resume_with_changes=("test_checkpoint.py", "test_a_resume_with_another_rate_takes_the_same_step_shorter"), resume_from_checkpoint=("test_checkpoint.py", "test_resuming_twice_and_stopping_early_change_nothing"),
     gradient_checkpointing=("test_text_to_image.py", "test_gradient_checkpointing_reaches_every_network_and_changes_no_number"))
 SHOWN.update(ELSEWHERE)
 
@@ -520,9 +524,12 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
-    max_train_samples instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps""".split())
+    max_train_samples instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes""".split())
 MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
+
+NEVER = set("""rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
+    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors""".split())
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -531,10 +538,11 @@ def test_what_a_resume_may_change(command):
     kinds = resume_kinds(build(command))
     assert {name for name, kind in kinds.items() if kind == "free"} == FREE & kinds.keys()
     assert {name for name, kind in kinds.items() if kind == "machine"} == MACHINE & kinds.keys()
+    assert {name for name, kind in kinds.items() if kind == "never"} == NEVER & kinds.keys()
     assert set(kinds.values()) == set(RESUME)
 
 
-def test_no_kind_is_left_out(): assert FREE | MACHINE <= {name for command in CONFIGS for name in resume_kinds(build(command))}
+def test_no_kind_is_left_out(): assert FREE | MACHINE | NEVER <= {name for command in CONFIGS for name in resume_kinds(build(command))}
 
 
 def weight(one): return True if one.kind is bool else 5.0  # a value that asks for a weighting
@@ -546,7 +554,7 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(cached_crops=2, use_aspect_ratio_buckets=True), dict(cached_crops=2)), (dict(cache_latents=False, cache_latents_to_disk=True), dict(cache_latents_to_disk=True)),
     *[({one.flag: weight(one), other.flag: weight(other)}, {other.flag: weight(other)}) for one, other in combinations(WEIGHTINGS.values(), 2)], (dict(mask_data_dir="m"), dict(mask_data_dir="m", masked_loss=True)),
     (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")), (dict(keep_tags=1), dict(keep_tags=1, shuffle_tags=True)),
-    (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)),
+    (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)), (dict(resume_with_changes="learning_rate"), dict(resume_with_changes="learning_rate", resume_from_checkpoint="latest")),
     (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
     (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
     (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),

@@ -28,16 +28,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
     "Which layers learn, and how wide."
-    rank: int = option(4, "width of the low-rank path", "1 .. 4096")
+    rank: int = option(4, "width of the low-rank path", "1 .. 4096", resume="never")
     lora_alpha: float | None = option(None, "strength: the path is scaled by alpha / rank; none: alpha = rank",
-        "> 0 ..")
+        "> 0 ..", resume="never")
     lora_dropout: float = option(0.0, "share of the path's inputs dropped while training", "0 .. < 1")
     lora_layers: str = option("attention",
-        "attention, attention+feedforward, attention+feedforward+convolution, or module names with commas")
-    use_dora: bool = option(False, "learn length and direction of weights apart (DoRA)")
-    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+        "attention, attention+feedforward, attention+feedforward+convolution, or module names with commas",
+        resume="never")
+    use_dora: bool = option(False, "learn length and direction of weights apart (DoRA)", resume="never")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", resume="never")
     init_lora_weights: str = option("gaussian", "how A and B begin",
-        choices=("gaussian", "default", "pissa", "pissa_niter_4", "olora", "orthogonal"))
+        choices=("gaussian", "default", "pissa", "pissa_niter_4", "olora", "orthogonal"), resume="never")
     init_lora: str | None = option(None, "LoRA file or folder to continue from, diffusers or kohya layout",
         resume="free")
     loraplus_lr_ratio: float | None = option(None, "LoRA+: B learns so many times as fast as A; 16 is usual", "> 0 ..")
@@ -64,7 +65,7 @@ def _learns_text(c)->bool:
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderOptions:
     "Whether the text encoders get a LoRA as well."
-    train_text_encoder: bool = option(False, "give both text encoders a LoRA as well")
+    train_text_encoder: bool = option(False, "give both text encoders a LoRA as well", resume="never")
     text_encoder_lr: float | None = option(None, "step size of the text encoders' LoRA; not given: learning_rate",
         "0 ..")
     adam_weight_decay_text_encoder: float | None = option(None,
