@@ -18,7 +18,7 @@ import signal
 import sys
 import uuid
 from contextlib import contextmanager
-from dataclasses import field, fields, replace
+from dataclasses import MISSING, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import get_args, get_origin, get_type_hints
@@ -75,7 +75,8 @@ def check_limits(
         value, limit, choices = getattr(config, f.name), f.metadata.get("limit"), f.metadata.get("choices")
         if value is None: continue
         if value != value: raise CourseError(f"--{f.name} is {value}: wanted a number")
-        if limit: _check_number(f.name, value, limit, kinds[f.name])
+        for one in (value if isinstance(value, (list, tuple)) else [value]) if limit else ():
+            _check_number(f.name, one, limit, kinds[f.name])
         if choices and value not in choices: raise CourseError(not_among(f"--{f.name}", value, choices))
 
 # %% ../nbs/library/options.ipynb #b9191f0f
@@ -105,6 +106,8 @@ def check_options(
     for f in fields(config): # paths become text, as on the command line
         if isinstance(value := getattr(config, f.name), os.PathLike):
             object.__setattr__(config, f.name, os.fspath(value))
+        if f.metadata.get("limit") and isinstance(value, list) and len(value) == 1: # one number is a number
+            object.__setattr__(config, f.name, value[0])
     check_limits(config)
     for forbids, sentence in rules_of(config, "constraints"):
         if forbids(config): raise CourseError(sentence)
@@ -199,7 +202,9 @@ class _Parser(HfArgumentParser):
         for action in parser._actions:
             if action.dest != field.name or not action.option_strings: continue
             if bool in get_args(field.type): action.nargs, action.const = "?", True # bare, it means yes
-            if action.nargs == "+": action.type = _unmarked(action.type)
+            if action.nargs != "+": continue
+            action.type = _unmarked(action.type)
+            if field.default is not MISSING: action.default = field.default
 
 # %% ../nbs/library/options.ipynb #6ecaaea7
 MARK = "\0" # begins a value of a list in a config file, which argparse would else take for a flag

@@ -126,6 +126,7 @@ TABLE = [  # model
     ("proportion_empty_prompts", 1.0, {}, differ),
     # captions and masks
     ("shuffle_tags", True, TAGS, differ), ("keep_tags", 9, dict(TAGS, shuffle_tags=True), lambda a, b: differ(a, b)),
+    ("clip_skip", 1, {}, differ), ("clip_skip", 1, TE, differ),
     ("max_token_length", 150, dict(train_data_dir="{long}"), lambda a, b: differ(a, b) and "longer than 77" in b.said and "longer" not in a.said),
     ("masked_loss", True, dict(train_data_dir="{halves}"), lambda a, b: all(x < y for x, y in zip(a.losses[:1], b.losses))),
     ("mask_data_dir", "{masks}", dict(train_data_dir="{halves}", masked_loss=True), differ),
@@ -168,6 +169,8 @@ TABLE = [  # model
     # anchors.md 6 trap 18: what scale_lr multiplies by; test_regressions.py counts the updates under accumulation
     ("scale_lr", True, {}, lambda a, b: rates(a) == [2e-2] * 3 and rates(b) == [1e-2] * 3),
     ("text_encoder_lr", 0.0, TE, lambda a, b: not part(a, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any() and part(b, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any()),
+    ("text_encoder_lr", [1e-2, 0.0], TE, lambda a, b: tuple(bool(part(a, f"{name}.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any()) for name in ("text_encoder", "text_encoder_2")) == (True, False)),
+    ("block_lr", "down=0, up_blocks.0=1e-3", dict(max_train_steps=1, adam_weight_decay=0.0), lambda a, b: [most(a, block) / most(b, block) for block in ("down_blocks", "mid_block", "up_blocks")] == pytest.approx([0, 1, 0.1], rel=1e-3)),
     ("loraplus_lr_ratio", 10.0, dict(max_train_steps=1, adam_weight_decay=0.0, learning_rate=1e-3), lambda a, b: moved(a) == pytest.approx(10 * moved(b), rel=1e-3)),
     ("lr_scheduler", "linear", dict(lr_warmup_steps=0), lambda a, b: rates(a) == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])), ("lr_scheduler", "constant_with_warmup", dict(lr_warmup_steps=2), lambda a, b: rates(a) == [0, 5e-3, 1e-2]),
     ("lr_warmup_steps", 3, dict(lr_scheduler="cosine"), lambda a, b: rates(a) == pytest.approx([0, 1e-2 / 3, 2e-2 / 3]) and rates(b) == pytest.approx([0, 1e-2 / 500, 2e-2 / 500])),
@@ -204,6 +207,9 @@ NEEDED = ("num_train_epochs", "dataset_name", "dataset_config_name", "image_colu
 
 
 def moved(run): return max(float(t.abs().max()) for n, t in tensors(run).items() if ".lora_B." in n)
+
+
+def most(run, block): return float(torch.cat([t.flatten() for n, t in tensors(run).items() if n.startswith(f"unet.{block}") and ".lora_B." in n]).abs().max())
 
 
 def averaged(run, decay):
@@ -506,7 +512,8 @@ def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_n
 def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
     config, hints, kinds = build(command), get_type_hints(CONFIGS[command][0]), resume_kinds(build(command))
     for f in fields(config):
-        number = {int, float} & {hints[f.name], *get_args(hints[f.name])}
+        kinds_of = {hints[f.name], *get_args(hints[f.name])}
+        number = {int, float} & (kinds_of | {one for kind in kinds_of for one in get_args(kind)})
         assert f.metadata["help"] and "\n" not in f.metadata["help"] and kinds[f.name] in RESUME, f.name
         assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name not in ("seed", "local_rank")), f.name  # every number has one
         if not f.metadata["limit"]: continue
@@ -558,7 +565,8 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
     (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
     (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),
-    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
+    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(optimizer="Prodigy", block_lr="up=1e-4"), dict(block_lr="up=1e-4")),
+    (dict(block_lr="up"), dict(block_lr=" up = 1E-4, mid_block=.5")), (dict(text_encoder_lr=[1e-4] * 3), dict(text_encoder_lr=[1e-4] * 2)), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
@@ -619,6 +627,59 @@ def test_a_dora_for_other_programs_is_told_who_draws_it():
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said
 
 
+@pytest.mark.parametrize("text", [False, True], ids=["kept", "trained"])
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "an encoded empty text"])
+def test_clip_skip_is_that_of_diffusers(train, toy, toy_model, tmp_path, monkeypatch, text, zeros):
+    from sdxl_course.model.conditioning import encode_prompts
+    parts, seen = toy(), []
+    parts.force_zeros_for_empty_prompt = zeros
+    words = [f"picture {i}" for i in range(2)]
+    with torch.no_grad():
+        theirs = parts.pipeline().encode_prompt(words, clip_skip=1)
+        for want, got in zip((theirs[0], theirs[2]), encode_prompts(parts, words, clip_skip=1)): assert torch.equal(want, got)
+        assert not torch.equal(theirs[0], encode_prompts(parts, words)[0])
+    inside(monkeypatch, lambda unet, batch, *_: seen.extend(batch.prompt_embeds.detach().clone()))
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, num_train_epochs=4, seed=0,
+        proportion_empty_prompts=0.5, learning_rate=1e-9, train_text_encoder=text, report_to="none", output_dir=str(tmp_path / "o"), clip_skip=1)
+    train_text_to_image(config, parts, log=lambda text: None)
+    possible = [*theirs[0], theirs[1][0] if zeros is False else torch.zeros(77, 16)]  # what is drawn from nothing is the pipeline's
+    near = [[bool((told - one).abs().max() < 1e-5) for one in possible] for told in seen]
+    assert len(near) == 8 and all(sum(row) == 1 for row in near) and {row.index(True) for row in near} == {0, 1, 2}
+    with pytest.raises(CourseError, match="clip_skip is 2: wanted 1 or less"): train(clip_skip=2)
+
+
+def test_prodigys_own_step_size_is_in_the_log(ran):
+    run = ran(optimizer="prodigy", learning_rate=0.5, max_train_steps=8)
+    rows = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
+    assert rows[0]["effective_lr"] == pytest.approx(0.5e-6) and rows[0]["lr"] == 0.5 and rows[-1]["effective_lr"] > 0.5e-6  # Prodigy's d begins at 1e-6
+    assert all(row["effective_lr"] <= after["effective_lr"] for row, after in zip(rows, rows[1:])) and "effective_lr" not in ran().log[0]
+    before = load_file(ran(optimizer="prodigy", learning_rate=0.5, max_train_steps=1, adam_weight_decay=0.0).folder / "pytorch_lora_weights.safetensors")
+    assert max(float(t.abs().max()) for n, t in before.items() if ".lora_B." in n) == pytest.approx(0.5e-6, rel=0.05)  # Adam's first step is as long as its rate
+
+
+def test_groups_of_rates_stand_in_the_order_of_the_names():
+    from sdxl_course.model.adapters import parameter_groups
+    names = [f"{where}.lora_A.default.weight" for where in ("unet.down_blocks.1.x", "unet.up_blocks.0.x", "unet.up_blocks.0.y", "unet.up_blocks.01.x", "text_encoder.x", "text_encoder_2.x")]
+    named = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+    def groups(*rates, **options): return [(group["lr"], [names[i] for i, p in enumerate(named.values()) if any(p is q for q in group["params"])]) for group in parameter_groups(named, *rates, **options)]
+    assert groups(1.0) == [(1.0, names)] and groups(1.0, 2.0) == groups(1.0, [2.0]) == [(1.0, names[:4]), (2.0, names[4:])]
+    assert groups(1.0, [2.0, 3.0], block_rates={"up_blocks": 0.0, "up_blocks.0.y": 5.0}) == [(1.0, names[:1]), (0.0, [names[1], names[3]]), (5.0, [names[2]]), (2.0, [names[4]]), (3.0, [names[5]])]
+
+
+def test_a_block_without_a_lora_is_named(train):
+    with pytest.raises(CourseError, match="--block_lr names 'down_blocks.0'.*no LoRA.*down_blocks.1"): train(block_lr="down_blocks.0=1e-4")
+
+
+@pytest.mark.parametrize("words, want", [(["1e-3"], 1e-3), (["1e-3", "2e-4"], [1e-3, 2e-4]), ([], None)])
+def test_one_rate_of_the_text_encoders_is_a_number_and_two_are_a_list(words, want, tmp_path):
+    from sdxl_course.options import parse_config
+    rest = ["--pretrained_model_name_or_path", "m"]
+    assert parse_config(TextToImageConfig, [*rest, "--train_data_dir", "d", *(["--text_encoder_lr", *words] if words else [])]).text_encoder_lr == want
+    (tmp_path / "c.json").write_text(json.dumps(dict(text_encoder_lr=want)))
+    assert parse_config(TextToImageConfig, [*rest, "--train_data_dir", "d", "--config", str(tmp_path / "c.json")]).text_encoder_lr == want
+    assert parse_config(DreamBoothConfig, [*rest, "--instance_data_dir", "d", "--instance_prompt", "x"]).text_encoder_lr == 5e-6
+
+
 # ------------------------------------------------ flags of other trainers
 
 # every flag of sd-scripts' sdxl_train_network.py, sdxl_train.py and train_textual_inversion.py, its data set configuration, and diffusers' advanced DreamBooth script
@@ -655,7 +716,7 @@ def told(cls, *words):
 
 def test_no_flag_of_another_trainer_meets_a_guess():
     ours = set().union(*({f.name for f in fields(cls)} for cls, _ in CONFIGS.values()))
-    strange = [name for name in THEIRS if name not in ours | {"block_lr", "clip_skip"}]
+    strange = [name for name in THEIRS if name not in ours]
     assert len(strange) > 150
     for name in strange:
         sentence = told(TextToImageConfig, f"--{name}", "1")

@@ -100,7 +100,8 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
         return cached["prompt_embeds"], cached["pooled_prompt_embeds"]
     encoders = self.components.text_encoder, self.components.text_encoder_2
     with torch.no_grad(), eval_mode(*encoders):
-        embeds, pooled = encode_prompts(self.components, [caption], self.config.max_token_length)
+        embeds, pooled = encode_prompts(self.components, [caption], self.config.max_token_length,
+            self.config.clip_skip)
     return embeds[0], pooled[0]
 
 # %% ../../nbs/library/train_run.ipynb #7455c36b
