@@ -515,10 +515,10 @@ def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
         kinds_of = {hints[f.name], *get_args(hints[f.name])}
         number = {int, float} & (kinds_of | {one for kind in kinds_of for one in get_args(kind)})
         assert f.metadata["help"] and "\n" not in f.metadata["help"] and kinds[f.name] in RESUME, f.name
-        assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name not in ("seed", "local_rank")), f.name  # every number has one
+        assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name != "local_rank"), f.name  # every number has one
         if not f.metadata["limit"]: continue
-        low, high = re.fullmatch(r"(?:> )?(\d+) \.\.(?: (?:< )?(\d+))?", f.metadata["limit"]).groups()
-        wrong = [float(low) - 1, float("nan"), float("inf"), *([float(low)] if ">" in f.metadata["limit"] else []), *([float(high) + 1] if high else []), *([float(high)] if "<" in f.metadata["limit"] else [])]
+        low, high = re.fullmatch(r"(?:> )?(-?\d+) \.\.(?: (?:< )?(\d+))?", f.metadata["limit"]).groups()
+        wrong = [int(low) - 1, float("nan"), float("inf"), *([float(low)] if ">" in f.metadata["limit"] else []), *([int(high) + 1] if high else []), *([float(high)] if "<" in f.metadata["limit"] else [])]
         assert all(check_range(value, f.metadata["limit"]) for value in wrong), f.name
         if f.default is not None: assert check_range(f.default, f.metadata["limit"]) == "", f.name
         for value in (int(value) if int in number else value for value in wrong if math.isfinite(value) or int not in number):
@@ -527,7 +527,7 @@ def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
             with pytest.raises(CourseError, match=f"--{f.name} is .*wanted a (whole )?number"): build(command, **{f.name: value})
 
 
-FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
@@ -649,12 +649,20 @@ def test_clip_skip_is_that_of_diffusers(train, toy, toy_model, tmp_path, monkeyp
 
 
 def test_prodigys_own_step_size_is_in_the_log(ran):
+    from sdxl_course.train.loop import TrainState, found_rate
+    from sdxl_course.train.optimizer import make_optimizer
     run = ran(optimizer="prodigy", learning_rate=0.5, max_train_steps=8)
     rows = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
-    assert rows[0]["effective_lr"] == pytest.approx(0.5e-6) and rows[0]["lr"] == 0.5 and rows[-1]["effective_lr"] > 0.5e-6  # Prodigy's d begins at 1e-6
-    assert all(row["effective_lr"] <= after["effective_lr"] for row, after in zip(rows, rows[1:])) and "effective_lr" not in ran().log[0]
+    assert rows[0]["effective_lr"] == pytest.approx(0.5e-6) and rows[0]["lr"] == 0.5 and "effective_lr" not in ran().log[0]  # Prodigy's d begins at 1e-6
     before = load_file(ran(optimizer="prodigy", learning_rate=0.5, max_train_steps=1, adam_weight_decay=0.0).folder / "pytorch_lora_weights.safetensors")
     assert max(float(t.abs().max()) for n, t in before.items() if ".lora_B." in n) == pytest.approx(0.5e-6, rel=0.05)  # Adam's first step is as long as its rate
+    place, path = torch.nn.Parameter(torch.zeros(1)), []
+    optimizer = make_optimizer([place], 0.5, weight_decay=0.0, name="prodigy")
+    for _ in range(20):
+        path.append((found_rate(TrainState({}, optimizer, None, 0))["effective_lr"], optimizer.param_groups[0]["d"]))
+        optimizer.zero_grad(), ((place - 1)**2).sum().backward(), optimizer.step()
+    assert all(told == 0.5 * d for told, d in path) and path[0][0] == 5e-7 and path[-1][0] > 1e-3  # it grows towards the distance to go
+
 
 
 def test_groups_of_rates_stand_in_the_order_of_the_names():
