@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from .core import CourseError
 from .data.check import check_dataset, holds_pictures
+from .model.adapters import text_encoder_rates
 from .model.words import TokenOptions, add_tokens, placeholder_map, replace_placeholders
 from .options import is_set, option
 from .train.build import functions
@@ -58,10 +59,11 @@ class DreamBoothConfig(TokenOptions, PriorOptions, SubjectOptions, LoraConfig):
         "pictures per device and micro-step; with prior preservation as many class pictures "
         "beside them", "1 ..", "free")
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
-    optimizer: str = option("AdamW", "adamw, adamw8bit, prodigy, adafactor, schedulefree; upper case or not")
+    optimizer: str = option("AdamW", "adamw, adamw8bit, prodigy, adafactor, schedulefree; upper case or not",
+        resume="never")
     adam_weight_decay: float = option(1e-4, "pull towards zero", "0 ..")
-    text_encoder_lr: float | None = option(5e-6, "step size of the text encoders' LoRA; Prodigy has one for all",
-        "0 ..")
+    text_encoder_lr: list[float] | None = option(5e-6,
+        "step size of the text encoders' LoRA, or one for each of the two; Prodigy has one for all", "0 ..")
     adam_weight_decay_text_encoder: float | None = option(1e-3, "pull towards zero, for the text encoders' LoRA",
         "0 ..")
 
@@ -161,7 +163,8 @@ def subject_weights(
     tokens = config.train_text_encoder_ti and add_tokens(components, config.placeholders, seed)
     if not tokens: return lora_weights(config, components, seed, scale)
     rate, decay = config.learning_rate, config.adam_weight_decay_text_encoder
-    if is_set(config, "text_encoder_lr") and config.optimizer.lower() != "prodigy": rate = config.text_encoder_lr
+    if is_set(config, "text_encoder_lr") and config.optimizer.lower() != "prodigy":
+        rate = next(iter(text_encoder_rates(config)), rate)
     rate = rate if config.ti_lr is None else config.ti_lr
     decay = config.adam_weight_decay if decay is None else decay
     words = token_weights(tokens, rate*scale, decay, config.train_text_encoder_ti_frac)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['adapter_names', 'set_lora_scale', 'load_pipeline', 'sweep_lora_scale', 'save_pictures', 'unlearned_words',
-           'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'settings_of', 'load_words', 'draw_and_save', 'main']
+           'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'split_strength', 'read_tags', 'LoraPlan',
+           'plan_loras', 'settings_of', 'load_words', 'draw_planned', 'draw_and_save', 'main']
 
 # %% ../nbs/library/inference.ipynb #9d887d8a
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, run_guarded
 from .devices import pick_device, weight_dtype
@@ -30,6 +32,16 @@ def adapter_names(
     "Names of the LoRAs in a pipeline."
     return list(dict.fromkeys(name for names in pipeline.get_list_adapters().values() for name in names))
 
+# %% ../nbs/library/inference.ipynb #7126e65b
+def _each(
+    names:list, # of LoRAs
+    scale, # one strength for all, or one for each
+)->dict: # name -> strength
+    "A strength for each LoRA; CourseError where their number does not fit."
+    scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(names)
+    if len(scales) == len(names): return dict(zip(names, scales))
+    raise CourseError(f"got {len(scales)} LoRA scales for {len(names)} LoRAs: wanted one for each, or one for all")
+
 # %% ../nbs/library/inference.ipynb #7126e65c
 def set_lora_scale(
     pipeline, # StableDiffusionXLPipeline with LoRAs in it
@@ -37,12 +49,7 @@ def set_lora_scale(
 ):
     "Set the strength of each LoRA, 0 for off; CourseError where numbers or names do not fit."
     names = adapter_names(pipeline)
-    scales = scale if isinstance(scale, (dict, list, tuple)) else [scale] * len(names)
-    if not isinstance(scales, dict):
-        if len(scales) != len(names):
-            raise CourseError(f"got {len(scales)} LoRA scales for {len(names)} LoRAs: "
-                "wanted one for each, or one for all")
-        scales = dict(zip(names, scales))
+    scales = scale if isinstance(scale, dict) else _each(names, scale)
     unknown = [name for name in scales if name not in names]
     if unknown:
         raise CourseError(f"there is no LoRA called {unknown[0]!r} in this pipeline: "
@@ -132,10 +139,13 @@ class GenerateConfig:
     vae: str | None = option(None, "another autoencoder: folder, hub id or .safetensors file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     variant: str | None = option(None, "which weight files, for instance fp16")
-    lora: list[str] | None = option(None, "LoRA file, folder or hub id; again for more", action="extend")
+    lora: list[str] | None = option(None, "LoRA file, folder or hub id, with its strength as in FILE:0.8; again for "
+        "more; prompts may say <lora:name:0.8>", action="extend")
     lora_scale: list[float] | None = option(None, "strength: one for all LoRAs (1.0 when not given) or one for each",
         action="extend")
     embeddings: list[str] | None = option(None, "learnt words; else the file beside the LoRA", action="extend")
+    clip_skip: int | None = option(None,
+        "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it")
     num_images: int = option(1, "pictures per prompt")
     num_inference_steps: int = option(25, "how often the UNet is asked")
@@ -154,6 +164,7 @@ class GenerateConfig:
         for name in ("num_images", "num_inference_steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1: raise CourseError(f"--{name} is {value}: wanted 1 or more")
+        if (self.clip_skip or 0) < 0: raise CourseError(f"--clip_skip is {self.clip_skip}: wanted 0 or more")
 
 # %% ../nbs/library/inference.ipynb #000c0935
 def warn_about_prompts(
@@ -170,16 +181,77 @@ def warn_about_prompts(
 def one_or_all(scales): # the strength of every LoRA, or a list with one for each
     return 1.0 if not scales else scales[0] if len(scales) == 1 else scales
 
+# %% ../nbs/library/inference.ipynb #e5094311
+def split_strength(
+    text:str, # such as style.safetensors:0.8
+)->tuple: # (file, folder or hub id; strength, or None)
+    "Take the strength off a LoRA."
+    where, _, number = text.rpartition(":")
+    bare = not where or not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", number) or Path(text).expanduser().exists()
+    return (text, None) if bare else (where, float(number))
+
+def read_tags(
+    prompt:str, # such as a red house <lora:style:0.8>
+)->tuple: # (the prompt without them, name -> strength)
+    "Take the LoRAs out of a prompt; CourseError for one that is written otherwise."
+    found, tag = {}, r"\s*<lora:([^:<>]+)(?::(-?\d+\.?\d*|-?\.\d+))?>"
+    for name, number in re.findall(tag, prompt): found[name.strip()] = float(number or 1)
+    rest = re.sub(tag, "", prompt).strip() if found else prompt
+    if "<lora:" in rest: raise CourseError(f"a LoRA in the prompt {prompt!r} is not readable: wanted such as "
+        "<lora:name:0.8>, with one number")
+    return rest, found
+
+# %% ../nbs/library/inference.ipynb #e5094313
+@dataclass(frozen=True)
+class LoraPlan:
+    "Which LoRAs to load, and how strong they are."
+    files: dict # name -> file, folder or hub id
+    scales: dict # name -> strength, where a prompt does not say another
+    prompts: dict # prompt as given -> (prompt without LoRAs, name -> strength as it says)
+
+# %% ../nbs/library/inference.ipynb #e5094314
+def _tagged(name, files):
+    "The name of a LoRA that a prompt asks for among those that are loaded, and its file where it is none of them."
+    plain = re.sub(r"\W+", "_", name).strip("_")
+    if plain in files: return plain, files[plain]
+    places = [place for place in (Path(name).expanduser(), Path(f"{name}.safetensors").expanduser()) if place.exists()]
+    if places: return plain, places[0]
+    raise CourseError(f"a prompt asks for the LoRA {name!r}: wanted one that --lora loads "
+        f"({', '.join(files) or 'there is none'}), or the path of a file")
+
+# %% ../nbs/library/inference.ipynb #e5094315
+def plan_loras(
+    prompts, # as given
+    lora=None, # LoRAs as given, with or without strengths
+    lora_scale=None, # one strength for all, or a list with one for each
+)->LoraPlan:
+    "Put together what options and prompts say of LoRAs; CourseError where they contradict each other."
+    given, tags = [split_strength(one) for one in lora or ()], {prompt: read_tags(prompt) for prompt in prompts}
+    own, files = [number for _, number in given if number is not None], _named([where for where, _ in given])
+    if own and lora_scale is not None: raise CourseError("--lora FILE:0.8 and --lora_scale both say how strong a LoRA "
+        "is: leave one of them out")
+    scales = _each(list(files), 1.0 if lora_scale is None else lora_scale)
+    scales |= {name: number for name, (_, number) in zip(files, given) if number is not None}
+    asked = {}
+    for prompt, (text, said) in tags.items():
+        asked[prompt] = text, {}
+        for name, number in said.items():
+            name, files[name] = _tagged(name, files)
+            scales.setdefault(name, 0.0) # other prompts do not ask for it
+            asked[prompt][1][name] = number
+    return LoraPlan(files, scales, asked)
+
 # %% ../nbs/library/inference.ipynb #e509431f
 def settings_of(
     config:GenerateConfig,
-    pipeline, # as the config wants it
+    scales:dict, # name of each LoRA -> strength
 )->dict: # name -> plain value
     "What is written into every picture besides its prompt and seed."
     model = Path(config.model).name if Path(config.model).exists() else config.model # no folders of this machine
+    strengths = list(scales.values()) or [None]
     return dict(negative_prompt=config.negative_prompt, steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale, model=model, lora=", ".join(adapter_names(pipeline)) or None,
-        lora_scale=config.lora and one_or_all(config.lora_scale))
+        guidance_scale=config.guidance_scale, clip_skip=config.clip_skip, model=model, lora=", ".join(scales) or None,
+        lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
 # %% ../nbs/library/inference.ipynb #a1eec1bd
 def load_words(
@@ -197,6 +269,24 @@ def load_words(
         print(f"read the words {', '.join(found)} from {Path(file).name}")
     return found
 
+# %% ../nbs/library/inference.ipynb #8ab00377
+def draw_planned(
+    pipeline, # StableDiffusionXLPipeline with the LoRAs of the plan
+    plan:LoraPlan,
+    prompts, # as given, one per picture
+    seeds, # one per picture
+    spell=lambda text: text, # puts learnt words into a prompt
+    **options, # as in `generate`
+)->tuple: # (PIL images, name -> strength for each)
+    "Draw prompts, each with the LoRAs that it asks for."
+    pictures, scales = [], [{**plan.scales, **plan.prompts[prompt][1]} for prompt in prompts]
+    rows = list(zip(prompts, seeds, scales))
+    for strengths, some in groupby(rows, key=lambda row: row[2]):
+        texts, own = zip(*[(spell(plan.prompts[prompt][0]), seed) for prompt, seed, _ in some])
+        set_lora_scale(pipeline, strengths)
+        pictures += generate(pipeline, texts, own, **options)
+    return pictures, scales
+
 # %% ../nbs/library/inference.ipynb #8ab00378
 def draw_and_save(
     config:GenerateConfig, # what to draw
@@ -206,16 +296,20 @@ def draw_and_save(
     folder = writable_folder(path, f"{path} cannot be written to",
         "wanted a folder for the pictures, choose another --output_dir")
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
-    pipeline = load_pipeline(config.model, config.lora, one_or_all(config.lora_scale), device, dtype,
+    plan = plan_loras(config.prompt, config.lora, config.lora_scale and one_or_all(config.lora_scale))
+    pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype,
         vae=config.vae, revision=config.revision, variant=config.variant)
-    words = load_words(pipeline, config.lora, config.embeddings)
-    warn_about_prompts(config, pipeline.tokenizer)
+    words = load_words(pipeline, plan.files.values(), config.embeddings)
+    warn_about_prompts(replace(config, prompt=[text for text, _ in plan.prompts.values()], lora=list(plan.files)),
+        pipeline.tokenizer)
     size = tuple(given or picture_size(pipeline)[0] for given in (config.height, config.width))
     prompts, seeds = zip(*[(p, config.seed + i) for p in config.prompt for i in range(config.num_images)])
-    pictures = generate(pipeline, [replace_placeholders(p, words) for p in prompts], seeds,
-        config.num_inference_steps, config.guidance_scale, size, config.batch_size or (8 if max(size) <= 512 else 1),
-        config.negative_prompt and replace_placeholders(config.negative_prompt, words), progress=is_interactive())
-    notes = [dict(prompt=p, seed=s, **settings_of(config, pipeline)) for p, s in zip(prompts, seeds)]
+    spell = lambda text: replace_placeholders(text, words)
+    pictures, scales = draw_planned(pipeline, plan, prompts, seeds, spell,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, size=size,
+        batch_size=config.batch_size or (8 if max(size) <= 512 else 1), progress=is_interactive(),
+        negative_prompt=config.negative_prompt and spell(config.negative_prompt), clip_skip=config.clip_skip)
+    notes = [dict(prompt=p, seed=s, **settings_of(config, one)) for p, s, one in zip(prompts, seeds, scales)]
     paths = save_pictures(pictures, folder, notes)
     columns = min(config.num_images, 8) if len(config.prompt) > 1 else None
     grid = image_grid(pictures, columns, titles=[f"{s}: {p}" for p, s in zip(prompts, seeds)])

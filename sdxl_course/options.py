@@ -18,7 +18,7 @@ import signal
 import sys
 import uuid
 from contextlib import contextmanager
-from dataclasses import field, fields, replace
+from dataclasses import MISSING, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import get_args, get_origin, get_type_hints
@@ -26,18 +26,20 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 from .core import CourseError, Terminated, nearest, run_guarded
+from .foreign_flags import FOREIGN, foreign_answer, foreign_value
 
 # %% ../nbs/library/options.ipynb #903ef20d
-RESUME = ("fixed", "free", "machine")
+RESUME = ("never", "fixed", "free", "machine")
 
 def option(
     default, # value when nothing is given; dataclasses.MISSING: must be given
     help:str, # one line for --help and the page of arguments
     limit:str="", # lowest .. highest allowed number, such as "0 .. < 1" or "> 0 .."
-    resume:str="fixed", # may a resumed run change it? fixed: no; free: yes; machine: yes, but the bits will differ
+    resume:str="fixed", # may a resumed run change it? one of RESUME
     **more, # for argparse, for instance choices
 ): # a dataclass field
-    "A command-line option: a dataclass field with its help line, its limit, and what a resume may change."
+    """A command-line option: a dataclass field with its help line, its limit, and what a resume may change: never,
+    fixed (only where --resume_with_changes names it), free, or machine (yes, but the bits will differ)."""
     if resume not in RESUME: raise CourseError(f"resume is {resume!r}: wanted one of {', '.join(RESUME)}")
     return field(default=default, metadata=dict(help=help, limit=limit, resume=resume, **more))
 
@@ -73,7 +75,8 @@ def check_limits(
         value, limit, choices = getattr(config, f.name), f.metadata.get("limit"), f.metadata.get("choices")
         if value is None: continue
         if value != value: raise CourseError(f"--{f.name} is {value}: wanted a number")
-        if limit: _check_number(f.name, value, limit, kinds[f.name])
+        for one in (value if isinstance(value, (list, tuple)) else [value]) if limit else ():
+            _check_number(f.name, one, limit, kinds[f.name])
         if choices and value not in choices: raise CourseError(not_among(f"--{f.name}", value, choices))
 
 # %% ../nbs/library/options.ipynb #b9191f0f
@@ -126,6 +129,9 @@ def check_options(
 ):
     "Raise CourseError for options out of range and for combinations that a rule among `constraints` forbids."
     resolve_texts(config)
+    for f in fields(config): # a list of one number is a number
+        if f.metadata.get("limit") and isinstance(value := getattr(config, f.name), list) and len(value) == 1:
+            object.__setattr__(config, f.name, value[0])
     check_limits(config)
     for forbids, sentence in rules_of(config, "constraints"):
         if forbids(config): raise CourseError(sentence)
@@ -155,7 +161,7 @@ def fields_of(
 # %% ../nbs/library/options.ipynb #96d4eb42
 def resume_kinds(
     config, # a config dataclass
-)->dict: # field name -> fixed, free or machine
+)->dict: # field name -> one of RESUME
     "What a resumed run may change, option by option."
     return {f.name: f.metadata.get("resume", "fixed") for f in fields(config)}
 
@@ -200,11 +206,17 @@ def writable_folder(
     except OSError as error: raise CourseError(f"{complaint} ({error.strerror}): {remedy}") from error
     return path
 
+# %% ../nbs/library/options.ipynb #fb946645
+def _foreign_hint(message:str)->str: # of argparse, such as "argument --resolution: invalid int value: '512,512'"
+    "What a value that argparse refused is here, where it is another trainer's."
+    found = re.match(r"argument --(\w+).*: invalid \w+ value: '(.*)'", message)
+    return foreign_value(*found.groups()) if found else ""
+
 # %% ../nbs/library/options.ipynb #fb946644
 class _Parser(HfArgumentParser):
     "HfArgumentParser that raises one sentence instead of printing usage and exiting, and knows `option`'s metadata."
     def error(self, message):
-        raise CourseError(f"{message}; --help lists every flag")
+        raise CourseError(f"{message}; {_foreign_hint(message) or '--help lists every flag'}")
 
     @staticmethod
     def _parse_dataclass_field(parser, field):
@@ -214,7 +226,9 @@ class _Parser(HfArgumentParser):
         for action in parser._actions:
             if action.dest != field.name or not action.option_strings: continue
             if bool in get_args(field.type): action.nargs, action.const = "?", True # bare, it means yes
-            if action.nargs == "+": action.type = _unmarked(action.type)
+            if action.nargs != "+": continue
+            action.type = _unmarked(action.type)
+            if field.default is not MISSING: action.default = field.default
 
 # %% ../nbs/library/options.ipynb #6ecaaea7
 MARK = "\0" # begins a value of a list in a config file, which argparse would else take for a flag
@@ -232,6 +246,9 @@ def read_config_file(
     "A config file's values as text, the way a command line would give them; CourseError where it is not readable."
     plain = lambda v: v if v is None or isinstance(v, (str, dict, list)) else json.dumps(v)
     text = lambda v: [plain(x) for x in v] if isinstance(v, list) else plain(v) # deeper ones are refused, not read
+    if str(path).lower().endswith(".toml"):
+        raise CourseError(f"the config file {path} is TOML, as kohya's are: wanted YAML or JSON, with lines such as "
+            "rank: 8")
     is_json = str(path).endswith(".json")
     try:
         content = Path(path).expanduser().read_text(encoding="utf-8")
@@ -275,7 +292,8 @@ class NamedOptions:
         return super().__new__(cls)
 
 def _unknown(given:str, name:str, known)->str:
-    "A sentence for an option that is not known, with the nearest name."
+    "A sentence for an option that is not known: what it is called here, or the nearest name."
+    if answer := foreign_answer(name, known): return f"{given}, which is no option; {answer}"
     guess = nearest(name, list(known))
     return f"{given}, which is no option" + (f"; did you mean {guess}?" if guess else "; --help lists every flag")
 
@@ -305,6 +323,17 @@ def parse_config(
     except CourseError as error: told = without_secrets(str(error), argv)
     raise CourseError(told) # without argparse's own words, which hold what was typed
 
+# %% ../nbs/library/options.ipynb #fa794075
+def _unknown_words(words:list, known:list)->str: # words of a command line that nothing took; names of options
+    "A sentence for the first flag among them, or one for all of them where they are those of another trainer."
+    flags = [word.split("=")[0] for word in words if word.startswith("-")] or words[:1]
+    names = [flag.lstrip("-").replace("-", "_") for flag in flags]
+    if len(flags) == 1 or any(name not in FOREIGN for name in names):
+        first = next((i for i, name in enumerate(names) if name not in FOREIGN), 0)
+        return _unknown(f"got {flags[first]!r}", names[first], known)
+    answers = [f"{flag}: {foreign_answer(name, known)}" for flag, name in zip(flags, names)]
+    return f"got {len(flags)} flags of another trainer, which are no options; " + "; ".join(answers)
+
 # %% ../nbs/library/options.ipynb #fa794074
 def _parse(cls, argv, prog, positional):
     "A command line as a config."
@@ -317,13 +346,9 @@ def _parse(cls, argv, prog, positional):
     files = _Parser(allow_abbrev=False, add_help=False)
     files.add_argument("--config", action="append", default=[])
     from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path)]
-    config, extra, left = parser.parse_args_into_dataclasses(from_files + argv, return_remaining_strings=True,
-        look_for_args_file=False)
-    if left:
-        name = next((word for word in left if word.startswith("-")), left[0])
-        option_name = name.lstrip("-").split("=")[0].replace("-", "_")
-        given = name.split("=")[0] if name.startswith("-") else name
-        raise CourseError(_unknown(f"got {given!r}", option_name, [f.name for f in fields(cls)]))
+    words, known = from_files + argv, [f.name for f in fields(cls)]
+    if left := parser.parse_known_args(words)[1]: raise CourseError(_unknown_words(left, known))
+    config, extra = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     if extra.print_config:
         print(json.dumps(config_dict(config), indent=2))
         raise SystemExit(0)

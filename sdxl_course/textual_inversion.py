@@ -39,10 +39,10 @@ TEMPLATES = dict(object=OBJECT, style=STYLE) # captions that the pictures are sh
 @dataclass(frozen=True, kw_only=True)
 class TextualInversionConfig(TrainConfig):
     "Learn a new word for a thing or a style (Gal et al., 2022)."
-    placeholder_token: str = option(MISSING, "the new word, as prompts will say it")
+    placeholder_token: str = option(MISSING, "the new word, as prompts will say it", resume="never")
     initializer_token: str = option(MISSING, "a known word to begin with")
     learnable_property: str = option("object", "what the word stands for", choices=tuple(TEMPLATES))
-    num_vectors: int = option(1, "embedding vectors that the word consists of", "1 ..")
+    num_vectors: int = option(1, "embedding vectors that the word consists of", "1 ..", resume="never")
     repeats: int = option(100, "how often a pass over the data shows each picture", "1 ..")
     save_steps: int = option(500, "write learned_embeds-steps-500.safetensors and so on every so many updates",
         "1 ..", "free")
@@ -61,11 +61,6 @@ class TextualInversionConfig(TrainConfig):
             "--placeholder_token must be one word that stands for what is learnt, such as <my-chair>"),
         (lambda c: c.cache_text_embeds,
             "--cache_text_embeds keeps what textual inversion changes in every step: leave it out"))
-
-    def draws_after(self, step:int, updates_per_epoch:int)->bool:
-        "Whether the validation prompts are drawn after an update."
-        at_epoch = self.validation_epochs is not None and super().draws_after(step, updates_per_epoch)
-        return step % self.validation_steps == 0 or at_epoch
 
 # %% ../nbs/library/textual_inversion.ipynb #0bae4a23
 def read_pictures(

@@ -24,12 +24,12 @@ EXPORTS = {"export", "exports", "exporti"}
 
 # The rooms of the library, from the ground up: a room imports only from rooms before it. This is the one place where they stand in order.
 ROOMS = """
-core devices options
+core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
 model.folders model.components model.architecture model.conditioning model.noise model.latents model.sampling model.lora model.adapters model.lora_layouts model.lora_files
 model.words
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
-train.machine train.objective train.optimizer train.loop train.checkpoint train.validation train.results train.config train.prepare
+train.machine train.objective train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.hub train.run train.build train.class_images
 text_to_image dreambooth full textual_inversion
 inference measure.metrics measure.judges measure.distributions measure.subject measure.claims evaluate study demo

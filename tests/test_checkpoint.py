@@ -343,3 +343,60 @@ def test_what_is_saved_is_the_average_and_what_trains_is_not(tmp_path):
 def test_a_checkpoint_of_one_optimizer_does_not_fit_another(train):
     train("one", optimizer="adamw", max_train_steps=2, checkpointing_steps=1)
     with pytest.raises(CourseError, match="optimizer"): train("one", optimizer="adafactor", max_train_steps=2, resume_from_checkpoint="latest")
+
+
+# ------------------------------------------------ changes on purpose
+
+def weights_after(folder, k):
+    "What the checkpoint after update k holds."
+    return load_file(folder / f"checkpoint-{k}" / "pytorch_lora_weights.safetensors")
+
+
+def moves(before, after, part=""): return torch.cat([(after[n] - before[n]).flatten() for n in sorted(before) if n.startswith(part)])
+
+
+STEADY = dict(max_train_steps=4, checkpointing_steps=1, adam_weight_decay=0.0, max_grad_norm=1e6)
+
+
+def test_a_resume_with_another_rate_takes_the_same_step_shorter(train):
+    said, straight = [], train("straight", **STEADY).output_dir
+    two = dict(STEADY, learning_rate=1e-3, resume_from_checkpoint=str(straight / "checkpoint-2"))
+    with pytest.raises(CourseError, match="learning_rate .was 0.01, now 0.001.*--resume_with_changes learning_rate goes on.*--init_lora"): train("refused", **two)
+    other = train("other", log=said.append, **two, resume_with_changes="learning_rate")
+    assert [row["lr"] for row in other.log] == [1e-2, 1e-2, 1e-3, 1e-3] and any("learning_rate (was 0.01, now 0.001)" in text and "--resume_with_changes" in text for text in said)
+    start, long, short = weights_after(straight, 2), weights_after(straight, 3), weights_after(other.output_dir, 3)
+    assert torch.allclose(moves(start, short), moves(start, long) / 10, atol=1e-7) and moves(start, long).abs().max() > 1e-3  # the moments are the same
+
+
+def test_a_changed_schedule_is_where_it_would_have_been(train):
+    straight = train("straight", **STEADY).output_dir
+    linear = dict(STEADY, lr_scheduler="linear", lr_warmup_steps=0, learning_rate=2e-2)
+    want = [row["lr"] for row in train("linear", **linear).log]
+    other = train("other", **linear, resume_from_checkpoint=str(straight / "checkpoint-2"), resume_with_changes="lr_scheduler, lr_warmup_steps,learning_rate")
+    assert [row["lr"] for row in other.log] == pytest.approx([1e-2, 1e-2, *want[2:]]) and want[2] == pytest.approx(1e-2) and want[3] == pytest.approx(5e-3)
+
+
+def test_a_resume_may_split_the_rates_of_unet_and_text_encoders(train):
+    text = dict(STEADY, train_text_encoder=True)
+    straight = train("straight", **text).output_dir
+    other = train("other", **text, text_encoder_lr=0.0, resume_from_checkpoint=str(straight / "checkpoint-2"), resume_with_changes="text_encoder_lr").output_dir
+    start, long, held = weights_after(straight, 2), weights_after(straight, 3), weights_after(other, 3)
+    assert not moves(start, held, "text_encoder").any() and moves(start, long, "text_encoder").any() and torch.allclose(moves(start, held, "unet"), moves(start, long, "unet"), atol=1e-8)
+
+
+def test_a_resume_may_learn_from_more_pictures_but_never_with_another_rank(train, make_pictures):
+    said, straight = [], train("straight", **STEADY).output_dir
+    more = dict(STEADY, max_train_steps=7, train_data_dir=str(make_pictures(8, "more")), resume_from_checkpoint=str(straight / "checkpoint-2"))
+    with pytest.raises(CourseError, match="data .was .*--resume_with_changes train_data_dir goes on"): train("refused", **more)
+    other = train("other", log=said.append, **more, resume_with_changes="train_data_dir", debug_loss=True)
+    assert {name for row in other.log[2:] for name in row["loss_of"]} - {f"{i}.png" for i in range(5)} and any("data (was " in text for text in said)
+    with pytest.raises(CourseError, match="cannot name rank"): train("rank", **more, rank=8, resume_with_changes="rank")
+    with pytest.raises(CourseError, match="rank .was 4, now 8") as caught: train("rank", **more, rank=8, resume_with_changes="train_data_dir")
+    assert "--resume_with_changes" not in str(caught.value) and "--init_lora" in str(caught.value)
+    with pytest.raises(CourseError, match="did you mean learning_rate"): train("slip", **more, resume_with_changes="learning_rat")
+
+
+def test_a_named_change_that_is_none_keeps_the_bytes(train):
+    straight = train("straight", **STEADY).output_dir
+    again = train("again", **STEADY, resume_from_checkpoint=str(straight / "checkpoint-2"), resume_with_changes="learning_rate").output_dir
+    for name in ("pytorch_lora_weights.safetensors", "training_log.jsonl"): assert files_of(again)[name] == files_of(straight)[name]

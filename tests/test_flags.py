@@ -129,6 +129,7 @@ TABLE = [  # model
     ("repeats_from_folders", False, dict(train_data_dir="{named}"), lambda a, b: "3 pictures with" in a.said and "3 different pictures are shown 5 times a pass" in b.said and differ(a, b)),
     # captions and masks
     ("shuffle_tags", True, TAGS, differ), ("keep_tags", 9, dict(TAGS, shuffle_tags=True), lambda a, b: differ(a, b)),
+    ("clip_skip", 1, {}, differ), ("clip_skip", 1, TE, differ),
     ("max_token_length", 150, dict(train_data_dir="{long}"), lambda a, b: differ(a, b) and "longer than 77" in b.said and "longer" not in a.said),
     ("masked_loss", True, dict(train_data_dir="{halves}"), lambda a, b: all(x < y for x, y in zip(a.losses[:1], b.losses))),
     ("mask_data_dir", "{masks}", dict(train_data_dir="{halves}", masked_loss=True), differ),
@@ -147,6 +148,10 @@ TABLE = [  # model
     ("num_validation_images", 2, PROMPT, lambda a, b: {"image_0.png", "image_1.png"} <= names(a) and "image_1.png" not in names(b)),
     ("validation_epochs", 2, dict(PROMPT, train_batch_size=5), lambda a, b: {n for n in names(a) if n.startswith("validation/")} == {"validation/step-000001-0.png"}
         and {n for n in names(b) if n.startswith("validation/")} == {"validation/step-000001-0.png", "validation/step-000002-0.png"}),
+    ("validation_steps", 2, dict(PROMPT, train_batch_size=5), lambda a, b: {n for n in names(a) if n.startswith("validation/")} == {"validation/step-000002-0.png"}
+        and {n for n in names(b) if n.startswith("validation/")} == {"validation/step-000001-0.png", "validation/step-000002-0.png"}),
+    ("validation_steps", 2, dict(PROMPT, train_batch_size=1, max_train_steps=11, validation_epochs=2), lambda a, b: {int(n[16:22]) for n in names(a) if n.startswith("validation/")} == {2, 4, 5, 6, 8, 10}
+        and {int(n[16:22]) for n in names(b) if n.startswith("validation/")} == {5}),
     ("validation_split", 0.4, dict(debug_loss=True, max_train_steps=6), lambda a, b: a.result.measured_on == "2 held-out pictures" and len({n for row in a.log for n in row["loss_of"]}) == 3
         and b.result.measured_on == "5 training pictures" and len({n for row in b.log for n in row["loss_of"]}) == 5),
     ("validation_data_dir", "{other}", {}, lambda a, b: a.log == b.log and a.result.measured_on == "3 held-out pictures" and a.result.validation_loss_before != b.result.validation_loss_before),
@@ -167,6 +172,8 @@ TABLE = [  # model
     # anchors.md 6 trap 18: what scale_lr multiplies by; test_regressions.py counts the updates under accumulation
     ("scale_lr", True, {}, lambda a, b: rates(a) == [2e-2] * 3 and rates(b) == [1e-2] * 3),
     ("text_encoder_lr", 0.0, TE, lambda a, b: not part(a, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any() and part(b, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any()),
+    ("text_encoder_lr", [1e-2, 0.0], TE, lambda a, b: tuple(bool(part(a, f"{name}.text_model.encoder.layers.0.self_attn.q_proj.lora_B").any()) for name in ("text_encoder", "text_encoder_2")) == (True, False)),
+    ("block_lr", "down=0, up_blocks.0=1e-3", dict(max_train_steps=1, adam_weight_decay=0.0), lambda a, b: [most(a, block) / most(b, block) for block in ("down_blocks", "mid_block", "up_blocks")] == pytest.approx([0, 1, 0.1], rel=1e-3)),
     ("loraplus_lr_ratio", 10.0, dict(max_train_steps=1, adam_weight_decay=0.0, learning_rate=1e-3), lambda a, b: moved(a) == pytest.approx(10 * moved(b), rel=1e-3)),
     ("lr_scheduler", "linear", dict(lr_warmup_steps=0), lambda a, b: rates(a) == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])), ("lr_scheduler", "constant_with_warmup", dict(lr_warmup_steps=2), lambda a, b: rates(a) == [0, 5e-3, 1e-2]),
     ("lr_warmup_steps", 3, dict(lr_scheduler="cosine"), lambda a, b: rates(a) == pytest.approx([0, 1e-2 / 3, 2e-2 / 3]) and rates(b) == pytest.approx([0, 1e-2 / 500, 2e-2 / 500])),
@@ -203,6 +210,9 @@ NEEDED = ("num_train_epochs", "dataset_name", "dataset_config_name", "image_colu
 
 
 def moved(run): return max(float(t.abs().max()) for n, t in tensors(run).items() if ".lora_B." in n)
+
+
+def most(run, block): return float(torch.cat([t.flatten() for n, t in tensors(run).items() if n.startswith(f"unet.{block}") and ".lora_B." in n]).abs().max())
 
 
 def averaged(run, decay):
@@ -477,7 +487,7 @@ def test_everything_is_written_below_output_dir(ran, monkeypatch, tmp_path):
     assert not files_of(tmp_path) and {"config.yaml", "README.md", "training_log.jsonl", "image_0.png"} <= names(run)
 
 
-ELSEWHERE = dict(resume_from_checkpoint=("test_checkpoint.py", "test_resuming_twice_and_stopping_early_change_nothing"),
+ELSEWHERE = dict(resume_with_changes=("test_checkpoint.py", "test_a_resume_with_another_rate_takes_the_same_step_shorter"), resume_from_checkpoint=("test_checkpoint.py", "test_resuming_twice_and_stopping_early_change_nothing"),
     gradient_checkpointing=("test_text_to_image.py", "test_gradient_checkpointing_reaches_every_network_and_changes_no_number"))
 SHOWN.update(ELSEWHERE)
 
@@ -514,7 +524,8 @@ def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_n
 def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
     config, hints, kinds = build(command), get_type_hints(CONFIGS[command][0]), resume_kinds(build(command))
     for f in fields(config):
-        number = {int, float} & {hints[f.name], *get_args(hints[f.name])}
+        kinds_of = {hints[f.name], *get_args(hints[f.name])}
+        number = {int, float} & (kinds_of | {one for kind in kinds_of for one in get_args(kind)})
         assert f.metadata["help"] and "\n" not in f.metadata["help"] and kinds[f.name] in RESUME, f.name
         assert bool(f.metadata["limit"]) == (bool(number) and not f.metadata.get("choices") and f.name != "local_rank"), f.name  # every number has one
         if not f.metadata["limit"]: continue
@@ -532,9 +543,12 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
-    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps""".split())
+    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes""".split())
 MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
+
+NEVER = set("""rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
+    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors""".split())
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -543,10 +557,11 @@ def test_what_a_resume_may_change(command):
     kinds = resume_kinds(build(command))
     assert {name for name, kind in kinds.items() if kind == "free"} == FREE & kinds.keys()
     assert {name for name, kind in kinds.items() if kind == "machine"} == MACHINE & kinds.keys()
+    assert {name for name, kind in kinds.items() if kind == "never"} == NEVER & kinds.keys()
     assert set(kinds.values()) == set(RESUME)
 
 
-def test_no_kind_is_left_out(): assert FREE | MACHINE <= {name for command in CONFIGS for name in resume_kinds(build(command))}
+def test_no_kind_is_left_out(): assert FREE | MACHINE | NEVER <= {name for command in CONFIGS for name in resume_kinds(build(command))}
 
 
 def weight(one): return True if one.kind is bool else 5.0  # a value that asks for a weighting
@@ -558,11 +573,12 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(cached_crops=2, use_aspect_ratio_buckets=True), dict(cached_crops=2)), (dict(cache_latents=False, cache_latents_to_disk=True), dict(cache_latents_to_disk=True)),
     *[({one.flag: weight(one), other.flag: weight(other)}, {other.flag: weight(other)}) for one, other in combinations(WEIGHTINGS.values(), 2)], (dict(mask_data_dir="m"), dict(mask_data_dir="m", masked_loss=True)),
     (dict(rescale_betas_zero_snr=True, prediction_type="epsilon"), dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")), (dict(keep_tags=1), dict(keep_tags=1, shuffle_tags=True)),
-    (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)),
+    (dict(validation_split=0.1, validation_data_dir="v"), dict(validation_split=0.1)), (dict(resume_with_changes="learning_rate"), dict(resume_with_changes="learning_rate", resume_from_checkpoint="latest")),
     (dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=5), dict(timestep_bias_strategy="range", timestep_bias_begin=5, timestep_bias_end=6)),
     (dict(use_8bit_adam=True, optimizer="prodigy"), dict(use_8bit_adam=True)),
     (dict(optimizer="schedulefree", lr_scheduler="cosine"), dict(optimizer="schedulefree", lr_scheduler="constant_with_warmup")), (dict(optimizer="schedulefree", use_ema=True), dict(optimizer="schedulefree")),
-    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
+    (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(optimizer="Prodigy", block_lr="up=1e-4"), dict(block_lr="up=1e-4")),
+    (dict(block_lr="up"), dict(block_lr=" up = 1E-4, mid_block=.5")), (dict(text_encoder_lr=[1e-4] * 3), dict(text_encoder_lr=[1e-4] * 2)), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
@@ -621,6 +637,132 @@ def test_a_dora_for_other_programs_is_told_who_draws_it():
 
 
 def test_idle_options_are_said_by_the_run(ran): assert "--prodigy_beta3 does nothing" in ran(prodigy_beta3=0.5).said
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["kept", "trained"])
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "an encoded empty text"])
+def test_clip_skip_is_that_of_diffusers(train, toy, toy_model, tmp_path, monkeypatch, text, zeros):
+    from sdxl_course.model.conditioning import encode_prompts
+    parts, seen = toy(), []
+    parts.force_zeros_for_empty_prompt = zeros
+    words = [f"picture {i}" for i in range(2)]
+    with torch.no_grad():
+        theirs = parts.pipeline().encode_prompt(words, clip_skip=1)
+        for want, got in zip((theirs[0], theirs[2]), encode_prompts(parts, words, clip_skip=1)): assert torch.equal(want, got)
+        assert not torch.equal(theirs[0], encode_prompts(parts, words)[0])
+    inside(monkeypatch, lambda unet, batch, *_: seen.extend(batch.prompt_embeds.detach().clone()))
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(tmp_path / "p", 2)), resolution=64, train_batch_size=2, num_train_epochs=4, seed=0,
+        proportion_empty_prompts=0.5, learning_rate=1e-9, train_text_encoder=text, report_to="none", output_dir=str(tmp_path / "o"), clip_skip=1)
+    train_text_to_image(config, parts, log=lambda text: None)
+    possible = [*theirs[0], theirs[1][0] if zeros is False else torch.zeros(77, 16)]  # what is drawn from nothing is the pipeline's
+    near = [[bool((told - one).abs().max() < 1e-5) for one in possible] for told in seen]
+    assert len(near) == 8 and all(sum(row) == 1 for row in near) and {row.index(True) for row in near} == {0, 1, 2}
+    with pytest.raises(CourseError, match="clip_skip is 2: wanted 1 or less"): train(clip_skip=2)
+
+
+def test_prodigys_own_step_size_is_in_the_log(ran):
+    from sdxl_course.train.loop import TrainState, found_rate
+    from sdxl_course.train.optimizer import make_optimizer
+    run = ran(optimizer="prodigy", learning_rate=0.5, max_train_steps=8)
+    rows = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
+    assert rows[0]["effective_lr"] == pytest.approx(0.5e-6) and rows[0]["lr"] == 0.5 and "effective_lr" not in ran().log[0]  # Prodigy's d begins at 1e-6
+    before = load_file(ran(optimizer="prodigy", learning_rate=0.5, max_train_steps=1, adam_weight_decay=0.0).folder / "pytorch_lora_weights.safetensors")
+    assert max(float(t.abs().max()) for n, t in before.items() if ".lora_B." in n) == pytest.approx(0.5e-6, rel=0.05)  # Adam's first step is as long as its rate
+    place, path = torch.nn.Parameter(torch.zeros(1)), []
+    optimizer = make_optimizer([place], 0.5, weight_decay=0.0, name="prodigy")
+    for _ in range(20):
+        path.append((found_rate(TrainState({}, optimizer, None, 0))["effective_lr"], optimizer.param_groups[0]["d"]))
+        optimizer.zero_grad(), ((place - 1)**2).sum().backward(), optimizer.step()
+    assert all(told == 0.5 * d for told, d in path) and path[0][0] == 5e-7 and path[-1][0] > 1e-3  # it grows towards the distance to go
+
+
+
+def test_groups_of_rates_stand_in_the_order_of_the_names():
+    from sdxl_course.model.adapters import parameter_groups
+    names = [f"{where}.lora_A.default.weight" for where in ("unet.down_blocks.1.x", "unet.up_blocks.0.x", "unet.up_blocks.0.y", "unet.up_blocks.01.x", "text_encoder.x", "text_encoder_2.x")]
+    named = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+    def groups(*rates, **options): return [(group["lr"], [names[i] for i, p in enumerate(named.values()) if any(p is q for q in group["params"])]) for group in parameter_groups(named, *rates, **options)]
+    assert groups(1.0) == [(1.0, names)] and groups(1.0, 2.0) == groups(1.0, [2.0]) == [(1.0, names[:4]), (2.0, names[4:])]
+    assert groups(1.0, [2.0, 3.0], block_rates={"up_blocks": 0.0, "up_blocks.0.y": 5.0}) == [(1.0, names[:1]), (0.0, [names[1], names[3]]), (5.0, [names[2]]), (2.0, [names[4]]), (3.0, [names[5]])]
+
+
+def test_a_block_without_a_lora_is_named(train):
+    with pytest.raises(CourseError, match="--block_lr names 'down_blocks.0'.*no LoRA.*down_blocks.1"): train(block_lr="down_blocks.0=1e-4")
+
+
+@pytest.mark.parametrize("words, want", [(["1e-3"], 1e-3), (["1e-3", "2e-4"], [1e-3, 2e-4]), ([], None)])
+def test_one_rate_of_the_text_encoders_is_a_number_and_two_are_a_list(words, want, tmp_path):
+    from sdxl_course.options import parse_config
+    rest = ["--pretrained_model_name_or_path", "m"]
+    assert parse_config(TextToImageConfig, [*rest, "--train_data_dir", "d", *(["--text_encoder_lr", *words] if words else [])]).text_encoder_lr == want
+    (tmp_path / "c.json").write_text(json.dumps(dict(text_encoder_lr=want)))
+    assert parse_config(TextToImageConfig, [*rest, "--train_data_dir", "d", "--config", str(tmp_path / "c.json")]).text_encoder_lr == want
+    assert parse_config(DreamBoothConfig, [*rest, "--instance_data_dir", "d", "--instance_prompt", "x"]).text_encoder_lr == 5e-6
+
+
+# ------------------------------------------------ flags of other trainers
+
+# every flag of sd-scripts' sdxl_train_network.py, sdxl_train.py and train_textual_inversion.py, its data set configuration, and diffusers' advanced DreamBooth script
+THEIRS = """adaptive_noise_scale alpha_mask async_upload base_weights base_weights_multiplier block_lr blocks_to_swap bucket_no_upscale bucket_reso_steps cache_info cache_latents
+    cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk caption_dropout_every_n_epochs caption_dropout_rate caption_extension caption_extention
+    caption_prefix caption_separator caption_suffix caption_tag_dropout_rate clip_skip color_aug conditioning_data_dir config_file cpu_offload_checkpointing dataset_class
+    dataset_config dataset_repeats ddp_gradient_as_bucket_view ddp_static_graph ddp_timeout debiased_estimation_loss debug_dataset deepspeed diffusers_xformers dim_from_weights
+    disable_mmap_load_safetensors dynamo_backend enable_bucket enable_wildcard face_crop_aug_range flip_aug fp16_master_weights_and_gradients fp8_base fp8_base_unet full_bf16 full_fp16
+    fused_backward_pass fused_optimizer_groups gradient_accumulation_steps gradient_checkpointing highvram huber_c huber_scale huber_schedule huggingface_path_in_repo
+    huggingface_repo_id huggingface_repo_type huggingface_repo_visibility huggingface_token in_json initial_epoch initial_step ip_noise_gamma ip_noise_gamma_random_strength keep_tokens
+    keep_tokens_separator learning_rate learning_rate_te learning_rate_te1 learning_rate_te2 log_config log_prefix log_tracker_config log_tracker_name log_with logging_dir logit_mean
+    logit_std loss_type lowram lr_decay_steps lr_scheduler lr_scheduler_args lr_scheduler_min_lr_ratio lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_timescale
+    lr_scheduler_type lr_warmup_steps masked_loss max_bucket_reso max_data_loader_n_workers max_grad_norm max_timestep max_token_length max_train_epochs max_train_steps
+    max_validation_steps mem_eff_attn min_bucket_reso min_snr_gamma min_timestep mixed_precision mode_scale multires_noise_discount multires_noise_iterations network_alpha network_args
+    network_dim network_dropout network_module network_train_text_encoder_only network_train_unet_only network_weights no_half_vae no_metadata no_token_padding noise_offset
+    noise_offset_random_strength offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path optimizer_args optimizer_type output_config
+    output_dir output_name persistent_data_loader_workers pretrained_model_name_or_path prior_loss_weight random_crop reg_data_dir resize_interpolation resolution resume
+    resume_from_huggingface sample_at_first sample_every_n_epochs sample_every_n_steps sample_prompts sample_sampler save_every_n_epochs save_every_n_steps save_last_n_epochs
+    save_last_n_epochs_state save_last_n_steps save_last_n_steps_state save_model_as save_n_epoch_ratio save_precision save_state save_state_on_train_end save_state_to_huggingface
+    scale_v_pred_loss_like_noise_pred scale_weight_norms sdpa secondary_separator seed shuffle_caption skip_cache_check skip_until_initial_step stop_text_encoder_training
+    support_controlnet support_dreambooth support_dropout support_finetuning text_encoder_batch_size text_encoder_lr token_warmup_min token_warmup_step tokenizer_cache_dir
+    torch_compile train_batch_size train_data_dir train_text_encoder training_comment unet_lr use_8bit_adam use_lion_optimizer use_safetensors v2 v_parameterization v_pred_like_loss
+    vae vae_batch_size validate_every_n_epochs validate_every_n_steps validation_seed validation_split wandb_api_key wandb_run_name weighted_captions weighting_scheme xformers
+    zero3_init_flag zero3_save_16bit_model zero_stage zero_terminal_snr num_repeats lora_unet_blocks use_blora train_text_encoder_frac token_string init_word num_vectors_per_token
+    use_object_template use_style_template""".split()
+
+
+def told(cls, *words):
+    "The sentence that a command line ends with."
+    from sdxl_course.options import parse_config
+    with pytest.raises(CourseError) as caught: parse_config(cls, ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *words])
+    return str(caught.value)
+
+
+def test_no_flag_of_another_trainer_meets_a_guess():
+    ours = set().union(*({f.name for f in fields(cls)} for cls, _ in CONFIGS.values()))
+    strange = [name for name in THEIRS if name not in ours]
+    assert len(strange) > 150
+    for name in strange:
+        sentence = told(TextToImageConfig, f"--{name}", "1")
+        assert f"got '--{name}', which is no option; " in sentence and "did you mean" not in sentence and "--help lists" not in sentence, sentence
+        assert set(re.findall(r"--(\w+)", sentence.split(";", 1)[1])) <= ours | {"config", "print_config", "help", "block_lr", "concepts"}, sentence
+
+
+@pytest.mark.parametrize("theirs, ours", [("network_dim", "rank"), ("network_alpha", "lora_alpha"), ("unet_lr", "learning_rate"), ("flip_aug", "random_flip"), ("max_train_epochs", "num_train_epochs"),
+    ("save_every_n_steps", "checkpointing_steps"), ("shuffle_caption", "shuffle_tags"), ("min_snr_gamma", "snr_gamma"), ("enable_bucket", "use_aspect_ratio_buckets"), ("optimizer_type", "optimizer"),
+    ("network_weights", "init_lora"), ("caption_dropout_rate", "proportion_empty_prompts"), ("vae", "pretrained_vae_model_name_or_path"), ("resume", "resume_from_checkpoint"), ("log_with", "report_to")])
+def test_a_flag_of_another_trainer_is_answered_with_ours(theirs, ours, tmp_path):
+    assert re.search(rf"here it is --{ours}\b", told(TextToImageConfig, f"--{theirs}", "8"))
+    (tmp_path / "kohya.yaml").write_text(f"{theirs}: 8\n")
+    assert re.search(rf"sets '{theirs}', which is no option; here it is --{ours}\b", told(TextToImageConfig, "--config", str(tmp_path / "kohya.yaml")))
+    with pytest.raises(CourseError, match=rf"got '{theirs}', which is no option; here it is --{ours}\b"): build("text", **{theirs: 8})
+
+
+def test_a_whole_command_of_another_trainer_is_answered_at_once(tmp_path):
+    sentence = told(TextToImageConfig, "--network_dim=32", "--network_train_unet_only", "--unet_lr", "1e-4")
+    assert "got 3 flags" in sentence and "--network_dim: here it is --rank;" in sentence and "--network_train_unet_only: that is what happens" in sentence and sentence.endswith("--unet_lr: here it is --learning_rate")
+    assert "did you mean rank" in told(TextToImageConfig, "--network_dim", "32", "--rnak", "3")  # a slip of our own comes first
+    assert "here it is --resolution" not in told(TextToImageConfig, "--resolution", "1024,1024") and "one number: --resolution 1024" in told(TextToImageConfig, "--resolution", "1024,1024")
+    assert "--use_aspect_ratio_buckets" in told(TextToImageConfig, "--resolution", "832,1216")
+    assert "has no such option" in told(FullConfig, "--network_dim", "8") and "here it is --repeats" in told(DreamBoothConfig, "--instance_prompt", "x", "--num_repeats", "8")
+    (tmp_path / "kohya.toml").write_text("network_dim = 8\n")
+    assert "is TOML" in told(TextToImageConfig, "--config", str(tmp_path / "kohya.toml"))
 
 
 def test_every_option_has_a_place_in_this_file():

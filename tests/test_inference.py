@@ -155,6 +155,43 @@ def test_the_command_writes_pictures_that_say_how_they_were_made(toy_model, lora
     assert main(flags) == 0 and [f.read_bytes() for f in files] == before  # same command, same bytes
 
 
+def drawn(folder):
+    "Pictures and notes of a command."
+    pictures = [Image.open(file) for file in sorted(folder.glob("image_*.png"))]
+    return [picture.convert("RGB") for picture in pictures], [picture.text for picture in pictures]
+
+
+@pytest.mark.parametrize("way", ["of its own", "in the prompt", "only in the prompt"])
+def test_a_strength_may_stand_behind_the_file_or_in_the_prompt(toy_model, loras, tmp_path, monkeypatch, way):
+    style, subject = str(loras["style"].parent), str(loras["subject"])
+    usual = ["--model", str(toy_model), "--seed", "7", "--num_inference_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
+    monkeypatch.chdir(loras["style"].parent.parent)
+    flags = {"of its own": ["--prompt", "a cat", "--lora", f"{style}:0.5", "--lora", f"{subject}:-.25"], "in the prompt": ["--prompt", "a cat <lora:style:0.5> <lora:subject:-0.25>", "--lora", style, subject],
+        "only in the prompt": ["--prompt", "a cat<lora:style:0.5><lora:subject:-.25>"]}[way]
+    assert main([*usual, *flags]) == 0
+    want = generate(load_pipeline(toy_model, lora=[style, subject], lora_scale=[0.5, -0.25], device="cpu"), "a cat", 7, **QUICK)
+    (picture, (notes,)) = drawn(tmp_path)
+    assert gap(picture, want) == 0 and notes["lora"] == "style, subject" and notes["lora_scale"] == "[0.5, -0.25]"
+    assert gap(want, generate(load_pipeline(toy_model, device="cpu"), "a cat", 7, **QUICK)) > 5
+
+
+def test_each_prompt_gets_the_loras_that_it_asks_for(toy_model, loras, tmp_path, monkeypatch):
+    monkeypatch.chdir(loras["style"].parent.parent)
+    assert main(["--model", str(toy_model), "--seed", "7", "--num_images", "2", "--num_inference_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path), "--lora", "style",
+        "--prompt", "a cat", "a cat <lora:style:0>", "a cat <lora:subject>"]) == 0
+    pictures, notes = drawn(tmp_path)
+    style, both = (load_pipeline(toy_model, lora=[str(loras[name].parent) for name in names], device="cpu") for names in (["style"], ["style", "subject"]))
+    wants = [generate(style, "a cat", (7, 8), **QUICK), generate(load_pipeline(toy_model, device="cpu"), "a cat", (7, 8), **QUICK), generate(both, "a cat", (7, 8), **QUICK)]
+    for k, want in enumerate(wants): assert gap(pictures[2*k:2*k + 2], want) <= 1, k
+    assert [one["lora_scale"] for one in notes[::2]] == ["[1.0, 0.0]", "0.0", "1.0"] and notes[2]["prompt"] == "a cat <lora:style:0>"
+
+
+def test_the_commands_clip_skip_is_that_of_diffusers(toy_model, pipeline, tmp_path):
+    assert main(["--model", str(toy_model), "--prompt", "a cat", "--seed", "7", "--num_inference_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path), "--clip_skip", "1"]) == 0
+    stock = pipeline("a cat", generator=torch.Generator().manual_seed(7), num_inference_steps=2, guidance_scale=5.0, clip_skip=1).images
+    assert gap(drawn(tmp_path)[0], stock) == 0 and drawn(tmp_path)[1][0]["clip_skip"] == "1" and gap(stock, generate(pipeline, "a cat", 7, **QUICK)) > 0
+
+
 @pytest.mark.parametrize("flags, words", [
     ([], "no prompt was given"),
     (["--prompt", "a", "--promt", "b"], "did you mean prompt"),
@@ -162,6 +199,10 @@ def test_the_command_writes_pictures_that_say_how_they_were_made(toy_model, lora
     (["--prompt", "a", "--height", "63"], "multiples of 8"),
     (["--prompt", "a", "--lora", "nowhere.safetensors"], "no LoRA at 'nowhere.safetensors'"),
     (["--prompt", "a", "--lora", "{lora}", "--lora_scale", "1", "2"], "2 LoRA scales for 1"),
+    (["--prompt", "a", "--lora", "{lora}:0.5", "--lora_scale", "1"], "--lora_scale both say"),
+    (["--prompt", "a <lora:nobody:1>", "--lora", "{lora}"], "asks for the LoRA 'nobody': wanted one that --lora loads (style)"),
+    (["--prompt", "a <lora:style:0.8:0.2>", "--lora", "{lora}"], "with one number"),
+    (["--prompt", "a", "--clip_skip", "2"], "clip_skip is 2: wanted 1 or less"), (["--prompt", "a", "--clip_skip", "-1"], "wanted 0 or more"),
     (["--prompt", "a", "--device", "toaster"], "toaster"),
     (["--prompt", "a", "--model", "no/such/model"], "no model at"),
     (["--prompt", "a", "--mixed_precision", "fp8"], "fp8"),

@@ -263,13 +263,15 @@ def prompt(
     components, # with tokenizers and frozen text encoders
     caption:str,# "" is allowed
     max_token_length:int=75, # see `encode_prompts`
+    clip_skip:int=None, # the same
 )->tuple: # key, {prompt_embeds (77, d), pooled_prompt_embeds (p)}
     "The embeddings of one caption, encoded at most once; CourseError where they are not finite."
     tokenizers = (components.tokenizer, components.tokenizer_2)
     ids = [ids[0].tolist() for tokenizer in tokenizers for ids in token_windows(tokenizer, [caption], max_token_length)]
-    key = hashed("prompt 1", *ids, fingerprint(components.text_encoder), fingerprint(components.text_encoder_2))
+    key = hashed("prompt 1", *ids, fingerprint(components.text_encoder), fingerprint(components.text_encoder_2),
+        *([clip_skip] if clip_skip else []))
     def make():
-        with torch.no_grad(): embeds, pooled = encode_prompts(components, [caption], max_token_length)
+        with torch.no_grad(): embeds, pooled = encode_prompts(components, [caption], max_token_length, clip_skip)
         if not (embeds.isfinite().all() and pooled.isfinite().all()):
             raise CourseError(f"the caption {caption!r} gives embeddings that are not finite numbers: "
                               "load the text encoders in another number format")

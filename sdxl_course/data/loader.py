@@ -42,6 +42,8 @@ class CaptionOptions:
     max_token_length: int = option(75,
         "tokens of a caption that are read; beyond 75 in several windows of the text encoder",
         choices=(75, 150, 225))
+    clip_skip: int | None = option(None, "take the text encoders' words so many layers earlier than SDXL does, as "
+        "diffusers counts; 0 is what A1111 calls 2", "0 ..")
 
     constraints: ClassVar = (
         (lambda c: c.keep_tags and not c.shuffle_tags,
@@ -127,6 +129,7 @@ class BatchLoader:
     shuffle_tags: bool = False # captions are tags, in a new order each time
     keep_tags: int = 0 # so many tags stay in front
     max_token_length: int = 75 # tokens that are read
+    clip_skip: int = None # layers of the text encoders that are left out
     noise_offset: float = 0.0 # strength of offset noise
     # (index, size, flipped, crop) -> cache key; empty: encode every time
     latent_keys: dict = field(default_factory=dict)
@@ -234,7 +237,8 @@ def encode_captions(self:BatchLoader,
     "Fill the cache with every caption."
     captions = dict.fromkeys([caption for r in self.all for caption in r.captions] + list(prompts))
     for caption in bar(list(captions), "encoding captions"):
-        self.text_keys[caption] = self.cache.prompt(self.components, caption, self.max_token_length)[0]
+        self.text_keys[caption] = self.cache.prompt(self.components, caption, self.max_token_length,
+            self.clip_skip)[0]
 
 # %% ../../nbs/library/data_loader.ipynb #af15dd5b
 @patch

@@ -55,14 +55,17 @@ def encode_prompts(
     components, # needs tokenizer, tokenizer_2, text_encoder, text_encoder_2
     prompts, # one prompt or a list of them
     max_token_length:int=75, # tokens that are read; 150 and 225 take two and three windows
+    clip_skip:int=None, # so many layers before the usual one, as diffusers counts; None: none
 )->tuple: # prompt_embeds (b, 77*windows, d1 + d2), pooled_prompt_embeds (b, p) of the first window
     "Hidden states of both encoders side by side, and the pooled embedding of the second (Podell et al., 2023)."
-    hidden = []
+    hidden, layer = [], -2 - (clip_skip or 0) # before the last layer, or further down
     for tokenizer, encoder in ((components.tokenizer, components.text_encoder),
             (components.tokenizer_2, components.text_encoder_2)):
         windows = token_windows(tokenizer, prompts, max_token_length)
         outputs = [encoder(ids.to(encoder.device), output_hidden_states=True) for ids in windows]
-        hidden.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=1)) # before the last layer
+        if (layers := len(outputs[0].hidden_states)) < -layer:
+            raise CourseError(f"clip_skip is {clip_skip}: wanted {layers - 2} or less for this text encoder")
+        hidden.append(torch.cat([output.hidden_states[layer] for output in outputs], dim=1))
     return torch.cat(hidden, dim=-1), outputs[0].text_embeds
 
 # %% ../../nbs/library/model_conditioning.ipynb #b2d1dcd9

@@ -23,10 +23,13 @@ BIAS_STRATEGIES = ("none", "earlier", "later", "range")
 @dataclass(frozen=True, kw_only=True)
 class NoiseOptions:
     "What the UNet is asked for, and which noise it sees."
-    prediction_type: str | None = option(None, "override the model's target", choices=("epsilon", "v_prediction"))
+    prediction_type: str | None = option(None, "override the model's target", choices=("epsilon", "v_prediction"),
+        resume="never")
     noise_offset: float = option(0.0, "strength of offset noise", "0 ..")
-    rescale_betas_zero_snr: bool = option(False, "let the last timestep be pure noise; needs v_prediction")
-    do_edm_style_training: bool = option(False, "measure the error on the clean latents, as Karras et al. (2022) do")
+    rescale_betas_zero_snr: bool = option(False, "let the last timestep be pure noise; needs v_prediction",
+        resume="never")
+    do_edm_style_training: bool = option(False, "measure the error on the clean latents, as Karras et al. (2022) do",
+        resume="never")
 
     constraints: ClassVar = (
         (lambda c: c.rescale_betas_zero_snr and c.prediction_type == "epsilon",

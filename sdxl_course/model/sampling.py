@@ -55,6 +55,7 @@ def sample_pictures(
     scheduler=None, # another one than the pipeline's own
     decode_singly:bool=False, # one picture at a time, in the VAE's own number format: what fits beside a training
     progress:bool=False, # show a bar for each batch
+    clip_skip:int=None, # see `encode_prompts` in `model.conditioning`; for prompts in words
 )->list: # PIL images
     "Draw pictures, each of which depends only on its own prompt and seed (up to rounding)."
     pictures, (height, width) = [], size
@@ -63,7 +64,7 @@ def sample_pictures(
             batch = slice(i, i + batch_size)
             drawn = pipeline(**{name: rows if rows is None else rows[batch] for name, rows in prompts.items()},
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]], height=height, width=width,
-                num_inference_steps=steps, guidance_scale=guidance,
+                num_inference_steps=steps, guidance_scale=guidance, clip_skip=clip_skip,
                 output_type="latent" if decode_singly else "pil").images
             pictures += decode_latents(pipeline.vae, drawn) if decode_singly else drawn
     return pictures
@@ -142,14 +143,18 @@ def generate(
     negative_prompt:str=None, # what to go away from
     progress:bool=False, # show a bar for each batch
     scheduler=None, # another one than the pipeline's own
+    clip_skip:int=None, # take the text encoders' words so many layers earlier, as diffusers counts
 )->list: # PIL images
     "Draw prompts, one picture per prompt and seed; CourseError for what does not fit together."
     prompts, seeds = _pair_up(prompts, seeds)
     if num_inference_steps < 1 or batch_size < 1:
         raise CourseError(f"got {num_inference_steps} steps and batches of {batch_size}: wanted 1 or more of each")
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2) if clip_skip else ()
+    if any(clip_skip > (most := encoder.config.num_hidden_layers - 1) for encoder in encoders):
+        raise CourseError(f"clip_skip is {clip_skip}: wanted {most} or less for this text encoder")
     rows = dict(prompt=prompts, negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts))
     return sample_pictures(pipeline, rows, seeds, picture_size(pipeline, size), num_inference_steps, guidance_scale,
-        batch_size, scheduler, progress=progress)
+        batch_size, scheduler, progress=progress, clip_skip=clip_skip)
 
 # %% ../../nbs/library/model_sampling.ipynb #ed2df647
 def save_picture(

@@ -26,12 +26,13 @@ TOKEN_OPTIONS = ("train_text_encoder_ti_frac", "token_abstraction", "num_new_tok
 class TokenOptions:
     "Whether new words are learnt beside the LoRA (pivotal tuning, Roich et al., 2021)."
     train_text_encoder_ti: bool = option(False,
-        "learn new words for the thing as well, in place of the text encoders (pivotal tuning)")
+        "learn new words for the thing as well, in place of the text encoders (pivotal tuning)", resume="never")
     train_text_encoder_ti_frac: float = option(0.5,
         "share of the updates in which they learn; afterwards they stand still",
         "0 .. 1")
-    token_abstraction: str = option("TOK", "what stands for the new words in prompts and captions; several with commas")
-    num_new_tokens_per_abstraction: int = option(2, "new words for each of these", "1 ..")
+    token_abstraction: str = option("TOK", "what stands for the new words in prompts and captions; several with commas",
+        resume="never")
+    num_new_tokens_per_abstraction: int = option(2, "new words for each of these", "1 ..", resume="never")
     ti_lr: float | None = option(None,
         "step size of the new words; not given: text_encoder_lr if that is given, otherwise learning_rate", "0 ..")
 

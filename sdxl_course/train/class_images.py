@@ -170,7 +170,8 @@ def drawing_settings(
 )->dict: # plain values
     "All that a class picture depends on, besides its number."
     vae = config.pretrained_vae_model_name_or_path
-    return dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config),
+    more = dict(clip_skip=config.clip_skip) if config.clip_skip else {}
+    return more | dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config),
         revision=config.revision, vae=vae and Path(vae).name, weights=weights,
         prediction_type=predicts or config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
@@ -182,11 +183,11 @@ def _differing(
     comparable:bool, # the weights themselves can be compared
 )->list: # (name, what it was, what it is now)
     "The settings that make other pictures."
-    asked = dict(prompt=None, size=None, max_token_length=75, rescale_betas_zero_snr=False)
+    asked = dict(prompt=None, size=None, max_token_length=75, rescale_betas_zero_snr=False, clip_skip=None)
     if not comparable: asked |= dict(vae=wanted["vae"], revision=wanted["revision"])
     if found.get("prediction_type") and wanted["prediction_type"]: asked["prediction_type"] = None
-    differs = [(name, repr(was), repr(wanted[name])) for name, default in asked.items()
-        if (was := found.get(name, default)) != wanted[name]]
+    differs = [(name, repr(was), repr(wanted.get(name))) for name, default in asked.items()
+        if (was := found.get(name, default)) != wanted.get(name)]
     if found["weights"] != wanted["weights"] if comparable else found["model"] != wanted["model"]:
         now = repr(wanted["model"]) + " with other weights"*(found["model"] == wanted["model"])
         differs.append(("model", repr(found["model"]), now))
@@ -230,7 +231,7 @@ def draw_class_pictures(
 ):
     "Draw class pictures in fixed batches, so that a picture that is drawn again is the same to the last bit."
     with torch.no_grad():
-        embeds = encode_prompts(components, [settings["prompt"]], max_token_length)
+        embeds = encode_prompts(components, [settings["prompt"]], max_token_length, settings.get("clip_skip"))
         empty = empty_prompt_embeds(components, 1, components.force_zeros_for_empty_prompt, max_token_length)
     batches = sorted({i//batch_size for i in indices})[share[0]::share[1]]
     for number in bar(batches, "drawing class pictures"):

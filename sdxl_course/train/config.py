@@ -19,6 +19,7 @@ from ..model.components import ModelOptions
 from ..model.lora_files import LoraFileOptions
 from ..model.noise import NoiseOptions, TimestepOptions
 from ..options import NamedOptions, check_options, option, would_be_read
+from .changes import ChangeOptions
 from .checkpoint import CheckpointOptions
 from .machine import HardwareOptions, MemoryOptions
 from .objective import LossOptions
@@ -33,7 +34,8 @@ SEEDS = f"{-2**53} .. {2**53}" # pictures are numbered from 1000 times the seed,
 class RunOptions:
     "How long, and where to."
     output_dir: str = option("sd-model-finetuned-lora", "folder for everything the run writes", resume="free")
-    seed: int | None = option(None, "makes the run repeatable; none: a fresh seed, noted in the log", SEEDS)
+    seed: int | None = option(None, "makes the run repeatable; none: a fresh seed, noted in the log", SEEDS,
+        resume="never")
     num_train_epochs: int = option(100, "passes over the data, unless max_train_steps is given", "1 ..", "free")
     max_train_steps: int | None = option(None, "optimizer updates in all", "1 ..", "free")
     debug_loss: bool = option(False, "log the loss of every single picture", resume="free")
@@ -52,16 +54,16 @@ def _read_folders(c): # of pictures that a run reads; with a dataset, train_data
 # %% ../../nbs/library/train_config.ipynb #522d4985
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(SharingOptions, HardwareOptions, MemoryOptions, EmaOptions, ScheduleOptions, ProdigyOptions,
-    OptimizerOptions,
-        LossOptions, TimestepOptions, NoiseOptions, CheckpointOptions, BatchOptions, RunOptions, ValidationOptions,
-        CacheOptions,
-        MaskOptions, ImageOptions, CaptionOptions, DataOptions, ModelOptions, NamedOptions):
+        OptimizerOptions, LossOptions, TimestepOptions, NoiseOptions, ChangeOptions, CheckpointOptions, BatchOptions,
+        RunOptions, ValidationOptions, CacheOptions, MaskOptions, ImageOptions, CaptionOptions, DataOptions,
+        ModelOptions, NamedOptions):
     "The options that every method of fine-tuning shares, checked: CourseError for what cannot work."
     def __post_init__(self):
         self.hide_token()
         self.check_optimizer()
         check_options(self)
         self.check_schedule()
+        self.changes()
 
 # %% ../../nbs/library/train_config.ipynb #7ac87e4d
 @dataclass(frozen=True, kw_only=True)

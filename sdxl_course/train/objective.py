@@ -203,11 +203,12 @@ class DenoisingLoss(torch.nn.Module):
         encode_text:bool=False, # captions are encoded here, in every step
         max_token_length:int=75, # tokens of a caption that are read
         prior_loss_weight:float=None, # second half of each batch: class pictures, counted so much
+        clip_skip:int=None, # see `encode_prompts`
     ):
         super().__init__()
         self.unet, self.schedule = components.unet, schedule
         self.weighting, self.unmasked_weight = weighting, unmasked_weight
-        self.max_token_length, self.prior_loss_weight = max_token_length, prior_loss_weight
+        self.max_token_length, self.prior_loss_weight, self.clip_skip = max_token_length, prior_loss_weight, clip_skip
         self.force_zeros = components.force_zeros_for_empty_prompt
         if encode_text:
             self.text_encoder, self.text_encoder_2 = components.text_encoder, components.text_encoder_2
@@ -219,7 +220,10 @@ class DenoisingLoss(torch.nn.Module):
         return losses if self.prior_loss_weight is None else prior_preservation(losses, self.prior_loss_weight)
 
     def with_text(self, batch, captions): # the batch with embeddings of these captions
-        embeds, pooled = encode_prompts(self, captions, self.max_token_length)
+        embeds, pooled = encode_prompts(self, captions, self.max_token_length, self.clip_skip)
+        if self.clip_skip and not self.force_zeros: # the empty prompt is not moved, as in diffusers
+            words = torch.tensor([bool(c) for c in captions], device=embeds.device)[:, None, None]
+            embeds = torch.where(words, embeds, encode_prompts(self, captions, self.max_token_length)[0])
         spoken = torch.tensor([bool(c) or not self.force_zeros for c in captions], device=embeds.device)
         return replace(batch, prompt_embeds=embeds*spoken[:, None, None], pooled_prompt_embeds=pooled*spoken[:, None])
 
@@ -237,17 +241,18 @@ def without_adapters(*models):
 class PriorDistillation(DenoisingLoss):
     "Adds how far the trained model is from the base model on the class prompt (Li and Hoiem, 2016)."
     def __init__(self, components, schedule, class_prompt="", teacher_weight=1.0, encode_text=False,
-        max_token_length=75, **options):
-        super().__init__(components, schedule, encode_text=encode_text, max_token_length=max_token_length, **options)
+        max_token_length=75, clip_skip=None, **options):
+        super().__init__(components, schedule, encode_text=encode_text, max_token_length=max_token_length,
+            clip_skip=clip_skip, **options)
         self.class_prompt, self.teacher_weight = class_prompt, teacher_weight
         if encode_text: return
-        with torch.no_grad(): embeds, pooled = encode_prompts(components, [class_prompt], max_token_length)
+        with torch.no_grad(): embeds, pooled = encode_prompts(components, [class_prompt], max_token_length, clip_skip)
         self.register_buffer("class_embeds", embeds, persistent=False)
         self.register_buffer("class_pooled", pooled, persistent=False)
 
     def of_class(self, batch): # the same batch under the class prompt
         embeds, pooled = ((self.class_embeds, self.class_pooled) if hasattr(self, "class_embeds")
-            else encode_prompts(self, [self.class_prompt], self.max_token_length))
+            else encode_prompts(self, [self.class_prompt], self.max_token_length, self.clip_skip))
         b = len(batch.latents)
         return replace(batch, prompt_embeds=embeds.expand(b, *embeds.shape[1:]),
             pooled_prompt_embeds=pooled.expand(b, -1))

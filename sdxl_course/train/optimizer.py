@@ -23,10 +23,10 @@ OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree")
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     "How to walk downhill."
-    optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}; upper case or not")
+    optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}; upper case or not", resume="never")
     learning_rate: float = option(1e-4, "step size; Prodigy wants 1", "0 ..")
     scale_lr: bool = option(False, "multiply it by batch size, accumulation and number of processes")
-    use_8bit_adam: bool = option(False, "keep Adam's state in 8 bits")
+    use_8bit_adam: bool = option(False, "keep Adam's state in 8 bits", resume="never")
     adam_beta1: float = option(0.9, "memory of the gradient's mean", "0 .. < 1")
     adam_beta2: float = option(0.999, "memory of the gradient's square", "0 .. < 1")
     adam_weight_decay: float = option(1e-2, "pull towards zero", "0 ..")
@@ -90,7 +90,7 @@ class ScheduleOptions:
 @dataclass(frozen=True, kw_only=True)
 class EmaOptions:
     "EMA weights."
-    use_ema: bool = option(False, "keep a moving average of the LoRA: it is validated and saved")
+    use_ema: bool = option(False, "keep a moving average of the LoRA: it is validated and saved", resume="never")
     ema_decay: float = option(0.999, "how slowly the average moves, at the most", "0 .. < 1")
 
     constraints: ClassVar = (

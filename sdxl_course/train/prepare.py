@@ -192,7 +192,7 @@ def make_loss(
     weighting = make_weighting(**{flag: getattr(config, flag) for flag in active_weightings(config)})
     return kind(components, schedule, weighting=weighting, encode_text=encode_text,
         unmasked_weight=config.unmasked_weight,
-        max_token_length=config.max_token_length, **options)
+        max_token_length=config.max_token_length, clip_skip=config.clip_skip, **options)
 
 # %% ../../nbs/library/train_prepare.ipynb #96a5cce1
 def read_captioned(

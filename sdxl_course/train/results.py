@@ -226,7 +226,8 @@ class LiveView:
     def show(self, run, pictures): # pictures: there are new ones
         "Bring everything up to date; the curve every tenth update."
         step, row = run.state.step, run.state.rows[-1]
-        self.words.value = f"update {step} of {run.updates}, loss {row['loss']}, learning rate {row['lr']:.2e}"
+        rate = row.get("effective_lr", row["lr"])
+        self.words.value = f"update {step} of {run.updates}, loss {row['loss']}, learning rate {rate:.2e}"
         if step % 10 == 0 or pictures or step == run.updates:
             run.plot()
             self.curve.value = (run.output_dir/"loss.png").read_bytes()

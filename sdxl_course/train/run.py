@@ -20,8 +20,9 @@ from ..data.preprocess import to_tensor
 from ..model.conditioning import encode_prompts
 from ..model.sampling import eval_mode
 from ..options import config_dict, resume_kinds
+from .changes import asked_changes, refuse_changes
 from .checkpoint import archive_earlier, checkpointing, latest_checkpoint, load_checkpoint
-from .checkpoint import log_lines, logging_to, read_state, refuse_changes, save_checkpoint
+from .checkpoint import log_lines, logging_to, read_state, save_checkpoint
 from .loop import TrainState, defer_signals, eval_weights, fit
 from .machine import is_out_of_memory, optional
 from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_captioned
@@ -99,7 +100,8 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
         return cached["prompt_embeds"], cached["pooled_prompt_embeds"]
     encoders = self.components.text_encoder, self.components.text_encoder_2
     with torch.no_grad(), eval_mode(*encoders):
-        embeds, pooled = encode_prompts(self.components, [caption], self.config.max_token_length)
+        embeds, pooled = encode_prompts(self.components, [caption], self.config.max_token_length,
+            self.config.clip_skip)
     return embeds[0], pooled[0]
 
 # %% ../../nbs/library/train_run.ipynb #7455c36b
@@ -126,11 +128,12 @@ def resume(self:Run,
 ):
     "Go back to where the checkpoint was written; CourseError where it belongs to another configuration."
     config, saved = self.config, read_state(checkpoint)["config"]
-    refuse_changes(saved, self.settings(), {**resume_kinds(config), "updates": "free"}, self.log)
+    kinds = {**resume_kinds(config), "updates": "free", "base_model": "never", "vae": "never"}
+    changed = refuse_changes(saved, self.settings(), kinds, self.log, *asked_changes(config))
     if saved.get("updates", self.updates) != self.updates and not config.lr_scheduler.startswith("constant"):
         self.log(f"the {config.lr_scheduler} schedule is now {self.updates} updates long, it was {saved['updates']}: "
             "the learning rate jumps")
-    load_checkpoint(checkpoint, self.state, self.trained.load, self.accelerator.scaler)
+    load_checkpoint(checkpoint, self.state, self.trained.load, self.accelerator.scaler, bool(changed))
     self.resumed = (checkpoint,)
     self.log(f"resuming from {checkpoint}: {self.state.step} of {self.updates} updates are done")
 
@@ -178,7 +181,8 @@ def validate(self:Run,
 
 # %% ../../nbs/library/train_run.ipynb #db63aad3
 # name there -> here
-TRACKED = dict(train_loss="loss", lr="lr", grad_norm="grad_norm", validation_loss="validation_loss")
+TRACKED = dict(train_loss="loss", lr="lr", effective_lr="effective_lr", grad_norm="grad_norm",
+    validation_loss="validation_loss")
 
 @patch
 def log_row(self:Run, state, row):
@@ -217,7 +221,8 @@ def hooks(self:Run,
             if every and state.step % every == 0: row["validation_loss"] = self.measure()
     publish = [lambda state, row, one=one: one(state, self.output_dir) for one in self.trained.after_update]
     def show(state, row):
-        with optional("the bar", self.log): bar.update(), bar.set_postfix(loss=row["loss"], lr=row["lr"])
+        with optional("the bar", self.log):
+            bar.update(), bar.set_postfix(loss=row["loss"], lr=row.get("effective_lr", row["lr"]))
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
         config.checkpoints_total_limit, accelerator.scaler, self.resumed, config.checkpointing_minutes)
     write = logging_to(self.output_dir/"training_log.jsonl", self.state, self.log)

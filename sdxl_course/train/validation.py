@@ -18,7 +18,7 @@ from ..data.preprocess import bucket_sizes, check_record, nearest_bucket, prepar
 from ..data.records import open_image, split_records
 from ..model.latents import posterior
 from ..model.sampling import draw_pictures, eval_mode
-from ..options import option
+from ..options import is_set, option
 from .objective import denoising_loss
 
 # %% ../../nbs/library/train_validation.ipynb #96ccfec4
@@ -29,6 +29,9 @@ class ValidationOptions:
     validation_prompts: list[str] | None = option(None, "several such prompts", resume="free")
     num_validation_images: int = option(4, "pictures per validation prompt", "1 ..", "free")
     validation_epochs: int = option(1, "draw after every so many epochs", "1 ..", "free")
+    validation_steps: int | None = option(None,
+        "draw after every so many updates; epochs then count where validation_epochs is not its default", "1 ..",
+        "free")
     validation_split: float = option(0.0, "share of the pictures held out to measure the loss on", "0 .. < 1")
     validation_data_dir: str | None = option(None, "folder of pictures to measure the loss on", resume="free")
     validation_loss_steps: int | None = option(None,
@@ -42,6 +45,8 @@ class ValidationOptions:
 
     def draws_after(self, step:int, updates_per_epoch:int)->bool:
         "Whether the validation prompts are drawn after an update."
+        if self.validation_steps and step % self.validation_steps == 0: return True
+        if self.validation_steps and not is_set(self, "validation_epochs"): return False
         epoch, rest = divmod(step, updates_per_epoch)
         return rest == 0 and (epoch - 1) % self.validation_epochs == 0
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from ..core import load_tensors, save_tensors
 from ..model.components import save_components
-from ..model.adapters import enable_gradient_checkpointing, inject_lora, lora_modules, parameter_groups
+from ..model.adapters import block_rates, enable_gradient_checkpointing, inject_lora, lora_modules
+from ..model.adapters import parameter_groups, text_encoder_rates
 from ..model.lora_files import initialize_lora_from, load_lora_into, save_kohya, save_lora
 from ..model.words import LearnedTokens, placeholder_map, save_embeddings
 from .loop import copy_into
@@ -81,6 +82,7 @@ def lora_card(config)->CardText:
     tags = ("lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers",
         *["dora"]*config.use_dora)
     usage = 'pipeline.load_lora_weights("this folder", weight_name="pytorch_lora_weights.safetensors")'
+    if config.clip_skip: usage += f"\n# draw with pipeline(prompt, clip_skip={config.clip_skip})"
     if getattr(config, "train_text_encoder_ti", False): usage += words_usage(config)
     return CardText("SDXL LoRA", f"A rank-{config.rank} {kind}", usage, tags, config.train_text_encoder)
 
@@ -98,9 +100,10 @@ def lora_weights(
         dropout=config.lora_dropout, init=config.init_lora_weights, use_dora=config.use_dora,
         use_rslora=config.use_rslora)
     if config.init_lora: initialize_lora_from(*three, config.init_lora)
-    one_rate = config.text_encoder_lr is None or config.optimizer.lower() == "prodigy" # Prodigy has one step size
-    groups = parameter_groups(named, config.learning_rate*scale, None if one_rate else config.text_encoder_lr*scale,
-        config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder)
+    texts = [] if config.optimizer.lower() == "prodigy" else text_encoder_rates(config) # Prodigy has one step size
+    groups = parameter_groups(named, config.learning_rate*scale, [rate*scale for rate in texts] or None,
+        config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder,
+        block_rates(components.unet, config.block_lr, scale))
     publish = lambda folder: _publish_lora(folder, parts, PRECISIONS[config.save_precision], config.output_kohya_format)
     return Trained(named, groups, lambda folder: save_lora(folder, **parts),
         lambda folder: load_lora_into(*three, folder),
