@@ -22,7 +22,7 @@ import sys
 import torch
 import uuid
 from PIL import Image, ImageDraw, ImageFont
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from safetensors import SafetensorError
@@ -267,7 +267,7 @@ def write_atomic(
         raise CourseError(f"{path} could not be written ({error.strerror}); "
                           f"choose a folder with write permission and free space") from error
     finally:
-        if neighbour.exists(): neighbour.unlink()
+        with suppress(OSError): neighbour.unlink() # gone already, or nothing can be removed any more
     return path
 
 # %% ../nbs/library/core.ipynb #fd64a385

@@ -29,21 +29,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 TOKEN = "hf_" + "Fault1nject10n" * 2
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 ERRORS = {"ENOSPC": True, "EIO": False, "EROFS": True}  # whether it stays so once it has begun
+REMOVES = {"os.remove", "os.rmdir"}  # a full disk still lets go of files
 HARMS = ("removed", "emptied", "halved", "a bit flipped")
 ANSWERS = ("silence", "hung up", "nonsense", "half", 401, 403, 404, 409, 413, 429, 500, 503)
 
 
 class Strike:
     "Count file operations below a folder by Python's audit events (PEP 578); at the k-th one something happens."
-    def __init__(self, folder, moment, blow, stays=False, reads=False):
-        self.folder, self.moment, self.blow, self.stays, self.reads, self.count = os.path.realpath(folder), moment, blow, stays, reads, 0
+    def __init__(self, folder, moment, blow, stays=False, reads=False, spared=()):
+        self.folder, self.moment, self.blow, self.stays, self.reads, self.spared, self.count = os.path.realpath(folder), moment, blow, stays, reads, spared, 0
 
     def __call__(self, event, given):
         if event == "open": counts = isinstance(given[0], (str, bytes)) and (self.reads or bool((given[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
         else: counts = event in CHANGES
         if not counts or not os.path.realpath(os.fsdecode(given[0])).startswith(self.folder): return
         self.count += 1
-        if self.count == self.moment or self.stays and self.count > self.moment: self.blow()
+        if event not in self.spared and (self.count == self.moment or self.stays and self.count > self.moment): self.blow()
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -159,7 +160,7 @@ def errors(bench, number):
         reads = name == "EIO"
         for moment in spread(bench.operations[reads], max(1, number // len(ERRORS)), name):
             folder = bench.home / f"{name}-{moment}"
-            code, told = bench.run(folder, prepare=lambda: sys.addaudithook(Strike(folder, moment, fail(name), stays, reads)))
+            code, told = bench.run(folder, prepare=lambda: sys.addaudithook(Strike(folder, moment, fail(name), stays, reads, REMOVES if name == "ENOSPC" else ())))
             wrong = f"ended with {code}: {told[-300:]}" if code not in (0, 2) or "Traceback" in told else ""
             if code == 2 and "error:" not in told: wrong = f"no sentence: {told[-300:]}"
             yield folder, f"{name} at operation {moment}", wrong or bench.goes_on(folder)

@@ -1,4 +1,5 @@
 "A small share of the campaign in faults.py, and arbitrary input for everything that reads files of others."
+import errno
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
-from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.core import CourseError, load_tensors, write_atomic
 from sdxl_course.data.records import inspect_picture, read_metadata, read_sidecar
 from sdxl_course.model.lora_layouts import read_layers
 from sdxl_course.options import option, parse_config
@@ -29,6 +30,13 @@ def test_no_trial_of_a_small_campaign_loses_anything(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["kinds"]
     assert {kind: one["trials"] for kind, one in found.items()} == dict(kill=3, write=2, error=3, damage=4, hub=12) and not any(one["lost"] for one in found.values())
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EROFS", "EIO"])
+def test_a_file_that_can_be_neither_finished_nor_removed_is_one_sentence(tmp_path, monkeypatch, name):
+    def fails(*given): raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+    for call in ("replace", "unlink"): monkeypatch.setattr(os, call, fails)
+    with pytest.raises(CourseError, match=f"could not be written .{os.strerror(getattr(errno, name))}"): write_atomic(tmp_path / "a", b"x")
 
 
 def reads_or_explains(read, *given):

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def remove_partial(
     for kind in ("former", "part"):
         for path in Path(output_dir).glob(f".checkpoint-*.{kind}"): shutil.rmtree(path, ignore_errors=True)
     for path in Path(output_dir).rglob(".*.part"): # halves of single files
-        if re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name) and path.is_file(): path.unlink(missing_ok=True)
+        if re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name) and path.is_file():
+            with suppress(OSError): path.unlink()
 
 # %% ../../nbs/library/train_checkpoint.ipynb #614aa2e8
 def archive_earlier(
