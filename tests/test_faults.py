@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 from sdxl_course.core import CourseError, load_tensors, write_atomic
-from sdxl_course.data.records import inspect_picture, read_metadata, read_sidecar
+from sdxl_course.data.metadata import read_metadata, read_sidecar
+from sdxl_course.data.records import inspect_picture
 from sdxl_course.model.lora_layouts import read_layers
 from sdxl_course.options import option, parse_config
 from sdxl_course.train.checkpoint import verify
