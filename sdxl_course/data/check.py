@@ -129,6 +129,20 @@ class Examples:
         "How often pictures are shown, as the folders say in which they lie."
         return folder_repeats([file for file, path, captions in self.candidates], wanted)
 
+# %% ../../nbs/library/data_check.ipynb #b59dc97f
+def _paired(folder, names, captions, caption_column):
+    "Candidates with their captions, and what is to be said of them."
+    there, candidates, problems, remarks = set(names), [], [], []
+    for name in filter(is_picture, names):
+        if PurePosixPath(name).suffix.lower() in UNREAD:
+            problems.append((name, "pictures of this kind are not read: export it as JPEG or PNG"))
+            continue
+        try: texts, silent = _captions(folder, name, captions.get(normalize_name(name)), there, caption_column)
+        except CourseError as error: texts, silent = (), problems.append((name, str(error)))
+        remarks += [(name, f"a caption beside it that says another is not read: {file}") for file in silent or ()]
+        candidates.append((name, Path(folder, name), texts))
+    return candidates, problems, remarks
+
 # %% ../../nbs/library/data_check.ipynb #b5cc145d
 def find_examples(
     folder, # a dataset's folder
@@ -140,23 +154,16 @@ def find_examples(
     listing = list_folder(folder)
     names, remarks = train_split(listing.names) if split else (listing.names, [])
     captions, problems = _metadata(folder, names, image_column, caption_column)
-    pictures, there, candidates = [name for name in names if is_picture(name)], set(names), []
-    left_out = {normalize_name(name) for name in set(listing.names) - there}
+    pictures = [name for name in names if is_picture(name)]
+    left_out = {normalize_name(name) for name in set(listing.names) - set(names)}
     problems = listing.problems + problems + _missing(captions.keys() - left_out, pictures)
-    remarks = remarks + listing.remarks
-    for name in pictures:
-        if PurePosixPath(name).suffix.lower() in UNREAD:
-            problems.append((name, "pictures of this kind are not read: export it as JPEG or PNG"))
-            continue
-        try: texts, silent = _captions(folder, name, captions.get(normalize_name(name)), there, caption_column)
-        except CourseError as error: texts, silent = (), problems.append((name, str(error)))
-        remarks += [(name, f"a caption beside it that says another is not read: {file}") for file in silent or ()]
-        candidates.append((name, Path(folder, name), texts))
+    candidates, more, told = _paired(folder, names, captions, caption_column)
     sidecars = {PurePosixPath(name).with_suffix(end).as_posix() for name in pictures for end in SIDECARS}
     meant = lambda name: name in sidecars or PurePosixPath(name).name in METADATA
-    problems += [(name, reason) for name, reason in listing.refused.items() if meant(name)]
+    refused = [(name, reason) for name, reason in listing.refused.items() if meant(name)]
     others = [name for name in [*names, *listing.refused] if not meant(name) and not is_picture(name)]
-    return Examples(candidates, problems, others, remarks + _unread(others, pictures))
+    remarks = remarks + listing.remarks + told + _unread(others, pictures)
+    return Examples(candidates, problems + more + refused, others, remarks)
 
 # %% ../../nbs/library/data_check.ipynb #c8fd7862
 def existing_folder(

@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from ..core import CourseError, SampleRNG, seeded
 from .cache import LatentCache, companion_tensors
-from .preprocess import bucket_sizes, check_record, covering_size, nearest_bucket, prepare_image, random_crop_origin
+from .preprocess import bucket_sizes, check_record, covering_size, nearest_bucket, prepare_image
+from .preprocess import random_crop_origin
 from .metadata import shuffle_tags
 from .records import MASK, companions_of, open_companion, open_image
 from ..model.conditioning import empty_prompt_embeds, make_time_ids
