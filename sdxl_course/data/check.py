@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataOptions', 'check_candidates', 'Examples', 'find_examples', 'existing_folder', 'with_repeats', 'scan',
-           'check_dataset', 'holds_pictures', 'read_dataset', 'load_tokenizer', 'check_data', 'CheckDataConfig',
+           'holds_pictures', 'check_dataset', 'read_dataset', 'load_tokenizer', 'check_data', 'CheckDataConfig',
            'run_check_data', 'main']
 
 # %% ../../nbs/library/data_check.ipynb #ba038e27
@@ -129,6 +129,20 @@ class Examples:
         "How often pictures are shown, as the folders say in which they lie."
         return folder_repeats([file for file, path, captions in self.candidates], wanted)
 
+# %% ../../nbs/library/data_check.ipynb #b59dc97f
+def _paired(folder, names, captions, caption_column):
+    "Candidates with their captions, and what is to be said of them."
+    there, candidates, problems, remarks = set(names), [], [], []
+    for name in filter(is_picture, names):
+        if PurePosixPath(name).suffix.lower() in UNREAD:
+            problems.append((name, "pictures of this kind are not read: export it as JPEG or PNG"))
+            continue
+        try: texts, silent = _captions(folder, name, captions.get(normalize_name(name)), there, caption_column)
+        except CourseError as error: texts, silent = (), problems.append((name, str(error)))
+        remarks += [(name, f"a caption beside it that says another is not read: {file}") for file in silent or ()]
+        candidates.append((name, Path(folder, name), texts))
+    return candidates, problems, remarks
+
 # %% ../../nbs/library/data_check.ipynb #b5cc145d
 def find_examples(
     folder, # a dataset's folder
@@ -140,23 +154,16 @@ def find_examples(
     listing = list_folder(folder)
     names, remarks = train_split(listing.names) if split else (listing.names, [])
     captions, problems = _metadata(folder, names, image_column, caption_column)
-    pictures, there, candidates = [name for name in names if is_picture(name)], set(names), []
-    left_out = {normalize_name(name) for name in set(listing.names) - there}
+    pictures = [name for name in names if is_picture(name)]
+    left_out = {normalize_name(name) for name in set(listing.names) - set(names)}
     problems = listing.problems + problems + _missing(captions.keys() - left_out, pictures)
-    remarks = remarks + listing.remarks
-    for name in pictures:
-        if PurePosixPath(name).suffix.lower() in UNREAD:
-            problems.append((name, "pictures of this kind are not read: export it as JPEG or PNG"))
-            continue
-        try: texts, silent = _captions(folder, name, captions.get(normalize_name(name)), there, caption_column)
-        except CourseError as error: texts, silent = (), problems.append((name, str(error)))
-        remarks += [(name, f"a caption beside it that says another is not read: {file}") for file in silent or ()]
-        candidates.append((name, Path(folder, name), texts))
+    candidates, more, told = _paired(folder, names, captions, caption_column)
     sidecars = {PurePosixPath(name).with_suffix(end).as_posix() for name in pictures for end in SIDECARS}
     meant = lambda name: name in sidecars or PurePosixPath(name).name in METADATA
-    problems += [(name, reason) for name, reason in listing.refused.items() if meant(name)]
+    refused = [(name, reason) for name, reason in listing.refused.items() if meant(name)]
     others = [name for name in [*names, *listing.refused] if not meant(name) and not is_picture(name)]
-    return Examples(candidates, problems, others, remarks + _unread(others, pictures))
+    remarks = remarks + listing.remarks + told + _unread(others, pictures)
+    return Examples(candidates, problems + more + refused, others, remarks)
 
 # %% ../../nbs/library/data_check.ipynb #c8fd7862
 def existing_folder(
@@ -234,6 +241,16 @@ def _folder_examples(folder, flag, image_column, caption_column, max_samples, se
     names = {file for file, path, captions in chosen}
     return replace(found, candidates=chosen, problems=[one for one in found.problems if one[0] in names]), repeats
 
+# %% ../../nbs/library/data_check.ipynb #3baf8fce
+def holds_pictures(
+    folder, # or a hub id
+)->bool:
+    "Whether a dataset's name is a folder with picture files, which are read one by one."
+    return Path(folder).is_dir() and any(map(is_picture, list_files(folder)))
+
+def _home(place): # ~ is the home folder; a hub id stays what it is
+    return str(Path(place).expanduser()) if str(place).startswith("~") else place
+
 # %% ../../nbs/library/data_check.ipynb #71bf8489
 def check_dataset(
     train_data_dir=None,     # a folder of pictures; with dataset_name: a folder within that dataset
@@ -251,8 +268,7 @@ def check_dataset(
     "Read a dataset completely and report on it; CourseError where nothing can be read."
     if train_data_dir is None and dataset_name is None:
         raise CourseError("no data was given: wanted train_data_dir (a folder of pictures) or dataset_name (a hub id)")
-    home = lambda place: place and Path(place).expanduser() if str(place).startswith("~") else place
-    dataset_name, cache_dir = home(dataset_name), home(cache_dir)
+    dataset_name, cache_dir = _home(dataset_name), _home(cache_dir)
     folder = Path(dataset_name, train_data_dir or "") if dataset_name else train_data_dir
     kept = (image_column, caption_column)
     if dataset_name is None or holds_pictures(dataset_name):
@@ -262,12 +278,6 @@ def check_dataset(
         found, repeats = Examples(*table_examples(dataset_name, dataset_config_name, train_data_dir, *kept, cache_dir,
             max_train_samples, seed, require_captions)), {}
     return check_candidates(folder, **vars(found), require_captions=require_captions, repeats=repeats, **options)
-
-def holds_pictures(
-    folder, # or a hub id
-)->bool:
-    "Whether a dataset's name is a folder with picture files, which are read one by one."
-    return Path(folder).is_dir() and any(map(is_picture, list_files(folder)))
 
 # %% ../../nbs/library/data_check.ipynb #fc7c032c
 def read_dataset(
