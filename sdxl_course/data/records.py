@@ -260,6 +260,7 @@ class ImageRecord:
     height: int     # pixels, upright
     key: str        # from the sha256 of the file's bytes
     companions: dict = field(default_factory=dict, hash=False) # name of a `Companion` -> its file
+    repeats: int = 1 # how often a pass over the data shows it
 
 # %% ../../nbs/library/data_records.ipynb #4391870a
 def content_key(

@@ -60,7 +60,8 @@ def choose_validation(
     others = method.read_validation(config, config.validation_data_dir) if config.validation_data_dir else None
     records, others, name = hold_out(records, seed, config.validation_split, others)
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
-    return list(records)*getattr(config, "repeats", 1), others, name
+    often = [record for record in records for _ in range(record.repeats)]
+    return often*getattr(config, "repeats", 1), others, name
 
 # %% ../../nbs/library/train_build.ipynb #cd7c0791
 def learning_scale(config, processes:int)->int:
