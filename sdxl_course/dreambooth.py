@@ -40,8 +40,8 @@ class SubjectOptions:
     constraints: ClassVar = (
         (lambda c: c.train_data_dir, "--train_data_dir belongs to text-to-image: "
             "wanted --instance_data_dir, the folder with pictures of the thing"),
-        (lambda c: not (c.dataset_name or c.instance_data_dir or c.concepts), "no data was given: wanted --instance_data_dir "
-            "(a folder with pictures of the thing) or --dataset_name (a dataset on the hub)"),
+        (lambda c: not (c.dataset_name or c.instance_data_dir or c.concepts), "no data was given: wanted "
+            "--instance_data_dir (a folder with pictures of the thing) or --dataset_name (a dataset on the hub)"),
         (lambda c: c.dataset_name and c.instance_data_dir,
             "--dataset_name and --instance_data_dir both say where the pictures are: leave one of them out"),
         (lambda c: not c.instance_prompt.strip() and not c.concepts,
@@ -100,8 +100,7 @@ def find_subject(
     silent = sum(not record.captions for record in report.records)
     if column and report.records and silent == len(report.records):
         raise CourseError(f"--caption_column {column} leads to no caption in {report.name}: wanted the name of a "
-            "column with "
-            "texts, or .txt files beside the pictures; leave it out to use --instance_prompt for all")
+            "column with texts, or .txt files beside the pictures; leave it out to use --instance_prompt for all")
     if column and silent: log(f"{silent} of {len(report.records)} pictures have no caption: they get the instance "
         "prompt")
     own = not column and not folder and config.instance_data_dir

@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import MISSING, fields, replace
+from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -22,7 +23,7 @@ from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.data.records import open_image
 from sdxl_course.train import class_images, prepare
 from sdxl_course.train.class_images import SETTINGS_FILE, class_pictures, missing_pictures
-from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, train_dreambooth
+from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, open_dreambooth, train_dreambooth
 from sdxl_course.model.adapters import add_lora, inject_lora, lora_modules, lora_parameters
 from sdxl_course.model.lora_files import initialize_lora_from
 from sdxl_course.model.noise import noise_schedule
@@ -983,8 +984,8 @@ def things(tmp_path):
     "A file of two things with three and two pictures; the second is shown three times, and each has class pictures of somebody's own."
     rows = []
     for name, n, more in (("chair", 3, {}), ("dog", 2, dict(repeats=3))):
-        fill(tmp_path / name, n)
-        fill(tmp_path / f"many-{name}", 2 + len(rows))
+        make_pictures(tmp_path / name, n)
+        make_pictures(tmp_path / f"many-{name}", 2 + len(rows))
         rows.append(dict(instance_data_dir=str(tmp_path / name), instance_prompt=f"a photo of TOK {name}", class_data_dir=str(tmp_path / f"many-{name}"), class_prompt=f"a photo of a {name}", **more))
     return rows
 
@@ -1013,8 +1014,8 @@ def test_several_concepts_are_learnt_with_their_own_words_and_repeats(usual, toy
 
 
 def test_one_concept_in_a_file_trains_to_the_same_bytes_as_by_flags(usual, toy, things, tmp_path):
-    flags = make(usual, **{name: things[1][name] for name in ("instance_data_dir", "instance_prompt", "repeats")}, output_dir=str(tmp_path / "flags"))
-    file = make(usual, **listed([{k: v for k, v in things[1].items() if "class" not in k}], tmp_path / "one.yaml"), output_dir=str(tmp_path / "file"))
+    one = {name: things[1][name] for name in ("instance_data_dir", "instance_prompt")}
+    flags, file = make(usual, **one, repeats=3, output_dir=str(tmp_path / "flags")), make(usual, **listed([one], tmp_path / "one.yaml"), repeats=3, output_dir=str(tmp_path / "file"))
     one, other = (train_dreambooth(config, toy(), lambda text: None).weights_path.read_bytes() for config in (flags, file))
     assert one == other
 

@@ -49,7 +49,8 @@ def read_concepts(
             f"{NEEDED[1]}")
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
-            if name not in CONCEPT: raise CourseError(not_among(f"an entry of concept {number} in {path}", name, CONCEPT))
+            if name not in CONCEPT:
+                raise CourseError(not_among(f"an entry of concept {number} in {path}", name, CONCEPT))
             if name != "repeats" and not isinstance(value, str):
                 raise CourseError(f"{path} has {value!r} as {name} of concept {number}: wanted a text")
         for name in NEEDED:
