@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DREAMBOOTH', 'open_dreambooth', 'train_dreambooth', 'main', 'SubjectOptions', 'DreamBoothConfig', 'subject_report',
-           'find_subject', 'check_placeholders', 'remarks', 'prior_records', 'subject_weights', 'subject_loss']
+           'find_subject', 'find_subjects', 'check_placeholders', 'remarks', 'subject_weights', 'subject_loss']
 
 # %% ../nbs/library/dreambooth.ipynb #a0bb09ab
 import sys
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,10 +18,10 @@ from .model.adapters import text_encoder_rates
 from .model.words import TokenOptions, add_tokens, placeholder_map, replace_placeholders
 from .options import is_set, option
 from .train.build import functions
-from .train.class_images import PriorOptions, class_pictures, fill_captions, has_captions
+from .train.class_images import PriorOptions, fill_captions, has_captions
 from .train.class_images import uncaptioned_pictures
+from .train.concepts import ConceptOptions, concepts_of, join_reports, prior_records
 from .train.config import LoraConfig
-from .train.machine import data_parallel
 from .train.objective import PriorDistillation
 from .train.prepare import make_loss
 from .train.run import Method
@@ -31,7 +31,7 @@ from .train.weights import lora_weights, together, token_weights
 @dataclass(frozen=True, kw_only=True)
 class SubjectOptions:
     "What the thing is called, and where its pictures are."
-    instance_prompt: str = option(MISSING, "words for the thing: a rare word and its class, as in a photo of sks chair")
+    instance_prompt: str = option("", "words for the thing: a rare word and its class, as in a photo of sks chair")
     instance_data_dir: str | None = option(None, "folder of pictures of the thing; other files in it do no harm",
         resume="free")
     repeats: int = option(1, "how often a pass over the data shows each picture", "1 ..")
@@ -39,16 +39,16 @@ class SubjectOptions:
     constraints: ClassVar = (
         (lambda c: c.train_data_dir, "--train_data_dir belongs to text-to-image: "
             "wanted --instance_data_dir, the folder with pictures of the thing"),
-        (lambda c: not c.dataset_name and not c.instance_data_dir, "no data was given: wanted --instance_data_dir "
-            "(a folder with pictures of the thing) or --dataset_name (a dataset on the hub)"),
+        (lambda c: not (c.dataset_name or c.instance_data_dir or c.concepts), "no data was given: wanted "
+            "--instance_data_dir (a folder with pictures of the thing) or --dataset_name (a dataset on the hub)"),
         (lambda c: c.dataset_name and c.instance_data_dir,
             "--dataset_name and --instance_data_dir both say where the pictures are: leave one of them out"),
-        (lambda c: not c.instance_prompt.strip(),
+        (lambda c: not c.instance_prompt.strip() and not c.concepts,
             "--instance_prompt is empty: wanted words for the thing, such as 'a photo of sks chair'"))
 
 # %% ../nbs/library/dreambooth.ipynb #d49a182e
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothConfig(TokenOptions, PriorOptions, SubjectOptions, LoraConfig):
+class DreamBoothConfig(TokenOptions, PriorOptions, ConceptOptions, SubjectOptions, LoraConfig):
     "Teach SDXL one particular thing from a few pictures."
     caption_column: str | None = option(None,
         "column that holds the caption; given, it is metadata, .txt files and hub columns "
@@ -101,14 +101,23 @@ def find_subject(
     silent = sum(not record.captions for record in report.records)
     if column and report.records and silent == len(report.records):
         raise CourseError(f"--caption_column {column} leads to no caption in {report.name}: wanted the name of a "
-            "column with "
-            "texts, or .txt files beside the pictures; leave it out to use --instance_prompt for all")
+            "column with texts, or .txt files beside the pictures; leave it out to use --instance_prompt for all")
     if column and silent: log(f"{silent} of {len(report.records)} pictures have no caption: they get the instance "
         "prompt")
     own = not column and not folder and config.instance_data_dir
     if own and has_captions(Path(own).expanduser()):
         log("there are captions beside the pictures, which are not used: --caption_column text would")
     return fill_captions(report, config.instance_prompt)
+
+# %% ../nbs/library/dreambooth.ipynb #0cbe4739
+def find_subjects(
+    config, # DreamBoothConfig
+    log=lambda text: None, # gets sentences
+): # DataReport
+    "The pictures of the thing, or of every thing that --concepts lists."
+    ones = concepts_of(config)
+    reports = [find_subject(one, log) for one in ones]
+    return join_reports(reports, [one.repeats for one in ones]) if config.concepts else reports[0]
 
 # %% ../nbs/library/dreambooth.ipynb #6651d50d
 def check_placeholders(
@@ -138,19 +147,6 @@ def remarks(
             "finds, "
             "and 1 is usual")
     return sentences
-
-# %% ../nbs/library/dreambooth.ipynb #b8c5e67f
-def prior_records(
-    config, # DreamBoothConfig
-    components, # already loaded ones, or None
-    log, # gets sentences
-)->tuple: # (ImageRecords of class pictures, components)
-    "The class pictures, drawn where they are missing."
-    if not config.with_prior_preservation: return (), components
-    # the run will say it
-    with data_parallel(lambda text: None): records, components = class_pictures(config, components, log)
-    log(f"each picture of the thing is trained with one of {len(records)} class pictures beside it")
-    return records, components
 
 # %% ../nbs/library/dreambooth.ipynb #3269dccf
 def subject_weights(
@@ -186,14 +182,15 @@ def subject_loss(
 
 # %% ../nbs/library/dreambooth.ipynb #426685e0
 def _trigger(config): # the instance prompt as the trained words spell it
-    prompt = config.instance_prompt
+    prompt = ", ".join(one.instance_prompt for one in concepts_of(config))
     return replace_placeholders(prompt, config.placeholders) if config.train_text_encoder_ti else prompt
 
 def _texts(config): # further texts whose length is checked
-    return dict(class_prompt=config.class_prompt) if config.with_prior_preservation or config.prior_teacher else {}
+    prompts = [one.class_prompt for one in concepts_of(config)]
+    return dict(class_prompt=max(prompts, key=len)) if config.with_prior_preservation or config.prior_teacher else {}
 
-DREAMBOOTH = Method("dreambooth", DreamBoothConfig, find_subject, subject_weights, subject_loss,
-    read_validation=lambda config, folder: find_subject(config, folder=folder).usable(config.on_problem),
+DREAMBOOTH = Method("dreambooth", DreamBoothConfig, find_subjects, subject_weights, subject_loss,
+    read_validation=lambda config, folder: find_subject(concepts_of(config)[0], folder=folder).usable(config.on_problem),
     class_records=prior_records,
     remarks=remarks, check=check_placeholders, trigger=_trigger, texts=_texts, project="dreambooth-lora-sd-xl",
     unused_gradients=lambda config: config.train_text_encoder or config.train_text_encoder_ti)

@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import MISSING, fields, replace
+from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -22,7 +23,7 @@ from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.data.records import open_image
 from sdxl_course.train import class_images, prepare
 from sdxl_course.train.class_images import SETTINGS_FILE, class_pictures, missing_pictures
-from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, train_dreambooth
+from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, open_dreambooth, train_dreambooth
 from sdxl_course.model.adapters import add_lora, inject_lora, lora_modules, lora_parameters
 from sdxl_course.model.lora_files import initialize_lora_from
 from sdxl_course.model.noise import noise_schedule
@@ -85,7 +86,7 @@ def read_subject(config, log=lambda text: None): return find_subject(config, log
 NOT_THERE = ("train_data_dir", "max_train_samples", "prediction_type", "noise_offset", "debug_loss", "enable_npu_flash_attention")
 REFERENCE = {name: kind for name, kind in TEXT_TO_IMAGE.items() if name not in NOT_THERE} | dict(
     caption_column=(str, None), validation_epochs=(int, 50), output_dir=(str, "lora-dreambooth-model"), train_batch_size=(int, 4), num_train_epochs=(int, 1), adam_weight_decay=(float, 1e-4),
-    instance_data_dir=(str, None), repeats=(int, 1), class_data_dir=(str, None), instance_prompt=(str, MISSING), class_prompt=(str, None), do_edm_style_training=(bool, False),
+    instance_data_dir=(str, None), repeats=(int, 1), class_data_dir=(str, None), instance_prompt=(str, ""), class_prompt=(str, None), do_edm_style_training=(bool, False),
     with_prior_preservation=(bool, False), prior_loss_weight=(float, 1.0), num_class_images=(int, 100), output_kohya_format=(bool, False), sample_batch_size=(int, 4),
     text_encoder_lr=(float, 5e-6), lr_num_cycles=(int, 1), lr_power=(float, 1.0), optimizer=(str, "AdamW"), prodigy_beta3=(float, None), prodigy_decouple=(bool, True),
     prodigy_use_bias_correction=(bool, True), prodigy_safeguard_warmup=(bool, True), prior_generation_precision=(str, None), use_dora=(bool, False),
@@ -99,7 +100,7 @@ def test_all_72_flags_have_their_name_type_default_and_choices():
     have, kinds = {f.name: f for f in fields(DreamBoothConfig)}, get_type_hints(DreamBoothConfig)
     for name, (kind, default) in REFERENCE.items():
         assert have[name].default == default and type(have[name].default) is type(default), name
-        assert kind is kinds[name] or kind in get_args(kinds[name]), name
+        assert kind is kinds[name] or {kind, list[kind]} & set(get_args(kinds[name])), name  # one number of a list is a number
     for name, choices in CHOICES.items(): assert set(have[name].metadata["choices"]) == choices
     assert all(f.metadata["help"] for f in have.values())
     assert set(TEXT_TO_IMAGE) < set(have)  # what the text-to-image trainer can, this one can too
@@ -974,3 +975,59 @@ def test_two_processes_share_the_drawing_and_learn_what_one_learns(tmp_path, toy
     for file in ("pytorch_lora_weights.safetensors", "{}_emb.safetensors"):
         a, b = (load_file(tmp_path / name / file.format(name)) for name in ("one", "two"))
         assert a.keys() == b.keys() and max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-4
+
+
+# ---------------------------------------------------------------- several concepts
+
+@pytest.fixture
+def things(tmp_path):
+    "A file of two things with three and two pictures; the second is shown three times, and each has class pictures of somebody's own."
+    rows = []
+    for name, n, more in (("chair", 3, {}), ("dog", 2, dict(repeats=3))):
+        make_pictures(tmp_path / name, n)
+        make_pictures(tmp_path / f"many-{name}", 2 + len(rows))
+        rows.append(dict(instance_data_dir=str(tmp_path / name), instance_prompt=f"a photo of TOK {name}", class_data_dir=str(tmp_path / f"many-{name}"), class_prompt=f"a photo of a {name}", **more))
+    return rows
+
+
+def listed(rows, path):
+    "The file of some things."
+    import yaml
+    path.write_text(yaml.safe_dump(rows) if path.suffix == ".yaml" else json.dumps(rows))
+    return dict(instance_data_dir=None, instance_prompt="", concepts=str(path))
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_several_concepts_are_learnt_with_their_own_words_and_repeats(usual, toy, things, tmp_path, kind):
+    config = make(usual, **listed(things, tmp_path / f"things.{kind}"), repeats=2, max_train_steps=1, output_dir=str(tmp_path / "o"), with_prior_preservation=True)
+    run = open_dreambooth(config, toy(), lambda text: None)
+    try:
+        shown = Counter((record.path.parent.name, record.captions) for record in run.loader.records)
+        assert shown == {("chair", ("a photo of TOK chair",)): 3 * 2, ("dog", ("a photo of TOK dog",)): 2 * 3 * 2}
+        beside = Counter((record.path.parent.name, record.captions) for record in run.loader.class_records)
+        assert beside == {("many-chair", ("a photo of a chair",)): 2, ("many-dog", ("a photo of a dog",)): 3}
+        assert run.method.trigger(config) == "a photo of TOK chair, a photo of TOK dog"
+        report = json.loads((tmp_path / "o" / "data_report.json").read_text())
+        assert [one["file"] for one in report["pictures"]] == [*(f"chair/{i}.png" for i in range(3)), *(f"dog/{i}.png" for i in range(2))]
+        run.train()
+    finally: run.close()
+
+
+def test_one_concept_in_a_file_trains_to_the_same_bytes_as_by_flags(usual, toy, things, tmp_path):
+    one = {name: things[1][name] for name in ("instance_data_dir", "instance_prompt")}
+    flags, file = make(usual, **one, repeats=3, output_dir=str(tmp_path / "flags")), make(usual, **listed([one], tmp_path / "one.yaml"), repeats=3, output_dir=str(tmp_path / "file"))
+    one, other = (train_dreambooth(config, toy(), lambda text: None).weights_path.read_bytes() for config in (flags, file))
+    assert one == other
+
+
+@pytest.mark.parametrize("change, told", [(dict(repeats=0), "concept 2: --repeats is 0"), (dict(repeat=2), "did you mean repeats"), (dict(instance_data_dir="no/such"), "no/such is not there"), (dict(instance_prompt=""), "no instance_prompt for concept 2"),
+    (dict(class_data_dir=None), "wanted a text"), (dict(class_prompt=""), "concept 2: --with_prior_preservation needs")])
+def test_a_wrong_concept_is_named(usual, toy, things, tmp_path, change, told):
+    config = make(usual, **listed([things[0], {**things[1], **change}], tmp_path / "things.json"), with_prior_preservation=True, output_dir=str(tmp_path / "o"))
+    with pytest.raises(CourseError, match=told): open_dreambooth(config, toy(), lambda text: None)
+
+
+def test_class_pictures_of_one_concept_are_not_the_thing_of_another(usual, toy, things, tmp_path):
+    things[0]["class_data_dir"] = things[1]["instance_data_dir"]
+    with pytest.raises(CourseError, match="taken for the other"):
+        open_dreambooth(make(usual, **listed(things, tmp_path / "things.json"), with_prior_preservation=True, output_dir=str(tmp_path / "o")), toy(), lambda text: None)

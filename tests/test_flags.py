@@ -543,7 +543,7 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
-    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes""".split())
+    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts""".split())
 MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 
@@ -590,6 +590,8 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(prior_teacher=True, with_prior_preservation=True, class_data_dir="c", class_prompt="a chair"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
     (dict(prior_teacher=True, class_prompt="a chair", init_lora_weights="olora"), dict(prior_teacher=True, class_prompt="a chair", init_lora_weights="orthogonal")),
     (dict(with_prior_preservation=True, class_data_dir="d/c", class_prompt="a chair"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
+    (dict(concepts="c.yaml"), dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="")),
+    (dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="", prior_teacher=True, class_prompt="a chair"), dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="")),
     (dict(token_abstraction="SKS"), dict(token_abstraction="SKS", train_text_encoder_ti=True)), (dict(train_text_encoder_ti=True, train_text_encoder=True), dict(train_text_encoder_ti=True)),
     (dict(train_text_encoder_ti=True, cache_text_embeds=True), dict(train_text_encoder_ti=True, cache_text_embeds=False)),
     (dict(train_text_encoder_ti=True, ti_lr=1e-3, optimizer="prodigy"), dict(train_text_encoder_ti=True, ti_lr=1e-3))],
@@ -741,7 +743,7 @@ def test_no_flag_of_another_trainer_meets_a_guess():
     for name in strange:
         sentence = told(TextToImageConfig, f"--{name}", "1")
         assert f"got '--{name}', which is no option; " in sentence and "did you mean" not in sentence and "--help lists" not in sentence, sentence
-        assert set(re.findall(r"--(\w+)", sentence.split(";", 1)[1])) <= ours | {"config", "print_config", "help", "block_lr", "concepts"}, sentence
+        assert set(re.findall(r"--(\w+)", sentence.split(";", 1)[1])) <= ours | {"config", "print_config", "help"}, sentence
 
 
 @pytest.mark.parametrize("theirs, ours", [("network_dim", "rank"), ("network_alpha", "lora_alpha"), ("unet_lr", "learning_rate"), ("flip_aug", "random_flip"), ("max_train_epochs", "num_train_epochs"),

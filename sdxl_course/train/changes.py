@@ -36,7 +36,8 @@ class ChangeOptions:
 # %% ../../nbs/library/train_changes.ipynb #7c0a9e09
 STANDS_FOR = dict( # what a checkpoint compares by its content -> the options that decide it
     data=("train_data_dir", "instance_data_dir", "dataset_name", "dataset_config_name", "image_column",
-        "caption_column", "max_train_samples", "class_data_dir", "num_class_images", "mask_data_dir", "repeats"),
+        "caption_column", "max_train_samples", "class_data_dir", "num_class_images", "mask_data_dir", "concepts",
+        "repeats"),
     pictures_per_micro_step=("train_batch_size",))
 
 def asked_changes(

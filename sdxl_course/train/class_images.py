@@ -45,7 +45,8 @@ def folders_overlap(
 
 # %% ../../nbs/library/train_class_images.ipynb #1f6a6ca1
 _PRIOR_CONSTRAINTS = (
-    (lambda c: c.with_prior_preservation and not (c.class_data_dir and c.class_prompt),
+    (lambda c: c.with_prior_preservation and not (c.class_data_dir and c.class_prompt)
+            and not getattr(c, "concepts", None),
         "--with_prior_preservation needs --class_data_dir (a folder for pictures of the class) and --class_prompt "
         "(words for it, such as 'a photo of a chair')"),
     (lambda c: c.prior_teacher and not c.class_prompt,
