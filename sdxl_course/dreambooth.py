@@ -190,7 +190,8 @@ def _texts(config): # further texts whose length is checked
     return dict(class_prompt=max(prompts, key=len)) if config.with_prior_preservation or config.prior_teacher else {}
 
 DREAMBOOTH = Method("dreambooth", DreamBoothConfig, find_subjects, subject_weights, subject_loss,
-    read_validation=lambda config, folder: find_subject(concepts_of(config)[0], folder=folder).usable(config.on_problem),
+    read_validation=lambda config, folder:
+        find_subject(concepts_of(config)[0], folder=folder).usable(config.on_problem),
     class_records=prior_records,
     remarks=remarks, check=check_placeholders, trigger=_trigger, texts=_texts, project="dreambooth-lora-sd-xl",
     unused_gradients=lambda config: config.train_text_encoder or config.train_text_encoder_ti)

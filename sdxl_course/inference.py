@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['adapter_names', 'set_lora_scale', 'load_pipeline', 'sweep_lora_scale', 'save_pictures', 'unlearned_words',
-           'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'split_strength', 'read_tags', 'LoraPlan',
-           'plan_loras', 'settings_of', 'load_words', 'draw_planned', 'draw_and_save', 'main']
+           'check_numbers', 'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'split_strength', 'read_tags',
+           'LoraPlan', 'plan_loras', 'settings_of', 'load_words', 'draw_planned', 'draw_and_save', 'main']
 
 # %% ../nbs/library/inference.ipynb #9d887d8a
 import re
@@ -130,6 +130,17 @@ def unlearned_words(
     return list(dict.fromkeys(word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in known))
 
 # %% ../nbs/library/inference.ipynb #8ebd20d7
+def check_numbers(
+    config, # GenerateConfig
+):
+    "CourseError without a prompt, and for counts that nothing can be drawn with."
+    if not config.prompt:
+        raise CourseError('no prompt was given: wanted --prompt "a photo of a red house in the snow"')
+    for name, low in dict(num_images=1, num_inference_steps=1, batch_size=1, clip_skip=0).items():
+        value = getattr(config, name)
+        if value is not None and value < low: raise CourseError(f"--{name} is {value}: wanted {low} or more")
+
+# %% ../nbs/library/inference.ipynb #7be1a001
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     "Draw pictures from prompts, with or without LoRAs."
@@ -158,13 +169,7 @@ class GenerateConfig:
         choices=("no", "fp16", "bf16"))
     output_dir: str = option("generated", "folder for the pictures")
 
-    def __post_init__(self):
-        if not self.prompt:
-            raise CourseError('no prompt was given: wanted --prompt "a photo of a red house in the snow"')
-        for name in ("num_images", "num_inference_steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1: raise CourseError(f"--{name} is {value}: wanted 1 or more")
-        if (self.clip_skip or 0) < 0: raise CourseError(f"--clip_skip is {self.clip_skip}: wanted 0 or more")
+    def __post_init__(self): check_numbers(self)
 
 # %% ../nbs/library/inference.ipynb #000c0935
 def warn_about_prompts(

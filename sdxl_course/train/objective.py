@@ -206,8 +206,7 @@ class DenoisingLoss(torch.nn.Module):
         clip_skip:int=None, # see `encode_prompts`
     ):
         super().__init__()
-        self.unet, self.schedule = components.unet, schedule
-        self.weighting, self.unmasked_weight = weighting, unmasked_weight
+        self.unet, self.schedule, self.weighting, self.unmasked_weight = components.unet, schedule, weighting, unmasked_weight
         self.max_token_length, self.prior_loss_weight, self.clip_skip = max_token_length, prior_loss_weight, clip_skip
         self.force_zeros = components.force_zeros_for_empty_prompt
         if encode_text:
