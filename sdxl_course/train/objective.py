@@ -206,9 +206,9 @@ class DenoisingLoss(torch.nn.Module):
         clip_skip:int=None, # see `encode_prompts`
     ):
         super().__init__()
-        self.unet, self.schedule, self.weighting, self.unmasked_weight = components.unet, schedule, weighting, unmasked_weight
+        self.unet, self.schedule, self.weighting = components.unet, schedule, weighting
+        self.unmasked_weight, self.force_zeros = unmasked_weight, components.force_zeros_for_empty_prompt
         self.max_token_length, self.prior_loss_weight, self.clip_skip = max_token_length, prior_loss_weight, clip_skip
-        self.force_zeros = components.force_zeros_for_empty_prompt
         if encode_text:
             self.text_encoder, self.text_encoder_2 = components.text_encoder, components.text_encoder_2
             self.tokenizer, self.tokenizer_2 = components.tokenizer, components.tokenizer_2
