@@ -1,7 +1,7 @@
 """Break a training run on purpose, at every moment if asked, and see whether anything is lost.
 
     python tests/faults.py                                          a few trials of every kind
-    python tests/faults.py --kill 200 --write 100 --error 300 --damage 1000 --hub 100 --save nbs/reliability.json
+    python tests/faults.py --kill 200 --write 100 --error 300 --damage 1000 --hub 100 --save sdxl_course/studies/reliability.json
                                                                     the long campaign
 
 kill: the process dies before its k-th file operation; write: inside a write, after so many bytes; error: the k-th file operation
