@@ -327,7 +327,8 @@ def block_rates(
     scale:float=1, # of every rate
 )->dict: # start of a module name -> rate
     "Rates of blocks; CourseError for a name under which no LoRA lies."
-    words = [[half.strip() for half in word.split("=")] for word in text.split(",")] if text else []
+    if not text: return {}
+    words = [[half.strip() for half in word.split("=")] for word in text.split(",")]
     short = dict(down="down_blocks", mid="mid_block", up="up_blocks")
     rates, names = {short.get(name, name): float(rate)*scale for name, rate in words}, list(dict(lora_parameters(unet)))
     for start in rates:
