@@ -231,7 +231,7 @@ def plan_loras(
     lora_scale=None, # one strength for all, or a list with one for each
 )->LoraPlan:
     "Put together what options and prompts say of LoRAs; CourseError where they contradict each other."
-    given, tags = [split_strength(one) for one in lora or ()], {prompt: read_tags(prompt) for prompt in prompts}
+    given, tags = [split_strength(str(one)) for one in lora or ()], {prompt: read_tags(prompt) for prompt in prompts}
     own, files = [number for _, number in given if number is not None], _named([where for where, _ in given])
     if own and lora_scale is not None: raise CourseError("--lora FILE:0.8 and --lora_scale both say how strong a LoRA "
         "is: leave one of them out")
