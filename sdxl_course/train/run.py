@@ -196,15 +196,15 @@ def log_row(self:Run, state, row):
 def validate_when_due(self:Run, state, row):
     "Draw the validation prompts every so often, and bring the curve up to date."
     config, now = self.config, self.config.draws_after(state.step, self.sampler.updates_per_epoch)
-    due = bool(config.prompts()) and now and state.step < self.updates
-    with optional("drawing the validation prompts", self.log):
-        if due:
+    due = now and state.step < self.updates and bool(config.prompts())
+    if due:
+        with optional("drawing the validation prompts", self.log):
             self.validate(self.output_dir/"validation", f"step-{state.step:06d}-")
             save_sheet(self.output_dir/"validation", self.output_dir/"validation.png")
-    with optional("the loss curve", self.log):
-        if due or state.step % config.checkpointing_steps == 0: self.plot()
-    with optional("the view in the notebook", self.log):
-        if self.live is not None: self.live.show(self, due)
+    if due or state.step % config.checkpointing_steps == 0:
+        with optional("the loss curve", self.log): self.plot()
+    if self.live is not None:
+        with optional("the view in the notebook", self.log): self.live.show(self, due)
 
 # %% ../../nbs/library/train_run.ipynb #27a813c9
 @patch
@@ -217,8 +217,8 @@ def hooks(self:Run,
     def single_losses(state, row): row["loss_of"] = dict(state.recent)
     def measure(state, row):
         every = config.validation_loss_steps
-        with optional("measuring the validation loss", self.log):
-            if every and state.step % every == 0: row["validation_loss"] = self.measure()
+        if not every or state.step % every: return
+        with optional("measuring the validation loss", self.log): row["validation_loss"] = self.measure()
     publish = [lambda state, row, one=one: one(state, self.output_dir) for one in self.trained.after_update]
     def show(state, row):
         with optional("the bar", self.log):
@@ -290,8 +290,8 @@ def explain(self:Run,
 ):
     "Final pictures, model card, curve, upload."
     config, prompts = self.config, []
-    with optional("drawing the final pictures", self.log):
-        if not config.skip_final_inference:
+    if not config.skip_final_inference:
+        with optional("drawing the final pictures", self.log):
             result.images, result.image_paths, prompts = self.validate(self.output_dir, "image_")
     with optional("writing the model card", self.log):
         save_card(config_dict(config), result, self.trained.card, prompts, self.method.trigger(config))
