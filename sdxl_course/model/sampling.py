@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from contextlib import contextmanager
 from pathlib import Path
 from ..core import CourseError, write_atomic
+from .conditioning import check_clip_skip
 from .noise import NoiseSchedule
 from .latents import decode_latents, native_resolution
 
@@ -149,9 +150,8 @@ def generate(
     prompts, seeds = _pair_up(prompts, seeds)
     if num_inference_steps < 1 or batch_size < 1:
         raise CourseError(f"got {num_inference_steps} steps and batches of {batch_size}: wanted 1 or more of each")
-    encoders = (pipeline.text_encoder, pipeline.text_encoder_2) if clip_skip else ()
-    if any(clip_skip > (most := encoder.config.num_hidden_layers - 1) for encoder in encoders):
-        raise CourseError(f"clip_skip is {clip_skip}: wanted {most} or less for this text encoder")
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2) if clip_skip else ():
+        check_clip_skip(encoder, clip_skip)
     rows = dict(prompt=prompts, negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts))
     return sample_pictures(pipeline, rows, seeds, picture_size(pipeline, size), num_inference_steps, guidance_scale,
         batch_size, scheduler, progress=progress, clip_skip=clip_skip)
