@@ -138,8 +138,10 @@ def _paired(folder, names, captions, caption_column):
             problems.append((name, "pictures of this kind are not read: export it as JPEG or PNG"))
             continue
         try: texts, silent = _captions(folder, name, captions.get(normalize_name(name)), there, caption_column)
-        except CourseError as error: texts, silent = (), problems.append((name, str(error)))
-        remarks += [(name, f"a caption beside it that says another is not read: {file}") for file in silent or ()]
+        except CourseError as error:
+            texts, silent = (), ()
+            problems.append((name, str(error)))
+        remarks += [(name, f"a caption beside it that says another is not read: {file}") for file in silent]
         candidates.append((name, Path(folder, name), texts))
     return candidates, problems, remarks
 

@@ -139,8 +139,9 @@ def prune_checkpoints(
     spare=(), # folders that stay in any case
 ):
     "Remove the oldest whole checkpoints beyond the limit; a damaged or strange one neither counts nor goes."
-    if not limit or len(list_checkpoints(output_dir)) <= limit: return
-    whole, spared = [p for p in list_checkpoints(output_dir) if not verify(p)], {Path(p).resolve() for p in spare}
+    found, spared = list_checkpoints(output_dir), {Path(p).resolve() for p in spare}
+    if not limit or len(found) <= limit: return # nothing is read
+    whole = [p for p in found if not verify(p)]
     for path in whole[:-limit]:
         if path.resolve() not in spared: shutil.rmtree(path, ignore_errors=True)
 
