@@ -85,8 +85,7 @@ class Bench:
         self.home = Path(home)
         self.model, self.data = make_toy_model(self.home / "model"), make_pictures(self.home / "pictures", 4)
         self.whole = self.home / "whole"
-        self.operations = {}
-        for reads in (False, True): self.operations[reads] = self.counted(self.whole if not reads else self.home / "again", reads)
+        self.operations = {False: self.counted(self.whole, False), True: self.counted(self.home / "again", True)}  # with reads or without
         self.wanted = self.results(self.whole)
 
     def words(self, folder, updates=4):
@@ -144,8 +143,8 @@ def kills(bench, number):
 
 def writes(bench, number):
     "The process dies inside the first write beyond so many bytes of one file."
-    sizes = sorted({path.stat().st_size for path in bench.whole.rglob("*") if path.is_file()})
-    for k, size in enumerate(spread(max(sizes) - 1, number, "write")):
+    largest = max(path.stat().st_size for path in bench.whole.rglob("*") if path.is_file())
+    for size in spread(largest - 1, number, "write"):
         folder = bench.home / f"write-{size}"
         def prepare():
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
