@@ -316,7 +316,8 @@ def save_tensors(
         if place in seen: tensor = tensor.clone() # the format has no shared memory
         seen.add(place)
         ready[name] = tensor
-    return write_atomic(path, sorted_header(safetensors_bytes(ready, metadata or None)))
+    notes = {word: text.encode(errors="replace").decode() for word, text in (metadata or {}).items()}
+    return write_atomic(path, sorted_header(safetensors_bytes(ready, notes or None)))
 
 # %% ../nbs/library/core.ipynb #97c03a91
 def load_tensors(

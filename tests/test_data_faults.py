@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sdxl_course.core import CourseError, run_guarded, write_json
-from sdxl_course.data.check import check_data, check_dataset, main, read_dataset, scan
+from sdxl_course.core import CourseError, load_tensors, run_guarded, write_json
+from sdxl_course.data.check import check_data, check_dataset, load_tokenizer, main, read_dataset, scan
 from sdxl_course.data.files import list_files, list_folder, read_file
 from sdxl_course.data.loader import BatchLoader
 from sdxl_course.data.metadata import read_metadata
 from sdxl_course.data.records import ImageRecord, inspect_picture, open_image
 from sdxl_course.data.tables import picture_roots, stored_picture
 from sdxl_course.dreambooth import DreamBoothConfig, find_subject
+from sdxl_course.model.conditioning import tokenize
 from sdxl_course.options import STOPS, parse_config
 from sdxl_course.text_to_image import TextToImageConfig
 from sdxl_course.textual_inversion import TextualInversionConfig, read_pictures
@@ -342,6 +343,8 @@ def test_names_that_are_not_utf8_are_trained_on_and_written_down(tmp_path, train
     read = json.loads((result.output_dir / "data_report.json").read_text(encoding="utf-8"))
     assert [one["file"] for one in read["pictures"]] == ["caf\udce9.png"] and list(result.log[0]["loss_of"]) == ["caf\udce9.png"]
     assert main([str(folder), "--resolution", "32", "--output", str(tmp_path / "r.json")]) == 0
+    result = train("caf\udce9", train_data_dir=str(folder), output_kohya_format=True)  # and a folder to write to
+    assert load_tensors(result.output_dir / "pytorch_lora_weights_kohya.safetensors")[1]["modelspec.title"].startswith("caf?")
     assert json.loads(write_json(tmp_path / "x.json", {"caf\udce9": "\ud83d"}).read_text(encoding="utf-8")) == {"caf\udce9": "\ud83d"}
 
 
@@ -349,6 +352,7 @@ def test_half_an_emoji_is_named_wherever_it_stands(tmp_path):
     folder = rows(pictures(tmp_path / "d", 1, None), '{"file_name": "0.png", "text": "a chair \\ud83d"}\n', "metadata.jsonl")
     with pytest.raises(CourseError, match=r"0.png.*half a character, '\\ud83d' after 'a chair '"): read_dataset(folder)
     assert main([str(folder), "--resolution", "32", "--output", str(tmp_path / "r.json")]) == 2
+    with pytest.raises(CourseError, match="holds signs that are not UTF-8"): tokenize(load_tokenizer(), ["a cat", "caf\udce9"])
     with pytest.raises(CourseError, match="--validation_prompt holds signs that are not UTF-8"):
         TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", validation_prompt="caf\udce9")
 

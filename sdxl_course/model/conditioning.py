@@ -7,6 +7,7 @@ __all__ = ['tokenize', 'removed_text', 'token_windows', 'check_clip_skip', 'enco
            'make_time_ids']
 
 # %% ../../nbs/library/model_conditioning.ipynb #0faf14a6
+import re
 import torch
 from ..core import CourseError
 
@@ -19,6 +20,8 @@ def tokenize(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise CourseError(f"got {prompts!r}: wanted a prompt or a list of prompts, each a string; use '' for no words")
+    if broken := next((prompt for prompt in prompts if re.search("[\ud800-\udfff]", prompt)), None):
+        raise CourseError(f"the prompt {broken!r} holds signs that are not UTF-8, or half a character: take them out")
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
         return_tensors="pt").input_ids
 
