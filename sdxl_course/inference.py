@@ -139,13 +139,12 @@ class GenerateConfig:
     vae: str | None = option(None, "another autoencoder: folder, hub id or .safetensors file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     variant: str | None = option(None, "which weight files, for instance fp16")
-    lora: list[str] | None = option(None, "LoRA file, folder or hub id, with its strength as in FILE:0.8; again for "
-        "more; prompts may say <lora:name:0.8>", action="extend")
+    lora: list[str] | None = option(None, "LoRA file, folder or hub id, or FILE:0.8; prompts may say <lora:name:0.8>",
+        action="extend")
     lora_scale: list[float] | None = option(None, "strength: one for all LoRAs (1.0 when not given) or one for each",
         action="extend")
     embeddings: list[str] | None = option(None, "learnt words; else the file beside the LoRA", action="extend")
-    clip_skip: int | None = option(None,
-        "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2")
+    clip_skip: int | None = option(None, "layers of the text encoders to leave out; 0 is what A1111 calls 2")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it")
     num_images: int = option(1, "pictures per prompt")
     num_inference_steps: int = option(25, "how often the UNet is asked")
@@ -161,10 +160,9 @@ class GenerateConfig:
     def __post_init__(self):
         if not self.prompt:
             raise CourseError('no prompt was given: wanted --prompt "a photo of a red house in the snow"')
-        for name in ("num_images", "num_inference_steps", "batch_size"):
+        for name, least in dict(num_images=1, num_inference_steps=1, batch_size=1, clip_skip=0).items():
             value = getattr(self, name)
-            if value is not None and value < 1: raise CourseError(f"--{name} is {value}: wanted 1 or more")
-        if (self.clip_skip or 0) < 0: raise CourseError(f"--clip_skip is {self.clip_skip}: wanted 0 or more")
+            if value is not None and value < least: raise CourseError(f"--{name} is {value}: wanted {least} or more")
 
 # %% ../nbs/library/inference.ipynb #000c0935
 def warn_about_prompts(
@@ -226,7 +224,7 @@ def plan_loras(
     lora_scale=None, # one strength for all, or a list with one for each
 )->LoraPlan:
     "Put together what options and prompts say of LoRAs; CourseError where they contradict each other."
-    given, tags = [split_strength(one) for one in lora or ()], {prompt: read_tags(prompt) for prompt in prompts}
+    given, tags = [split_strength(str(one)) for one in lora or ()], {prompt: read_tags(prompt) for prompt in prompts}
     own, files = [number for _, number in given if number is not None], _named([where for where, _ in given])
     if own and lora_scale is not None: raise CourseError("--lora FILE:0.8 and --lora_scale both say how strong a LoRA "
         "is: leave one of them out")

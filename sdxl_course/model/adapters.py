@@ -25,10 +25,28 @@ from typing import ClassVar
 from ..options import is_set, option
 from dataclasses import dataclass
 
-# %% ../../nbs/library/model_adapters.ipynb #28e465a9
+# %% ../../nbs/library/model_adapters.ipynb #28e465a8
 _RATE = r"\s*[\w.]+\s*=\s*(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*"
 BLOCK_RATES = re.compile(f"{_RATE}(,{_RATE})*", re.IGNORECASE) # down=1e-5,up=1e-4
 
+_LORA_CONSTRAINTS = (
+    (lambda c: c.optimizer.lower() == "prodigy" and c.loraplus_lr_ratio is not None,
+        "--optimizer prodigy finds one step size for all: leave --loraplus_lr_ratio out"),
+    (lambda c: c.optimizer.lower() == "prodigy" and c.block_lr,
+        "--optimizer prodigy finds one step size for all: leave --block_lr out"),
+    (lambda c: c.block_lr and not BLOCK_RATES.fullmatch(c.block_lr),
+        "--block_lr is not a list of names and numbers: wanted such as down=1e-5,mid=0,up=1e-4"),
+    (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")),
+        "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
+    (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2,
+        "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
+    (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers,
+        "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of "
+        "--lora_layers"),
+    (lambda c: c.init_lora and c.init_lora_weights != "gaussian",
+        "--init_lora brings its own values: leave --init_lora_weights out"))
+
+# %% ../../nbs/library/model_adapters.ipynb #28e465a9
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
     "Which layers learn, and how wide."
@@ -49,22 +67,7 @@ class LoraOptions:
         "down=1e-5,mid=0,up=1e-4 or up_blocks.0=1e-4")
     loraplus_lr_ratio: float | None = option(None, "LoRA+: B learns so many times as fast as A; 16 is usual", "> 0 ..")
 
-    constraints: ClassVar = (
-        (lambda c: c.optimizer.lower() == "prodigy" and c.loraplus_lr_ratio is not None,
-            "--optimizer prodigy finds one step size for all: leave --loraplus_lr_ratio out"),
-        (lambda c: c.optimizer.lower() == "prodigy" and c.block_lr,
-            "--optimizer prodigy finds one step size for all: leave --block_lr out"),
-        (lambda c: c.block_lr and not BLOCK_RATES.fullmatch(c.block_lr),
-            "--block_lr is not a list of names and numbers: wanted such as down=1e-5,mid=0,up=1e-4"),
-        (lambda c: c.use_dora and c.init_lora_weights.startswith(("pissa", "olora")),
-            "--use_dora measures the lengths of weights that --init_lora_weights changes: leave one of them out"),
-        (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2,
-            "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
-        (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers,
-            "--init_lora_weights pissa, olora and orthogonal are made for matrices: leave convolutions out of "
-            "--lora_layers"),
-        (lambda c: c.init_lora and c.init_lora_weights != "gaussian",
-            "--init_lora brings its own values: leave --init_lora_weights out"))
+    constraints: ClassVar = _LORA_CONSTRAINTS
 
 # %% ../../nbs/library/model_adapters.ipynb #e3b91cd7
 def _learns_text(c)->bool:
