@@ -139,10 +139,9 @@ class GenerateConfig:
     vae: str | None = option(None, "another autoencoder: folder, hub id or .safetensors file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     variant: str | None = option(None, "which weight files, for instance fp16")
-    lora: list[str] | None = option(None, "LoRA file, folder or hub id, or FILE:0.8; prompts may say <lora:name:0.8>",
+    lora: list[str] | None = option(None, "file, folder, hub id, or FILE:0.8; or <lora:name:0.8> in prompts",
         action="extend")
-    lora_scale: list[float] | None = option(None, "strength: one for all LoRAs (1.0 when not given) or one for each",
-        action="extend")
+    lora_scale: list[float] | None = option(None, "strength of all LoRAs, or one for each", action="extend")
     embeddings: list[str] | None = option(None, "learnt words; else the file beside the LoRA", action="extend")
     clip_skip: int | None = option(None, "layers of the text encoders to leave out; 0 is what A1111 calls 2")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it")
@@ -153,8 +152,7 @@ class GenerateConfig:
     width: int | None = option(None, "in pixels; the model's own size when not given")
     batch_size: int | None = option(None, "pictures at a time: 8 when not given, 1 above 512 pixels")
     device: str | None = option(None, "cuda, mps or cpu; the best one when not given")
-    mixed_precision: str | None = option(None, "number format of the networks; fp16 on a GPU when not given",
-        choices=("no", "fp16", "bf16"))
+    mixed_precision: str | None = option(None, "number format; fp16 on a GPU", choices=("no", "fp16", "bf16"))
     output_dir: str = option("generated", "folder for the pictures")
 
     def __post_init__(self):
