@@ -241,7 +241,7 @@ def test_revision_and_variant_reach_the_hub_and_the_files(monkeypatch, ran, plac
     monkeypatch.setattr(StableDiffusionXLPipeline, "download", lambda model, **wishes: asked.append((model, wishes)) or place["variant"])
     run = ran(pretrained_model_name_or_path="owner/name", revision="abc", variant="fp16")
     assert same(run, ran()) and asked[0][0] == "owner/name" and (asked[0][1]["revision"], asked[0][1]["variant"]) == ("abc", "fp16")
-    with pytest.raises(CourseError, match="variant None"): ran(pretrained_model_name_or_path="{variant}")
+    with pytest.raises(CourseError, match="has only the variant fp16 of its weights: add --variant fp16"): ran(pretrained_model_name_or_path="{variant}")
 
 
 def test_the_base_may_be_one_file(ran, toy, home, place, monkeypatch):
