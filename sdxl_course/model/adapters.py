@@ -322,11 +322,12 @@ def parameter_groups(
 # %% ../../nbs/library/model_adapters.ipynb #c3976ba7
 def block_rates(
     unet, # with a LoRA in it
-    text:str, # as --block_lr takes it
+    text:str, # as --block_lr takes it; None: none
     scale:float=1, # of every rate
 )->dict: # start of a module name -> rate
     "Rates of blocks; CourseError for a name under which no LoRA lies."
-    words = [[half.strip() for half in word.split("=")] for word in text.split(",")] if text else []
+    if not text: return {}
+    words = [[half.strip() for half in word.split("=")] for word in text.split(",")]
     short = dict(down="down_blocks", mid="mid_block", up="up_blocks")
     rates, names = {short.get(name, name): float(rate)*scale for name, rate in words}, list(dict(lora_parameters(unet)))
     for start in rates:
