@@ -7,6 +7,10 @@ What people use every day can be imported from here, as above; everything else f
 `from sdxl_course.model.adapters import add_lora`. Importing this package imports nothing else: a name brings its
 module when it is first asked for."""
 import importlib
+import os
+import sys
+
+if sys.platform == "win32": os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1") # else Fortran takes Ctrl-C
 
 __version__ = "0.1.0"
 

@@ -94,6 +94,7 @@ class DemoConfig:
     "Teach the small model a style: before and after."
     output_dir: str = option("sdxl-course-demo", "folder for what it makes")
     steps: int = option(140, "of training", limit="1 ..")
+    num_prompts: int = option(16, "how many prompts are drawn, before and after", limit="1 .. 16")
     seed: int = option(0, "decides every draw")
 
     def __post_init__(self): check_limits(self)
@@ -132,10 +133,9 @@ def demo_report(
 # %% ../nbs/library/demo.ipynb #3e2c24d5
 def run_demo(
     config:DemoConfig,
-    scenes=None, # what to ask for; None: all of `demo_scenes`
 )->dict: # the report
     "Teach the small model a style, and show it before and after."
-    folder, seconds, scenes = Path(config.output_dir), {}, scenes or demo_scenes()
+    folder, seconds, scenes = Path(config.output_dir), {}, demo_scenes(config.num_prompts)
     with phase(seconds, "data", "finding 40 captioned pictures in the style of old books"):
         training = demo_training(config)
     with phase(seconds, "before", f"drawing {len(scenes)} prompts with the base model"):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .core import CourseError
-from .data.check import check_dataset
-from .data.records import is_picture, list_files
+from .data.check import check_dataset, holds_pictures
 from .model.adapters import text_encoder_rates
 from .model.words import TokenOptions, add_tokens, placeholder_map, replace_placeholders
 from .options import is_set, option
@@ -83,11 +82,13 @@ def subject_report(
         flag = "validation_data_dir" if folder else "instance_data_dir"
         raise CourseError(f"--{flag} {place} is {'a file' if Path(place).exists() else 'not there'}: "
             "wanted a folder with pictures of the thing")
-    if not place and Path(dataset).is_dir() and any(map(is_picture, list_files(dataset))): place = dataset
     place, most = place and Path(place).expanduser(), None if folder else config.max_train_samples
-    if place and not config.caption_column: return uncaptioned_pictures(place, most, config.seed)
-    return check_dataset(place, None if place else dataset, config.dataset_config_name, config.image_column,
-        config.caption_column or "", config.cache_dir, most, config.seed, require_captions=False)
+    whole, repeats = bool(place), False if folder else config.repeats_from_folders
+    if not config.caption_column and (whole or holds_pictures(dataset)):
+        return uncaptioned_pictures(place or dataset, most, config.seed, repeats, split=not whole)
+    return check_dataset(place, None if whole else dataset, config.dataset_config_name, config.image_column,
+        config.caption_column or "", config.cache_dir, most, config.seed, require_captions=False,
+        repeats_from_folders=repeats)
 
 # %% ../nbs/library/dreambooth.ipynb #0cbe4738
 def find_subject(
@@ -189,7 +190,8 @@ def _texts(config): # further texts whose length is checked
     return dict(class_prompt=max(prompts, key=len)) if config.with_prior_preservation or config.prior_teacher else {}
 
 DREAMBOOTH = Method("dreambooth", DreamBoothConfig, find_subjects, subject_weights, subject_loss,
-    read_validation=lambda config, folder: find_subject(concepts_of(config)[0], folder=folder).usable(),
+    read_validation=lambda config, folder:
+        find_subject(concepts_of(config)[0], folder=folder).usable(config.on_problem),
     class_records=prior_records,
     remarks=remarks, check=check_placeholders, trigger=_trigger, texts=_texts, project="dreambooth-lora-sd-xl",
     unused_gradients=lambda config: config.train_text_encoder or config.train_text_encoder_ti)

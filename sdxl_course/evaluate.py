@@ -184,7 +184,7 @@ def save_judged(
     for k, picture in enumerate(pictures): picture.save(folder / f"{k:04d}.png")
     row = lambda k, scene: dict(file_name=f"{k:04d}.png", text=prompt_of(scene), scene=asdict(scene))
     rows = [row(k, scene) for k, scene in enumerate(scenes)]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 # %% ../nbs/library/evaluate.ipynb #c658ceb8
 def resize_for_judges(pictures, side=128): # PIL images -> RGB images of the size that the judges know

@@ -267,7 +267,7 @@ def gather(
     scorer, # Scorer
 )->dict: # settings, provenance, scale, rows, verdicts
     "All rows that belong to these settings, what they say, and a contact sheet of the first seed."
-    rows = [json.loads(path.read_text()) for path in sorted((folder/"rows").glob("*.json"))]
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted((folder/"rows").glob("*.json"))]
     rows = [row for row in rows if row["settings"] == row_settings(row["variant"], settings)]
     kind = lambda row: json.dumps({key: value for key, value in row["provenance"].items() if key != "time"})
     machines = {kind(row): row["provenance"] for row in rows} # one of each kind
@@ -297,7 +297,7 @@ def run_study(
         scorer, base = scorer or Scorer(load_components(config.model).vae), {}
         for seed, name in product(range(config.seeds), ["base", *names]):
             path, wanted = folder/"rows"/f"{name}-{seed}.json", row_settings(name, settings)
-            if path.exists() and json.loads(path.read_text())["settings"] == wanted: continue
+            if path.exists() and json.loads(path.read_text("utf-8"))["settings"] == wanted: continue
             if seed not in base: base[seed] = draw_evaluation(load_pipeline(config.model), "chair", config, seed)
             if name == "base":
                 picture_row(base[seed]).save(folder/"rows"/f"base-{seed}.png")
@@ -319,7 +319,7 @@ def read_study(
 )->dict: # see `gather`
     "Open a study that was made before; CourseError for a file that holds none."
     path = Path(path or Path(str(files("sdxl_course"))) / "studies" / "dreambooth.json")
-    try: study = json.loads(path.read_text())
+    try: study = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CourseError(f"{path} is no study ({error}): "
             "wanted a study.json as `python -m sdxl_course.study` writes it") from error

@@ -35,7 +35,7 @@ def read_data(
     "Read the captioned pictures that the options name; CourseError where there are none."
     return check_dataset(config.train_data_dir, config.dataset_name, config.dataset_config_name, config.image_column,
         config.caption_column, config.cache_dir, config.max_train_samples, config.seed,
-        bar=progress(not is_main_process()))
+        repeats_from_folders=config.repeats_from_folders, bar=progress(not is_main_process()))
 
 # %% ../nbs/library/text_to_image.ipynb #dbbfdf6f
 TEXT_TO_IMAGE = Method("text-to-image", TextToImageConfig, read_data, lora_weights, project="text2image-fine-tune",

@@ -73,7 +73,8 @@ def read_pictures(
     if not place.is_dir():
         raise CourseError(f"--{'validation_data_dir' if folder else 'train_data_dir'} {place} is "
             f"{'a file' if place.exists() else 'not there'}: wanted a folder of pictures")
-    report = uncaptioned_pictures(place, None if folder else config.max_train_samples, config.seed)
+    repeats = False if folder else config.repeats_from_folders
+    report = uncaptioned_pictures(place, None if folder else config.max_train_samples, config.seed, repeats)
     captions = tuple(one.format(config.placeholder_token) for one in TEMPLATES[config.learnable_property])
     return replace(report, records=[replace(record, captions=captions) for record in report.records])
 
@@ -144,7 +145,7 @@ def new_token(
 
 # %% ../nbs/library/textual_inversion.ipynb #ffe52a8e
 TEXTUAL_INVERSION = Method("textual-inversion", TextualInversionConfig, read_pictures, new_token,
-    read_validation=lambda config, folder: read_pictures(config, folder=folder).usable(),
+    read_validation=lambda config, folder: read_pictures(config, folder=folder).usable(config.on_problem),
     trigger=lambda config: config.placeholder_token, unused_gradients=lambda config: True)
 
 open_textual_inversion, train_textual_inversion, main = functions(TEXTUAL_INVERSION)

@@ -71,3 +71,9 @@ def train(tmp_path, toy, toy_model, make_pictures, monkeypatch):
         if not curve: monkeypatch.setattr("sdxl_course.train.run.save_curve", lambda path, *points: Path(path).write_bytes(b""))  # a fifth of the time
         return train_text_to_image(TextToImageConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), log)
     return train
+
+
+def pytest_collection_modifyitems(items):
+    "The longest first, so that no worker is left with a long one at the end."
+    long = ("test_execute.py", "test_install.py", "test_pretrain.py", "test_evaluate.py", "test_study.py")
+    items.sort(key=lambda item: item.path.name not in long)

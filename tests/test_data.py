@@ -13,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 from sdxl_course.core import CourseError
-from sdxl_course.data.records import MASK, Companion, caption_list, companions_of, decode, inspect_picture, natural_key, open_companion, open_image, open_mask
-from sdxl_course.data.records import read_metadata, row_name, to_rgb, with_companions, with_masks
+from sdxl_course.data.files import natural_key
+from sdxl_course.data.metadata import caption_list, read_metadata, row_name
+from sdxl_course.data.records import MASK, Companion, companions_of, decode, inspect_picture, open_companion, open_image, open_mask
+from sdxl_course.data.records import to_rgb, with_companions, with_masks
 from sdxl_course.data.report import DataReport, caption_remarks, escape_markdown
-from sdxl_course.data.check import check_dataset, choose_samples, read_dataset, scan
+from sdxl_course.data.check import check_dataset, read_dataset, scan
+from sdxl_course.data.tables import choose_samples
 from toy import make_tokenizer
 
 calm = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

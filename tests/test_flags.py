@@ -46,6 +46,8 @@ def place(home, toy_model):
     folders = dict(square=make_pictures(home / "square"), other=make_pictures(home / "other", 3), few=make_pictures(home / "few", 2), wide=make_pictures(home / "wide", 4, size=(72, 100)),
         tags=make_pictures(home / "tags", 3, captions=["red, green, blue, tall, old"] * 3), long=make_pictures(home / "long", 2, captions=["a" * 60 + " bcde" * 12] * 2))
     halves, masks = make_pictures(home / "halves", 3), home / "masks"
+    make_pictures(home / "named" / "3_a thing", 1), make_pictures(home / "named" / "1_others", 2)
+    (make_pictures(home / "spoilt", 4) / "3.png").write_bytes(b"")
     masks.mkdir()
     for i in range(3):
         alpha = Image.fromarray(np.repeat(np.uint8([[255] * 32 + [0] * 32]), 64, axis=0))
@@ -63,7 +65,7 @@ def place(home, toy_model):
     variant = shutil.copytree(toy_model, home / "variant")
     for file in variant.rglob("*.safetensors"): file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     second = make_toy_model(home / "second" / "model", seed=1)
-    return {name: str(path) for name, path in dict(folders, halves=halves, masks=masks, table=home / "table", renamed=home / "renamed", configs=home / "configs", toy=toy_model,
+    return {name: str(path) for name, path in dict(folders, named=home / "named", spoilt=home / "spoilt", halves=halves, masks=masks, table=home / "table", renamed=home / "renamed", configs=home / "configs", toy=toy_model,
         second=second, vae=second / "vae", variant=variant, cache=home / "cache", downloads=home / "downloads").items()}
 
 
@@ -124,6 +126,7 @@ TABLE = [  # model
     ("caption_column", "words", dict(dataset_name="{renamed}", train_data_dir=None, image_column="pic"), lambda a, b: same(a, b)),
     ("cache_dir", "{cache}", {}, lambda a, b: same(a, b) and "cache/encoded" in a.said and len(files_of(a.folder.parent / "cache" / "encoded")) == 10),
     ("proportion_empty_prompts", 1.0, {}, differ),
+    ("repeats_from_folders", False, dict(train_data_dir="{named}"), lambda a, b: "3 pictures with" in a.said and "3 different pictures are shown 5 times a pass" in b.said and differ(a, b)),
     # captions and masks
     ("shuffle_tags", True, TAGS, differ), ("keep_tags", 9, dict(TAGS, shuffle_tags=True), lambda a, b: differ(a, b)),
     ("clip_skip", 1, {}, differ), ("clip_skip", 1, TE, differ),
@@ -233,6 +236,15 @@ SHOWN.update(name for name, *_ in TABLE)
 
 
 # ------------------------------------------------ what needs more than one line
+
+@shows("on_problem")
+def test_what_cannot_be_used_is_left_out_where_that_is_asked_for(ran):
+    for options in ({}, dict(on_problem="error")):
+        with pytest.raises(CourseError, match="3.png .it is empty.*--on_problem skip"): ran(train_data_dir="{spoilt}", **options)
+    run = ran(train_data_dir="{spoilt}", on_problem="skip")
+    assert "3 pictures with" in run.said and "left out for problems, as --on_problem skip asks: 1, for instance 3.png (it is empty" in run.said
+    assert same(run, ran(train_data_dir="{other}"))
+
 
 @shows("revision", "variant")
 def test_revision_and_variant_reach_the_hub_and_the_files(monkeypatch, ran, place):
@@ -531,7 +543,7 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
-    max_train_samples instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts""".split())
+    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts""".split())
 MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 

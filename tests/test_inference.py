@@ -175,6 +175,12 @@ def test_a_strength_may_stand_behind_the_file_or_in_the_prompt(toy_model, loras,
     assert gap(want, generate(load_pipeline(toy_model, device="cpu"), "a cat", 7, **QUICK)) > 5
 
 
+def test_paths_may_be_given_in_python(loras):
+    from sdxl_course.inference import plan_loras
+    plan = plan_loras(["a cat"], [loras["style"].parent, loras["subject"]])
+    assert plan.scales == dict(style=1.0, subject=1.0) and [str(one) for one in plan.files.values()] == [str(loras["style"].parent), str(loras["subject"])]
+
+
 def test_each_prompt_gets_the_loras_that_it_asks_for(toy_model, loras, tmp_path, monkeypatch):
     monkeypatch.chdir(loras["style"].parent.parent)
     assert main(["--model", str(toy_model), "--seed", "7", "--num_images", "2", "--num_inference_steps", "2", "--device", "cpu", "--output_dir", str(tmp_path), "--lora", "style",

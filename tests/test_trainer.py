@@ -65,7 +65,7 @@ def test_a_config_file_goes_through_the_same_parser_and_the_command_line_wins(tm
 @pytest.mark.parametrize("words, message", [
     (["--rnak", "4"], "rank"), (["--resol", "64"], "resolution"), (["--rank", "many"], "invalid int value"), (["--rank", "0"], "at least 1"),
     (["--num_validation_images", "0"], "at least 1"),  # trainers.md 2.14 number 29: a pipeline was built to draw nothing, and stacking nothing failed in the middle of the training
-    (["--lr_scheduler", "cosin"], "cosine"), (["--report_to", "tensorbord"], "tensorboard"), (["--learning_rate", "nan"], "at least 0"),
+    (["--lr_scheduler", "cosin"], "cosine"), (["--report_to", "tensorbord"], "tensorboard"), (["--learning_rate", "nan"], "nan: wanted a number"),
     (["--lr_scheduler", "piecewise_constant"], "lr_step_rules"), (["stray"], "stray"), (["--config", "no.yaml"], "no.yaml")])
 def test_wrong_words_are_one_sentence_and_exit_code_2(words, message, capsys):
     assert main(NEEDED + words) == 2

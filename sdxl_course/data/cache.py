@@ -20,6 +20,7 @@ from pathlib import Path
 from ..core import CourseError, load_tensors, save_tensors
 from ..model.conditioning import encode_prompts, token_windows
 from ..model.latents import posterior
+from .files import read_file
 from .records import MASK, companions_of, content_key, decode, open_companion, read_companion
 from .preprocess import center_crop_origin, covering_size, prepare_image
 from typing import ClassVar
@@ -208,10 +209,8 @@ def companion_tensors(
 # %% ../../nbs/library/data_cache.ipynb #62b324db
 def _unchanged(record):
     "The picture of a record, if its file still holds the bytes that the record was made from."
-    try: data = Path(record.path).read_bytes()
-    except OSError as error:
-        raise CourseError(f"{record.path}: it cannot be opened any more ({error.strerror}): "
-                          "put it back or read the dataset again")
+    try: data = read_file(record.path)
+    except CourseError as error: raise CourseError(f"{record.path}: {error}: put it back or read the dataset again")
     if content_key(data) != record.key:
         raise CourseError(f"{record.path}: it was changed after the dataset was read: start the run again")
     try: return decode(data)

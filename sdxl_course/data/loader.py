@@ -16,8 +16,10 @@ import torch
 from fastcore.basics import patch
 from ..core import CourseError, SampleRNG, seeded
 from .cache import LatentCache, companion_tensors
-from .preprocess import bucket_sizes, covering_size, nearest_bucket, prepare_image, random_crop_origin
-from .records import MASK, companions_of, open_companion, open_image, shuffle_tags
+from .preprocess import bucket_sizes, check_record, covering_size, nearest_bucket, prepare_image
+from .preprocess import random_crop_origin
+from .metadata import shuffle_tags
+from .records import MASK, companions_of, open_companion, open_image
 from ..model.conditioning import empty_prompt_embeds, make_time_ids
 from ..model.latents import posterior, sample_latents, vae_scale_factor
 from ..model.noise import draw_timestep, offset_noise, timestep_weights
@@ -140,7 +142,7 @@ class BatchLoader:
 # %% ../../nbs/library/data_loader.ipynb #c52a0c5e
 @patch
 def _index(self:BatchLoader):
-    "Name every sample; say what travels with it, and in which size it is trained."
+    "Name every sample; say what travels with it, and in which size it is trained; CourseError for extreme shapes."
     seen, self.keys, self.all = Counter(), [], [*self.records, *self.class_records]
     self.names, self.travels = [r.path.name for r in self.all], [companions_of(r, self.companions) for r in self.all]
     for i, record in enumerate(self.all):
@@ -149,6 +151,8 @@ def _index(self:BatchLoader):
         seen[key] += 1
     sizes = bucket_sizes(self.resolution) if self.use_aspect_ratio_buckets else [(self.resolution,)*2]
     self.targets = [nearest_bucket((r.height, r.width), sizes) for r in self.records]
+    for record, targets in zip(self.all, [(t,) for t in self.targets] + [set(self.targets)]*len(self.class_records)):
+        for target in targets: check_record(record, target)
     if self.timesteps is None:
         self.timesteps = timestep_weights(self.components.scheduler.config.num_train_timesteps)
 

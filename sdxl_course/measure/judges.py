@@ -87,7 +87,7 @@ def load_judge(
             f"wanted {' or '.join(JUDGES)}, or a folder with config.json")
     tensors = load_tensors(folder / "model.safetensors")[0]
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         judge = JUDGES[config.pop("judge")](**config)
         judge.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -42,17 +42,16 @@ class ModelOptions:
 @contextmanager
 def quiet():
     "Context manager: no progress bars and no log messages below an error from diffusers, transformers and the hub."
-    logs = transformers.utils.logging
-    level, hub_off = logs.get_verbosity(), are_progress_bars_disabled()
-    noisy = [log for log in (logs, diffusers.utils.logging) if log.is_progress_bar_enabled()]
+    logs, hub_off = (transformers.utils.logging, diffusers.utils.logging), are_progress_bars_disabled()
+    levels, noisy = [log.get_verbosity() for log in logs], [log for log in logs if log.is_progress_bar_enabled()]
     for log in noisy: log.disable_progress_bar()
-    logs.set_verbosity_error()
+    for log in logs: log.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*") # the name that diffusers 0.39 still needs
             yield
     finally:
-        logs.set_verbosity(level)
+        for log, level in zip(logs, levels): log.set_verbosity(level)
         for log in noisy: log.enable_progress_bar()
         if hub_off: disable_progress_bars()
 

@@ -122,7 +122,7 @@ def make_cache(
         target, pixels = run/"cache"/path.name, load_tensors(path)[0]["pixels"]
         wanted = dict(notes, pictures=str(len(pixels)))
         if target.exists() and load_tensors(target)[1] == wanted: continue
-        began, shard = time.time(), json.loads(path.with_suffix(".json").read_text())
+        began, shard = time.time(), json.loads(path.with_suffix(".json").read_text("utf-8"))
         encoded = encode_pictures(vae, pixels, shard["scenes"], shard["first"], share, config.seed, batch_size)
         save_tensors(target, encoded, wanted)
         log("cache", shard=path.stem, pictures_per_second=2*len(pixels)/(time.time() - began))

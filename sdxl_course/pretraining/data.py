@@ -122,7 +122,7 @@ def is_complete(
     "Whether a shard holds all the scenes it should."
     path = folder/f"shard-{shard:05d}.json"
     if not path.with_suffix(".safetensors").exists(): return False
-    return len(json.loads(path.read_text())["scenes"]) == min(size, scenes - shard*size)
+    return len(json.loads(path.read_text("utf-8"))["scenes"]) == min(size, scenes - shard*size)
 
 def make_data(
     config, # RunOptions and SceneOptions
@@ -151,7 +151,7 @@ def read_scenes(
     "Words and captions of all scenes, without their pixels."
     paths = sorted((Path(run)/"data").glob("shard-*.safetensors")) # pixels are written last
     if not paths: raise CourseError(f"{run}/data holds no pictures: run the stage `data` first")
-    return [scene for path in paths for scene in json.loads(path.with_suffix(".json").read_text())["scenes"]]
+    return [scene for path in paths for scene in json.loads(path.with_suffix(".json").read_text("utf-8"))["scenes"]]
 
 def read_pictures(
     run, # run folder; CourseError if it holds no pictures
@@ -160,7 +160,8 @@ def read_pictures(
     scenes, paths = read_scenes(run), sorted((Path(run)/"data").glob("shard-*.safetensors"))
     tensors = [load_tensors(path)[0] for path in paths]
     known = torch.cat([one["pixels"] for one in tensors])
-    rows = [row for path in paths for row in json.loads(path.with_suffix(".json").read_text())["held_out_style_of"]]
+    notes = [json.loads(path.with_suffix(".json").read_text("utf-8")) for path in paths]
+    rows = [row for note in notes for row in note["held_out_style_of"]]
     return Pictures(known, scenes[:len(known)], torch.cat([one["held_out_style"] for one in tensors]), rows)
 
 # %% ../../nbs/library/pretraining_data.ipynb #3e5193a0

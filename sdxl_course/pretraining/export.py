@@ -193,7 +193,7 @@ def seen_scenes(
 )->dict: # seed of the run -> [scenes, how many of them were also drawn in the held-out style]
     "Which scenes were trained on, those of a parent included."
     seen = {seed: list(numbers) for seed, numbers in parent_run(run)["seen"].items()}
-    shards = [json.loads(path.read_text()) for path in sorted((Path(run)/"data").glob("shard-*.json"))]
+    shards = [json.loads(path.read_text("utf-8")) for path in sorted((Path(run)/"data").glob("shard-*.json"))]
     if not shards: return seen
     seed = str((shards[0]["scenes"][0]["seed"] - TRAIN_SEED)//10_000_000)
     own = [sum(len(shard[key]) for shard in shards) for key in ("scenes", "held_out_style_of")]
@@ -207,10 +207,10 @@ def gather_facts(
     logs:dict, # stage -> `read_log`
 )->dict: # for the card and the log
     "What is known about how a run went."
-    before, seen, read = parent_run(run), seen_scenes(run), lambda path: json.loads(path.read_text())
+    before, seen, read = parent_run(run), seen_scenes(run), lambda path: json.loads(path.read_text("utf-8"))
     judges = sorted({path.name for folder in (run, run/"start") for path in (folder/"judges").glob("*")})
     measured = next((path for name in ("decoder", "vae") if (path := run/name/"measured.json").exists()), None)
-    lines = (run/"history.jsonl").read_text().splitlines() if (run/"history.jsonl").exists() else []
+    lines = (run/"history.jsonl").read_text("utf-8").splitlines() if (run/"history.jsonl").exists() else []
     numbers = list(seen.values())
     return dict(steps=steps, seen=seen, scenes=sum(one for one, _ in numbers), held_out=sum(one for _, one in numbers),
         judges=judges,

@@ -266,7 +266,7 @@ def measure_attributes(
 )->dict: # style -> attribute -> share right, over scenes that nothing trains on
     "Ask the judge about the validation scenes, style by style."
     folder, found = Path(run)/"data", {}
-    known = json.loads((folder/"validation.json").read_text())
+    known = json.loads((folder/"validation.json").read_text("utf-8"))
     pixels = load_tensors(folder/"validation.safetensors")[0]["pixels"]
     scenes = [Scene(**scene) for scene in known["scenes"]]
     for k, style in enumerate(known["styles"]):

@@ -42,7 +42,7 @@ def copy_parent(
     "Copy the model that a run starts from, once; note which stages begin with it."
     run, source, name = Path(run), tiny_path() if model == "tiny" else Path(model).expanduser(), Path(model).name
     if (run/"start").is_dir():
-        known = json.loads((run/"start"/"start.json").read_text())["start_from"]
+        known = json.loads((run/"start"/"start.json").read_text("utf-8"))["start_from"]
         if known == name: return
         raise CourseError(f"{run} started from {known}, not from {name}: wanted the same start_from, "
             "or another output_dir")
@@ -60,7 +60,7 @@ def parent_run(
     "What the model that a run starts from says of the stages that go on from it."
     folder = Path(run)/"start"
     if not folder.is_dir(): return dict(stages=[], steps={}, logs={}, history=[], psnr={}, seen={})
-    logs, stages = (json.loads((folder/name).read_text()) for name in ("training_log.json", "start.json"))
+    logs, stages = (json.loads((folder/name).read_text("utf-8")) for name in ("training_log.json", "start.json"))
     facts, stages = logs.pop("facts"), stages["stages"]
     seen = facts.get("seen", {"0": [facts["scenes"], facts["held_out"]]})
     steps = {name: steps for name, steps in facts["steps"].items() if name in stages}

@@ -341,7 +341,7 @@ def read_log(
     "A training log small enough to ship."
     path, before = Path(path), before or {}
     earlier = [dict(zip(before, values)) for values in zip(*before.values())]
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     if earlier:
         rows = earlier + [dict(row, **{key: row[key] + earlier[-1][key] for key in ("step", "seconds")})
             for row in rows]

@@ -162,7 +162,7 @@ def load_encoders(
     if (run/"vae"/"measured.json").exists() or "vae" in before: load_vae(run, components.vae)
     for name in ("vae", "decoder", *(f"judge_{name}" for name in JUDGES)):
         if (run/name/"measured.json").exists():
-            steps[name] = json.loads((run/name/"measured.json").read_text())["step"]
+            steps[name] = json.loads((run/name/"measured.json").read_text("utf-8"))["step"]
     return steps
 
 # %% ../../nbs/library/pretraining_unet.ipynb #1c43e6fa

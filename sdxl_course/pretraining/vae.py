@@ -113,7 +113,8 @@ def measure_vae(
     pixels = lambda part: to_pixels(part).to(vae.device)
     latents = torch.cat([vae.encode(pixels(pictures.pixels[part])).latent_dist.mean for part in some.split(16)])
     psnr, folder = {}, Path(run)/"data"
-    styles = json.loads((folder/"validation.json").read_text())["styles"] if (folder/"validation.json").exists() else ()
+    known = folder/"validation.json"
+    styles = json.loads(known.read_text("utf-8"))["styles"] if known.exists() else ()
     for k, style in enumerate(styles):
         shown = load_tensors(folder/"validation.safetensors")[0]["pixels"][:, k]
         errors = [((reconstruct(vae, part) - part)/2).square().mean((1, 2, 3))
@@ -185,7 +186,7 @@ def load_vae(
         measured = run/"start"/"vae"/"config.json"
     else: raise CourseError(f"{run} has no trained VAE: run the stage `vae` first")
     if steps_done(run, "decoder"): load_ema(run, "decoder", "vae", vae)
-    vae.register_to_config(scaling_factor=json.loads(measured.read_text())["scaling_factor"])
+    vae.register_to_config(scaling_factor=json.loads(measured.read_text("utf-8"))["scaling_factor"])
     return vae.eval().requires_grad_(False)
 
 # %% ../../nbs/library/pretraining_vae.ipynb #06ba802b

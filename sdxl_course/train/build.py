@@ -44,6 +44,9 @@ def write_report(
     report = at_resolution(report, config.resolution, config.use_aspect_ratio_buckets)
     if tokenizer: report = report.with_lengths(tokenizer, config.max_token_length)
     if is_main_process(): write_json(output_dir/"data_report.json", report.values())
+    if report.problems and config.on_problem == "skip":
+        log(f"left out for problems, as --on_problem skip asks: {len(report.problems)}, for instance "
+            f"{report.problems[0][0]} ({report.problems[0][1]}); data_report.json has them all")
     if kinds := report.remarks_by_kind():
         log(f"{len(report.remarks)} remarks on the pictures ({'; '.join(kinds)}): read data_report.json, "
             "or ask sdxl-course check-data")
@@ -189,9 +192,11 @@ def begin(
     check_machine(config.local_rank, config.eight_bit, config.enable_xformers_memory_efficient_attention,
         config.enable_npu_flash_attention)
     found = method.read(config, log)
+    if isinstance(found, DataReport): found = at_resolution(found, config.resolution, config.use_aspect_ratio_buckets)
     open_output(config.output_dir)
     for sentence in method.remarks(config): log(sentence)
-    sound, class_records = not getattr(found, "problems", ()), () # `open_run` reports problems
+    unsound = getattr(found, "problems", ()) and config.on_problem != "skip" # `open_run` reports problems
+    sound, class_records = not unsound, ()
     if sound: method.check(config, getattr(found, "records", found))
     if sound and method.class_records: class_records, components = method.class_records(config, components, log)
     return found, class_records, components
@@ -213,7 +218,7 @@ def open_run(
             stack.enter_context(output_lock(output_dir))
             remove_partial(output_dir)
         report = write_report(found, output_dir, config, log) if isinstance(found, DataReport) else None
-        records = found if report is None else report.usable()
+        records = found if report is None else report.usable(config.on_problem)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, log)
         accelerator = stack.enter_context(open_accelerator(method, config, output_dir, log))
         repository = _repository(config) if config.push_to_hub and accelerator.is_main_process else ""

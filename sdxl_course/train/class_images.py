@@ -25,8 +25,11 @@ from ..model.components import NETWORKS
 from ..model.conditioning import empty_prompt_embeds, encode_prompts
 from ..model.latents import check_resolution, vae_dtype
 from ..model.sampling import draw_pictures, inference_scheduler, save_picture
-from ..data.records import METADATA, UNREAD, caption_list, inspect_picture, is_picture, list_files
-from ..data.check import check_candidates, choose_samples
+from ..data.files import UNREAD, is_picture, list_files, list_folder, train_split, wanted_files
+from ..data.metadata import METADATA, SIDECARS, caption_list
+from ..data.records import inspect_picture
+from ..data.tables import choose_samples
+from ..data.check import Examples, check_candidates, with_repeats
 from ..data.cache import fingerprint, hashed
 from .machine import PATIENCE, env_flag, resolve_precision
 from .prepare import load_model
@@ -79,16 +82,22 @@ def uncaptioned_pictures(
     folder, # may hold other files, and folders with more pictures
     max_samples:int=None, # at the most
     seed:int=None, # decides which
+    repeats_from_folders:bool=None, # see `folder_repeats`
+    split:bool=False, # leave out what folders named test or validation hold
 ): # DataReport whose records have no captions
     "All pictures of a folder, in natural order; CourseError if there are none."
-    names = [name for name in list_files(folder) if is_picture(name)]
-    if not names: raise CourseError(f"no pictures in {str(folder)!r}: wanted files such as .jpg, .png or .webp, there "
-        "or in folders below")
+    listing = list_folder(folder)
+    found, remarks = train_split(listing.names) if split else (listing.names, [])
+    names = [name for name in found if is_picture(name)]
+    if not names: raise CourseError(f"no pictures in {str(folder)!r}: {wanted_files(found)}")
     unread = [name for name in names if Path(name).suffix.lower() in UNREAD]
-    rest = [name for name in names if name not in unread]
-    chosen = [(rest[i], Path(folder, rest[i]), ()) for i in choose_samples(len(rest), max_samples, seed)]
-    return check_candidates(folder, chosen, [(name, "pictures of this kind are not read: export it as JPEG or PNG")
-        for name in unread], [], require_captions=False)
+    rest = [(name, Path(folder, name), ()) for name in names if name not in unread]
+    problems = listing.problems + [(name, "pictures of this kind are not read: export it as JPEG or PNG")
+        for name in unread]
+    whole = Examples(rest, problems, remarks=remarks + listing.remarks)
+    examples, repeats = with_repeats(whole, repeats_from_folders, captions=False)
+    chosen = [rest[i] for i in choose_samples(len(rest), max_samples, seed)]
+    return check_candidates(folder, chosen, problems, remarks=examples.remarks, require_captions=False, repeats=repeats)
 
 # %% ../../nbs/library/train_class_images.ipynb #41179e4d
 def has_captions(
@@ -97,7 +106,7 @@ def has_captions(
     "Whether there are captions beside the pictures."
     names = list_files(folder)
     return any(Path(name).name in METADATA or is_picture(name)
-        and any(Path(folder, name).with_suffix(end).is_file() for end in (".txt", ".caption")) for name in names)
+        and any(Path(folder, name).with_suffix(end).is_file() for end in SIDECARS[:2]) for name in names)
 
 # %% ../../nbs/library/train_class_images.ipynb #23701d2c
 def fill_captions(
@@ -357,7 +366,8 @@ def class_pictures(
     own = [name for name in list_files(folder) if is_picture(name)
         and not (found and re.fullmatch(r"class-\d{5}\.png", name))]
     if own and not found:
-        records = fill_captions(uncaptioned_pictures(folder), config.class_prompt).usable()
+        records = fill_captions(uncaptioned_pictures(folder, repeats_from_folders=False), config.class_prompt).usable(
+            config.on_problem)
         log(f"{folder} holds {len(records)} class pictures of your own: they are used as they are, and none is drawn "
             f"(num_class_images is {config.num_class_images})")
         return records, components

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from ..core import CourseError, seeded_rng
 from ..data.sampler import MicroBatch
-from ..options import signal_handler
+from ..options import STOPS, signal_handler
 from .optimizer import Ema
 
 # %% ../../nbs/library/train_loop.ipynb #f11a6f4e
@@ -160,7 +160,7 @@ def defer_signals(
         # a launcher may send one of each
         if not held.patient and kind == signal.SIGINT and kind in asked: raise KeyboardInterrupt
         asked.append(kind)
-    with signal_handler(hear, signal.SIGINT, signal.SIGTERM): yield held
+    with signal_handler(hear, signal.SIGINT, *STOPS): yield held
     if asked: signal.raise_signal(asked[0]) # whoever listens outside hears of it now
 
 # %% ../../nbs/library/train_loop.ipynb #ff45fb85

@@ -207,8 +207,8 @@ class DenoisingLoss(torch.nn.Module):
     ):
         super().__init__()
         self.unet, self.schedule, self.weighting = components.unet, schedule, weighting
-        self.max_token_length, self.prior_loss_weight, self.clip_skip = max_token_length, prior_loss_weight, clip_skip
         self.unmasked_weight, self.force_zeros = unmasked_weight, components.force_zeros_for_empty_prompt
+        self.max_token_length, self.prior_loss_weight, self.clip_skip = max_token_length, prior_loss_weight, clip_skip
         if encode_text:
             self.text_encoder, self.text_encoder_2 = components.text_encoder, components.text_encoder_2
             self.tokenizer, self.tokenizer_2 = components.tokenizer, components.tokenizer_2
@@ -220,11 +220,11 @@ class DenoisingLoss(torch.nn.Module):
 
     def with_text(self, batch, captions): # the batch with embeddings of these captions
         embeds, pooled = encode_prompts(self, captions, self.max_token_length, self.clip_skip)
-        spoken = torch.tensor([bool(c) for c in captions], device=embeds.device)
-        if self.force_zeros: embeds, pooled = embeds*spoken[:, None, None], pooled*spoken[:, None]
-        elif self.clip_skip: # of the empty prompt nothing is left out, as in diffusers
-            embeds = embeds.where(spoken[:, None, None], encode_prompts(self, captions, self.max_token_length)[0])
-        return replace(batch, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+        if self.clip_skip and not self.force_zeros: # the empty prompt is not moved, as in diffusers
+            words = torch.tensor([bool(c) for c in captions], device=embeds.device)[:, None, None]
+            embeds = torch.where(words, embeds, encode_prompts(self, captions, self.max_token_length)[0])
+        spoken = torch.tensor([bool(c) or not self.force_zeros for c in captions], device=embeds.device)
+        return replace(batch, prompt_embeds=embeds*spoken[:, None, None], pooled_prompt_embeds=pooled*spoken[:, None])
 
 # %% ../../nbs/library/train_objective.ipynb #ce4e2bd6
 @contextmanager

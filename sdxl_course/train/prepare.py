@@ -20,6 +20,7 @@ from ..data.cache import LatentCache
 from ..data.check import read_dataset
 from ..data.loader import BatchLoader, CaptionOptions
 from ..data.preprocess import ImageOptions
+from ..data.files import read_file
 from ..data.records import content_key
 from ..model.components import load_components
 from ..model.conditioning import removed_text
@@ -37,7 +38,7 @@ def data_fingerprint(
 )->str: # 16 hexadecimal digits
     "Which pictures with which captions and companions, in which order."
     files = lambda r: [path for name, path in sorted(r.companions.items()) if path != r.path]
-    content = lambda r: [content_key(Path(path).read_bytes()) for path in files(r)]
+    content = lambda r: [content_key(read_file(path)) for path in files(r)]
     return hashlib.sha256(json.dumps([(r.key, r.captions, *content(r)) for r in records]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/library/train_prepare.ipynb #9b13dfb3
@@ -129,6 +130,9 @@ def report_data(
     log(f"{len(loader.records)} pictures with {len(captions)} captions; "
         f"pictures are {how(latents, 'cut and encoded afresh each time')}; captions are "
         f"{how(texts, 'encoded in every step')}")
+    if any(r.repeats != 1 for r in loader.records):
+        log(f"{len({r.path for r in loader.records})} different pictures are shown {len(loader.records)} times a pass, "
+            "as the names of their folders say; --repeats_from_folders False would show each of them once")
     if loader.cache.folder and (latents[0] or texts[0]): log(f"what is kept lies in {loader.cache.folder}")
     if loader.use_aspect_ratio_buckets:
         log("buckets (height x width): "
@@ -197,4 +201,4 @@ def read_captioned(
 )->list: # ImageRecord
     "Pictures to measure the loss on."
     return read_dataset(folder, image_column=config.image_column, caption_column=config.caption_column,
-        cache_dir=config.cache_dir)
+        cache_dir=config.cache_dir, repeats_from_folders=False, on_problem=config.on_problem)

@@ -14,7 +14,7 @@ import torch
 from ..core import CourseError, progress, seeded
 from ..data.cache import CacheEntry
 from ..data.loader import NOT_FINITE, SIZES, collate
-from ..data.preprocess import bucket_sizes, nearest_bucket, prepare_image
+from ..data.preprocess import bucket_sizes, check_record, nearest_bucket, prepare_image
 from ..data.records import open_image, split_records
 from ..model.latents import posterior
 from ..model.sampling import draw_pictures, eval_mode
@@ -79,6 +79,7 @@ def validation_set(
     sizes = bucket_sizes(side) if loader.use_aspect_ratio_buckets else [(side,)*2]
     for record in records[:MOST]:
         target = nearest_bucket((record.height, record.width), sizes)
+        check_record(record, target)
         prepared = prepare_image(open_image(record.path), side, True, False, loader.image_interpolation_mode,
             target_size=target)
         mean, std = (x[0].cpu() for x in posterior(loader.components.vae, prepared.pixels[None]))

@@ -145,8 +145,8 @@ def write_samples(
         file = f"{scene.object.replace(' ', '-')}-{i:02d}.png"
         render(scene).save(folder/file, optimize=True)
         rows.append(dict(file_name=file, text=caption(scene, 1)))
-    if name != "green_chair": (folder/"metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder/"scenes.json").write_text(json.dumps([asdict(s) for s in sample_scenes(name)], indent=1))
+    if name != "green_chair": (folder/"metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    (folder/"scenes.json").write_text(json.dumps([asdict(s) for s in sample_scenes(name)], indent=1), "utf-8")
     return folder
 
 # %% ../../nbs/library/world_samples.ipynb #92bbbe40
