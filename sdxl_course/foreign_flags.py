@@ -76,7 +76,9 @@ _table({
     "resize_interpolation": "--image_interpolation_mode", "max_data_loader_n_workers": "--dataloader_num_workers",
     "persistent_data_loader_workers cache_info skip_cache_check": ALWAYS,
     "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "--cache_text_embeds, on disk with --cache_dir",
-    "num_repeats dataset_repeats": "--repeats", "reg_data_dir": "--class_data_dir with --with_prior_preservation",
+    "num_repeats dataset_repeats": "a folder named 10_chair is shown ten times, see --repeats_from_folders; dreambooth "
+        "and textual-inversion have --repeats for all",
+    "reg_data_dir": "--class_data_dir with --with_prior_preservation",
     "in_json": "metadata.jsonl, metadata.csv and .txt files in --train_data_dir are found by themselves",
     "dataset_config": "--concepts, a list in YAML or JSON", "dataset_class": "there is no data set class to choose",
     "debug_dataset": "sdxl-course check-data shows what a run would read",

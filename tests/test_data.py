@@ -224,6 +224,21 @@ def test_what_stops_the_trainer_is_one_sentence(tmp_path):
     assert ("3.heic", "pictures of this kind are not read: export it as JPEG or PNG") in scan(tmp_path).problems
 
 
+def test_avif_is_read_where_pillow_can_and_named_where_it_cannot(tmp_path):
+    from PIL import features
+    from sdxl_course.data.records import open_image
+    picture(seed=1).save(tmp_path / "1.png")
+    if "avif" not in features.get_supported():
+        (tmp_path / "2.avif").write_bytes(b"x")
+        assert [file for file, reason in scan(tmp_path).problems if "export it as JPEG or PNG" in reason] == ["2.avif"]
+        return
+    picture(seed=1).save(tmp_path / "2.avif", quality=100, subsampling="4:4:4")
+    records = read_dataset(tmp_path, require_captions=False)
+    assert [record.path.name for record in records] == ["1.png", "2.avif"] and records[1].key != records[0].key
+    first, second = (np.asarray(open_image(record.path), int) for record in records)
+    assert first.shape == second.shape and np.abs(first - second).max() <= 12
+
+
 def test_a_subset_is_repeatable_and_not_checked_beyond_itself(tmp_path):
     for i in range(12): picture(seed=i).save(tmp_path / f"{i}.png")
     lines(tmp_path, [{"file_name": f"{i}.png", "text": str(i)} for i in range(12)])

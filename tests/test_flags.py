@@ -762,7 +762,7 @@ def test_a_whole_command_of_another_trainer_is_answered_at_once(tmp_path):
     assert "did you mean rank" in told(TextToImageConfig, "--network_dim", "32", "--rnak", "3")  # a slip of our own comes first
     assert "here it is --resolution" not in told(TextToImageConfig, "--resolution", "1024,1024") and "one number: --resolution 1024" in told(TextToImageConfig, "--resolution", "1024,1024")
     assert "--use_aspect_ratio_buckets" in told(TextToImageConfig, "--resolution", "832,1216")
-    assert "has no such option" in told(FullConfig, "--network_dim", "8") and "here it is --repeats" in told(DreamBoothConfig, "--instance_prompt", "x", "--num_repeats", "8")
+    assert "has no such option" in told(FullConfig, "--network_dim", "8") and "--repeats_from_folders" in told(DreamBoothConfig, "--instance_prompt", "x", "--num_repeats", "8")
     (tmp_path / "kohya.toml").write_text("network_dim = 8\n")
     assert "is TOML" in told(TextToImageConfig, "--config", str(tmp_path / "kohya.toml"))
 

@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from PIL import features
 from ..core import CourseError
 
 # %% ../../nbs/library/data_files.ipynb #bda72adb
@@ -34,7 +35,8 @@ def normalize_name(
 # %% ../../nbs/library/data_files.ipynb #6a2a3bf8
 SUFFIXES = dict(JPEG=(".jpg", ".jpeg", ".jpe", ".jfif"), PNG=(".png",), WEBP=(".webp",), GIF=(".gif",),
                 BMP=(".bmp", ".dib"), TIFF=(".tif", ".tiff"))
-UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".ico", ".tga",
+if "avif" in features.get_supported(): SUFFIXES["AVIF"] = (".avif",) # Pillow 11.3 and later, where built with it
+UNREAD = (".heic", ".heif", *[".avif"]*("AVIF" not in SUFFIXES), ".jxl", ".jp2", ".psd", ".svg", ".ico", ".tga",
           ".cr2", ".cr3", ".nef", ".arw", ".dng")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 SPOKEN = (".txt", ".caption", ".json", ".jsonl", ".csv", ".parquet") # these may hold captions

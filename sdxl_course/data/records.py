@@ -37,7 +37,7 @@ def to_rgb(
     return image.convert("RGB")
 
 # %% ../../nbs/library/data_records.ipynb #cd3058a6
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_FORMATS = tuple(SUFFIXES)
 MAX_PIXELS = 64_000_000 # about 8000 x 8000
 MIN_SIDE = 16           # pixels; smaller pictures teach nothing but blur
 MAX_NOTES = 64 * 2**20  # bytes of a PNG's texts and colour profile; Photoshop and ComfyUI write more than Pillow's 1 MB

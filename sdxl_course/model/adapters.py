@@ -323,7 +323,7 @@ def parameter_groups(
 # %% ../../nbs/library/model_adapters.ipynb #c3976ba7
 def block_rates(
     unet, # with a LoRA in it
-    text:str, # as --block_lr takes it
+    text:str, # as --block_lr takes it; None: none
     scale:float=1, # of every rate
 )->dict: # start of a module name -> rate
     "Rates of blocks; CourseError for a name under which no LoRA lies."
