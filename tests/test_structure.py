@@ -196,6 +196,17 @@ def test_requirements_have_lower_bounds_only():
     assert [one for one in SETTINGS["requirements"].split() if not re.fullmatch(r"[\w-]+>=[\d.]+(,!=[\d.]+)*", one)] == []
 
 
+def test_a_bound_that_no_set_of_versions_meets_is_named():
+    from lower_bounds import bounds, requirements, unmet, versions
+    required, further = requirements()
+    oldest = bounds(required + further)
+    assert len(bounds(required)) == len(required) and oldest["huggingface-hub"] and oldest["pytest"]
+    resolved = versions("".join(f"{name}=={version}.0\n    # via x\n" for name, version in oldest.items()))
+    assert unmet(oldest, resolved) == []
+    said = unmet(oldest, dict(resolved, safetensors="99.1"))
+    assert len(said) == 1 and said[0].startswith("safetensors>=") and "the oldest that can is 99.1" in said[0]
+
+
 def test_nothing_that_the_library_needs_is_missing_from_the_requirements():
     names = {"PIL": "pillow", "yaml": "pyyaml"}
     wanted = {re.split(">=", one)[0].lower() for one in SETTINGS["requirements"].split()}
