@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import image_grid, run_guarded, write_json
 from .devices import provenance
-from .options import check_limits, option, parse_config
+from .options import SEEDS, check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, Scene
 from .world.samples import sample_dir, sample_scenes
 from .model.sampling import generate, save_picture
@@ -95,7 +95,7 @@ class DemoConfig:
     output_dir: str = option("sdxl-course-demo", "folder for what it makes")
     steps: int = option(140, "of training", limit="1 ..")
     num_prompts: int = option(16, "how many prompts are drawn, before and after", limit="1 .. 16")
-    seed: int = option(0, "decides every draw")
+    seed: int = option(0, "decides every draw", limit=SEEDS)
 
     def __post_init__(self): check_limits(self)
 

@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, run_guarded, seeded, write_json
 from .devices import provenance
-from .options import writable_folder
-from .options import check_limits, option, parse_config
+from .options import SEEDS, check_limits, option, parse_config, writable_folder
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT
 from .world.scene import Scene, is_held_out, sample_scene
 from .world.render import render
@@ -123,9 +122,9 @@ class EvaluateConfig:
     num_prompts: int = option(200, "prompts with combinations like those of the training", limit="1 ..")
     num_held_out: int = option(100, "photo prompts with combinations that pre-training never saw", limit="0 ..")
     num_inference_steps: int = option(25, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(5.0, "how hard to push towards the prompt")
+    guidance_scale: float = option(5.0, "how hard to push towards the prompt", limit="0 ..")
     batch_size: int = option(8, "pictures at a time", limit="1 ..")
-    seed: int = option(0, "decides prompts and noise")
+    seed: int = option(0, "decides prompts and noise", limit=SEEDS)
 
     def __post_init__(self):
         check_limits(self)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['adapter_names', 'set_lora_scale', 'load_pipeline', 'sweep_lora_scale', 'save_pictures', 'unlearned_words',
-           'check_numbers', 'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'split_strength', 'read_tags',
-           'LoraPlan', 'plan_loras', 'settings_of', 'load_words', 'draw_planned', 'draw_and_save', 'main']
+           'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'split_strength', 'read_tags', 'LoraPlan',
+           'plan_loras', 'settings_of', 'load_words', 'draw_planned', 'draw_and_save', 'main']
 
 # %% ../nbs/library/inference.ipynb #9d887d8a
 import re
@@ -15,8 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, run_guarded
 from .devices import pick_device, weight_dtype
-from .options import writable_folder
-from .options import option, parse_config
+from .options import SEEDS, check_limits, option, parse_config, writable_folder
 from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
@@ -129,17 +128,6 @@ def unlearned_words(
     known = set(caption_words(STYLES))
     return list(dict.fromkeys(word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in known))
 
-# %% ../nbs/library/inference.ipynb #8ebd20d7
-def check_numbers(
-    config, # GenerateConfig
-):
-    "CourseError without a prompt, and for counts that nothing can be drawn with."
-    if not config.prompt:
-        raise CourseError('no prompt was given: wanted --prompt "a photo of a red house in the snow"')
-    for name, low in dict(num_images=1, num_inference_steps=1, batch_size=1, clip_skip=0).items():
-        value = getattr(config, name)
-        if value is not None and value < low: raise CourseError(f"--{name} is {value}: wanted {low} or more")
-
 # %% ../nbs/library/inference.ipynb #7be1a001
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -153,23 +141,27 @@ class GenerateConfig:
     lora: list[str] | None = option(None, "LoRA file, folder or hub id, with its strength as in FILE:0.8; again for "
         "more; prompts may say <lora:name:0.8>", action="extend")
     lora_scale: list[float] | None = option(None, "strength: one for all LoRAs (1.0 when not given) or one for each",
-        action="extend")
+        "-1000 .. 1000", action="extend")
     embeddings: list[str] | None = option(None, "learnt words; else the file beside the LoRA", action="extend")
     clip_skip: int | None = option(None,
-        "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2")
-    seed: int = option(0, "of the first picture of each prompt; the others count on from it")
-    num_images: int = option(1, "pictures per prompt")
-    num_inference_steps: int = option(25, "how often the UNet is asked")
-    guidance_scale: float = option(5.0, "how hard to push towards the prompt")
-    height: int | None = option(None, "in pixels; the model's own size when not given")
-    width: int | None = option(None, "in pixels; the model's own size when not given")
-    batch_size: int | None = option(None, "pictures at a time: 8 when not given, 1 above 512 pixels")
+        "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2", "0 ..")
+    seed: int = option(0, "of the first picture of each prompt; the others count on from it", SEEDS)
+    num_images: int = option(1, "pictures per prompt", "1 ..")
+    num_inference_steps: int = option(25, "how often the UNet is asked", "1 .. 1000")
+    guidance_scale: float = option(5.0, "how hard to push towards the prompt", "0 ..")
+    height: int | None = option(None, "in pixels; the model's own size when not given", "1 ..")
+    width: int | None = option(None, "in pixels; the model's own size when not given", "1 ..")
+    batch_size: int | None = option(None, "pictures at a time: 8 when not given, 1 above 512 pixels",
+        "1 ..")
     device: str | None = option(None, "cuda, mps or cpu; the best one when not given")
     mixed_precision: str | None = option(None, "number format of the networks; fp16 on a GPU when not given",
         choices=("no", "fp16", "bf16"))
     output_dir: str = option("generated", "folder for the pictures")
 
-    def __post_init__(self): check_numbers(self)
+    def __post_init__(self):
+        check_limits(self)
+        if self.prompt: return
+        raise CourseError('no prompt was given: wanted --prompt "a photo of a red house in the snow"')
 
 # %% ../nbs/library/inference.ipynb #000c0935
 def warn_about_prompts(

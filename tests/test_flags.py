@@ -15,10 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.demo import DemoConfig
 from sdxl_course.dreambooth import DreamBoothConfig
+from sdxl_course.evaluate import EvaluateConfig
 from sdxl_course.full import FullConfig
+from sdxl_course.inference import GenerateConfig
 from sdxl_course.model.lora_files import read_lora
 from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
+from sdxl_course.pretraining.export import PretrainConfig
+from sdxl_course.study import StudyConfig
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
 from sdxl_course.textual_inversion import TextualInversionConfig
 from sdxl_course.train.objective import WEIGHTINGS
@@ -537,6 +542,22 @@ def test_every_option_has_a_help_line_a_limit_that_holds_and_a_kind(command):
             with pytest.raises(CourseError, match=f"--{f.name} is .*wanted"): build(command, **{f.name: value})
         for value in (True, "3", *([1.5] if int in number else [])):
             with pytest.raises(CourseError, match=f"--{f.name} is .*wanted a (whole )?number"): build(command, **{f.name: value})
+
+
+OTHERS = dict(generate=(GenerateConfig, dict(prompt=["a mug"])), evaluate=(EvaluateConfig, {}), demo=(DemoConfig, {}), study=(StudyConfig, {}), pretrain=(PretrainConfig, {}))
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_every_number_of_the_other_commands_has_a_limit(command):
+    Config, usual = OTHERS[command]
+    hints = get_type_hints(Config)
+    for f in fields(Config):
+        kinds = {hints[f.name], *get_args(hints[f.name])}
+        several = list[float] in kinds
+        if not several and (not kinds & {int, float} or f.metadata.get("choices")): continue
+        assert check_range(math.inf, f.metadata["limit"]), f.name
+        for wrong in (math.nan, math.inf, int(f.metadata["limit"].split("..")[0].strip("> ")) - 1):
+            with pytest.raises(CourseError, match=f"--{f.name} is .*wanted"): Config(**{**usual, f.name: [wrong] if several else wrong})
 
 
 FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
