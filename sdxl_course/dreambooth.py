@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DREAMBOOTH', 'open_dreambooth', 'train_dreambooth', 'main', 'SubjectOptions', 'DreamBoothConfig', 'subject_report',
-           'find_subject', 'find_subjects', 'check_placeholders', 'remarks', 'subject_weights', 'subject_loss']
+           'find_subject', 'find_subjects', 'validation_subjects', 'check_placeholders', 'remarks', 'subject_weights',
+           'subject_loss']
 
 # %% ../nbs/library/dreambooth.ipynb #a0bb09ab
 import sys
@@ -119,6 +120,14 @@ def find_subjects(
     reports = [find_subject(one, log) for one in ones]
     return join_reports(reports, [one.repeats for one in ones]) if config.concepts else reports[0]
 
+def validation_subjects(
+    config, # DreamBoothConfig
+)->list: # ImageRecord
+    "The pictures to measure the loss on, of every thing that has some, each with the words of its thing."
+    ones = [one for one in concepts_of(config) if one.validation_data_dir]
+    reports = [find_subject(one, folder=one.validation_data_dir) for one in ones]
+    return [record for report in reports for record in report.usable(config.on_problem)]
+
 # %% ../nbs/library/dreambooth.ipynb #6651d50d
 def check_placeholders(
     config, # DreamBoothConfig
@@ -190,8 +199,7 @@ def _texts(config): # further texts whose length is checked
     return dict(class_prompt=max(prompts, key=len)) if config.with_prior_preservation or config.prior_teacher else {}
 
 DREAMBOOTH = Method("dreambooth", DreamBoothConfig, find_subjects, subject_weights, subject_loss,
-    read_validation=lambda config, folder:
-        find_subject(concepts_of(config)[0], folder=folder).usable(config.on_problem),
+    read_validation=validation_subjects,
     class_records=prior_records,
     remarks=remarks, check=check_placeholders, trigger=_trigger, texts=_texts, project="dreambooth-lora-sd-xl",
     unused_gradients=lambda config: config.train_text_encoder or config.train_text_encoder_ti)

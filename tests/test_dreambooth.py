@@ -23,7 +23,7 @@ from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.data.records import open_image
 from sdxl_course.train import class_images, prepare
 from sdxl_course.train.class_images import SETTINGS_FILE, class_pictures, missing_pictures
-from sdxl_course.dreambooth import DreamBoothConfig, find_subject, main, open_dreambooth, train_dreambooth
+from sdxl_course.dreambooth import DREAMBOOTH, DreamBoothConfig, find_subject, main, open_dreambooth, train_dreambooth
 from sdxl_course.model.adapters import add_lora, inject_lora, lora_modules, lora_parameters
 from sdxl_course.model.lora_files import initialize_lora_from
 from sdxl_course.model.noise import noise_schedule
@@ -1011,6 +1011,15 @@ def test_several_concepts_are_learnt_with_their_own_words_and_repeats(usual, toy
         assert [one["file"] for one in report["pictures"]] == [*(f"chair/{i}.png" for i in range(3)), *(f"dog/{i}.png" for i in range(2))]
         run.train()
     finally: run.close()
+
+
+def test_each_thing_is_validated_with_its_own_words(usual, toy, things, tmp_path):
+    make_pictures(tmp_path / "other-dogs", 4)
+    things[1]["validation_data_dir"] = str(tmp_path / "other-dogs")
+    config = make(usual, **listed(things, tmp_path / "things.json"), max_train_steps=1, output_dir=str(tmp_path / "o"))
+    held = DREAMBOOTH.read_validation(config)
+    assert [record.captions for record in held] == [("a photo of TOK dog",)] * 4 and {record.path.parent.name for record in held} == {"other-dogs"}
+    assert train_dreambooth(config, toy(), lambda text: None).validation_loss_after > 0
 
 
 def test_one_concept_in_a_file_trains_to_the_same_bytes_as_by_flags(usual, toy, things, tmp_path):

@@ -612,6 +612,7 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(prior_teacher=True, class_prompt="a chair", init_lora_weights="olora"), dict(prior_teacher=True, class_prompt="a chair", init_lora_weights="orthogonal")),
     (dict(with_prior_preservation=True, class_data_dir="d/c", class_prompt="a chair"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
     (dict(concepts="c.yaml"), dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="")),
+    (dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="", validation_data_dir="v"), dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="")),
     (dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="", prior_teacher=True, class_prompt="a chair"), dict(concepts="c.yaml", instance_data_dir=None, instance_prompt="")),
     (dict(token_abstraction="SKS"), dict(token_abstraction="SKS", train_text_encoder_ti=True)), (dict(train_text_encoder_ti=True, train_text_encoder=True), dict(train_text_encoder_ti=True)),
     (dict(train_text_encoder_ti=True, cache_text_embeds=True), dict(train_text_encoder_ti=True, cache_text_embeds=False)),

@@ -60,7 +60,7 @@ def choose_validation(
     seed:int, # of the run
 )->tuple: # (ImageRecords to learn from, validation set, what to call it)
     "Split off the validation set; find masks, and repeat the pictures, where that is asked for."
-    others = method.read_validation(config, config.validation_data_dir) if config.validation_data_dir else None
+    others = method.read_validation(config) or None
     records, others, name = hold_out(records, seed, config.validation_split, others)
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
     often = [record for record in records for _ in range(record.repeats)]

@@ -19,19 +19,23 @@ from .machine import data_parallel
 
 # %% ../../nbs/library/train_concepts.ipynb #8c0a9e06
 NEEDED = ("instance_data_dir", "instance_prompt")
-CONCEPT = (*NEEDED, "class_data_dir", "class_prompt", "repeats") # what an entry may say
+CONCEPT = (*NEEDED, "class_data_dir", "class_prompt", "repeats", "validation_data_dir") # what an entry may say
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptOptions:
     "Several things in one run."
     concepts: str | None = option(None, "YAML or JSON file: a list of things to learn together, each with "
-        "instance_data_dir and instance_prompt, and with class_data_dir, class_prompt and repeats where it needs them",
+        "instance_data_dir and instance_prompt, and with class_data_dir, class_prompt, repeats and validation_data_dir "
+        "where it needs them",
         resume="free")
 
     constraints: ClassVar = (
         (lambda c: c.concepts and (c.instance_data_dir or c.dataset_name or c.instance_prompt.strip()),
             "--concepts says which things there are: leave --instance_data_dir, --dataset_name and --instance_prompt "
             "out"),
+        (lambda c: c.concepts and c.validation_data_dir,
+            "--validation_data_dir has pictures of one thing, and --concepts lists several: name a validation_data_dir "
+            "in the entry of each thing, and leave the option out"),
         (lambda c: c.concepts and c.prior_teacher,
             "--prior_teacher asks for one --class_prompt, and --concepts has several: take --with_prior_preservation, "
             "or leave one of them out"))

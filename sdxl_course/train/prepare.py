@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_fingerprint', 'run_seed', 'config_folder', 'load_model', 'load_base', 'make_loader', 'report_data',
-           'report_lengths', 'optimizer_and_schedule', 'make_noise_schedule', 'make_loss', 'read_captioned']
+           'report_lengths', 'optimizer_and_schedule', 'make_noise_schedule', 'make_loss', 'read_validation']
 
 # %% ../../nbs/library/train_prepare.ipynb #8423a6a0
 import hashlib
@@ -195,10 +195,10 @@ def make_loss(
         max_token_length=config.max_token_length, clip_skip=config.clip_skip, **options)
 
 # %% ../../nbs/library/train_prepare.ipynb #96a5cce1
-def read_captioned(
+def read_validation(
     config, # TrainConfig
-    folder, # of pictures with captions
 )->list: # ImageRecord
-    "Pictures to measure the loss on."
-    return read_dataset(folder, image_column=config.image_column, caption_column=config.caption_column,
+    "The pictures to measure the loss on, if a folder of them was named."
+    if not config.validation_data_dir: return []
+    return read_dataset(config.validation_data_dir, image_column=config.image_column, caption_column=config.caption_column,
         cache_dir=config.cache_dir, repeats_from_folders=False, on_problem=config.on_problem)

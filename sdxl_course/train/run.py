@@ -25,7 +25,7 @@ from .checkpoint import archive_earlier, checkpointing, latest_checkpoint, load_
 from .checkpoint import log_lines, logging_to, read_state, save_checkpoint
 from .loop import TrainState, defer_signals, eval_weights, fit
 from .machine import is_out_of_memory, optional
-from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_captioned
+from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_validation
 from .hub import PUBLIC, push_folder
 from .results import Result, save_card, save_config, save_curve, save_sheet
 from .validation import draw_validation, validation_loss
@@ -42,7 +42,7 @@ class Method:
     weights: object # function of (config, components, seed, scale): Trained
     loss: object = make_loss # function of (config, components, schedule, encode_text): module
     schedule: object = make_noise_schedule # function of (config, scheduler): NoiseSchedule
-    read_validation: object = read_captioned # function of (config, folder): ImageRecords
+    read_validation: object = read_validation # function of config: ImageRecords, none where none were asked for
     # function of (config, components, log): (ImageRecords, components); None: no class pictures
     class_records: object = None
     remarks: object = lambda config: [] # function of (config): sentences said before anything is loaded
