@@ -151,8 +151,7 @@ class GenerateConfig:
     guidance_scale: float = option(5.0, "how hard to push towards the prompt", "0 ..")
     height: int | None = option(None, "in pixels; the model's own size when not given", "1 ..")
     width: int | None = option(None, "in pixels; the model's own size when not given", "1 ..")
-    batch_size: int | None = option(None, "pictures at a time: 8 when not given, 1 above 512 pixels",
-        "1 ..")
+    batch_size: int | None = option(None, "pictures at a time; not given: 8, or 1 above 512 pixels", "1 ..")
     device: str | None = option(None, "cuda, mps or cpu; the best one when not given")
     mixed_precision: str | None = option(None, "number format of the networks; fp16 on a GPU when not given",
         choices=("no", "fp16", "bf16"))
@@ -160,8 +159,7 @@ class GenerateConfig:
 
     def __post_init__(self):
         check_limits(self)
-        if self.prompt: return
-        raise CourseError('no prompt was given: wanted --prompt "a photo of a red house in the snow"')
+        if not self.prompt: raise CourseError('no prompt was given: wanted --prompt "a photo of a red house"')
 
 # %% ../nbs/library/inference.ipynb #000c0935
 def warn_about_prompts(
