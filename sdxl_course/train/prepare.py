@@ -201,4 +201,5 @@ def read_validation(
     "The pictures to measure the loss on, if a folder of them was named."
     if not config.validation_data_dir: return []
     return read_dataset(config.validation_data_dir, image_column=config.image_column,
-        caption_column=config.caption_column, cache_dir=config.cache_dir, repeats_from_folders=False, on_problem=config.on_problem)
+        caption_column=config.caption_column, cache_dir=config.cache_dir,
+        repeats_from_folders=False, on_problem=config.on_problem)
