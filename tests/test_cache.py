@@ -1,5 +1,4 @@
 "What a cache must survive: other writers, broken files, changed pictures, a stopped run (page 22)."
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from sdxl_course.data.check import read_dataset
 from sdxl_course.data.preprocess import prepare_image
 
 from course import environment
+from forked import context
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,6 @@ def fill(folder, start, turns):
 
 
 def test_several_runs_may_share_the_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
     runs = [context.Process(target=fill, args=(tmp_path, start, 60)) for start in range(3)]
     for run in runs: run.start()
     for run in runs: run.join(600)
@@ -306,7 +305,7 @@ def kept(folder): return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_two_runs_may_fill_one_folder_at_the_same_time(toy_model, toy, make_pictures, tmp_path):
-    pictures, context = make_pictures(6), multiprocessing.get_context("spawn")
+    pictures = make_pictures(6)
     barrier = context.Barrier(2)
     runs = [context.Process(target=build, args=(toy_model, pictures, tmp_path / "store", 0, barrier)) for start in range(2)]     # the same order: they meet at every entry
     for run in runs: run.start()
@@ -321,7 +320,7 @@ def test_two_runs_may_fill_one_folder_at_the_same_time(toy_model, toy, make_pict
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_run_is_continued_where_it_was(toy_model, toy, make_pictures, tmp_path):
-    pictures, context = make_pictures(6), multiprocessing.get_context("spawn")
+    pictures = make_pictures(6)
     run = context.Process(target=build, args=(toy_model, pictures, tmp_path / "store", 0, None, 0.2))
     run.start()
     whole = lambda: [path for path in kept(tmp_path / "store") if path.suffix == ".safetensors"]  # not the one that is being written

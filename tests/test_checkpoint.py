@@ -340,6 +340,13 @@ def test_what_is_saved_is_the_average_and_what_trains_is_not(tmp_path):
     assert torch.equal(saved["b"], state.ema.average["b"]) and torch.equal(trained["b"], state.parameters["b"]) and not torch.equal(saved["b"], trained["b"])
 
 
+def test_a_refused_resume_costs_nothing(train, monkeypatch):
+    "Nothing is loaded or encoded before options are compared with those of the checkpoint."
+    train("first", checkpointing_steps=2)
+    monkeypatch.setattr("sdxl_course.train.build.build_run", lambda *given: pytest.fail("the run was built"))
+    with pytest.raises(CourseError, match="rank .was 4, now 8"): train("first", resume_from_checkpoint="latest", rank=8)
+
+
 def test_a_checkpoint_of_one_optimizer_does_not_fit_another(train):
     train("one", optimizer="adamw", max_train_steps=2, checkpointing_steps=1)
     with pytest.raises(CourseError, match="optimizer"): train("one", optimizer="adafactor", max_train_steps=2, resume_from_checkpoint="latest")

@@ -814,7 +814,7 @@ def lasting(folder):
 @pytest.mark.parametrize("options", [dict(), dict(optimizer="prodigy", learning_rate=1.0), dict(train_text_encoder=True, text_encoder_lr=1e-2, lora_dropout=0.2), dict(do_edm_style_training=True, prediction_type="v_prediction"),
     dict(edm=True), dict(edm=True, train_text_encoder=True, text_encoder_lr=1e-2), dict(optimizer="prodigy", learning_rate=1.0, train_text_encoder=True, do_edm_style_training=True, snr=False, use_ema=True), dict(teacher=True, train_text_encoder=True, lora_dropout=0.2),
     dict(optimizer="prodigy", learning_rate=1.0, edm=True, gradient_accumulation_steps=2, repeats=2, use_dora=True, random_flip=True), dict(words=True), dict(words=True, teacher=True, optimizer="prodigy", learning_rate=1.0, use_ema=True)], ids=str)
-def test_every_k_plus_the_rest_equals_n_byte_for_byte(dream, prior, home, toy, options):
+def test_k_plus_the_rest_equals_n_byte_for_byte(dream, prior, home, toy, options):
     options = dict(options)
     options.pop("snr", None)
     edm, teacher, words = (options.pop(name, False) for name in ("edm", "teacher", "words"))
@@ -827,9 +827,9 @@ def test_every_k_plus_the_rest_equals_n_byte_for_byte(dream, prior, home, toy, o
     options |= dict(prior_teacher=True, class_prompt=CLASS) if teacher else prior
     options |= dict(max_train_steps=N, checkpointing_steps=1, lr_scheduler="cosine", lr_warmup_steps=1)
     straight = dream(name, components=fresh(), **options).output_dir
-    for k in (1, 3):
-        again = dream(f"{name}-{k}", components=fresh(), **options, resume_from_checkpoint=str(straight / f"checkpoint-{k}")).output_dir
-        assert lasting(again) == lasting(straight), k
+    k = 1 + len(options) % 4  # not the same for all
+    again = dream(f"{name}-{k}", components=fresh(), **options, resume_from_checkpoint=str(straight / f"checkpoint-{k}")).output_dir
+    assert lasting(again) == lasting(straight), k
 
 
 def test_another_set_of_class_pictures_is_refused_at_resume_and_a_moved_one_is_not(dream, prior, home, tmp_path):
@@ -950,11 +950,9 @@ def test_upstream(number, more, prefixes, kept, upstream, images, tmp_path, monk
         assert {name for name in os.listdir(tmp_path / "o") if "checkpoint" in name} == kept
 
 
-@pytest.mark.parametrize("launcher", [["-m"], ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]],
-    ids=["python", "accelerate launch"])
-def test_the_module_runs_from_a_terminal(launcher, tmp_path, toy_model, home):
+def test_python_m_runs_the_module(tmp_path, toy_model, home):
     argv = ["--pretrained_model_name_or_path", str(toy_model), "--instance_data_dir", str(home / "thing"), "--instance_prompt", PROMPT, *COMMON, "--max_train_steps", "2", "--output_dir", str(tmp_path / "o"), "--report_to=none"]
-    done = subprocess.run([sys.executable, *launcher, "sdxl_course.dreambooth", *argv], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "sdxl_course.dreambooth", *argv], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "o" / "pytorch_lora_weights.safetensors").is_file() and "Traceback" not in done.stderr
 

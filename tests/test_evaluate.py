@@ -35,7 +35,7 @@ def drawn(): return in_every_style(10)
 
 
 @pytest.fixture(scope="module")
-def many(): return in_every_style(200) # enough to tell 99 % from 97 %
+def many(): return in_every_style(100)
 
 
 # ------------------------------------------------ judges

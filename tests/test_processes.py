@@ -1,8 +1,7 @@
 "Several processes, number formats, and launchers that are refused."
 import json
 import os
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from sdxl_course.core import CourseError
 from sdxl_course.train.machine import output_lock
 from sdxl_course.text_to_image import main
 from sdxl_course.train.machine import REFUSED, SHARDED, accelerating
+from forked import context, run_ranks
 from toy import files_of, make_pictures as fill
 
 
@@ -19,12 +19,6 @@ def argv(model, data, folder, batch, *more):
     return ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64", "--max_train_steps", "4", "--seed", "0", "--learning_rate", "1e-3", "--report_to", "none",
         "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--train_text_encoder", "--lr_scheduler", "linear", "--lr_warmup_steps", "0", "--debug_loss", "--random_flip",
         "--validation_prompt", "x", "--num_validation_images", "1", "--output_dir", str(folder), "--train_batch_size", str(batch), *more]
-
-
-def torchrun(words, processes=2):
-    root = os.path.dirname(os.path.dirname(__file__))
-    environment = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "sdxl_course.text_to_image", *words], env=environment, capture_output=True, text=True)
 
 
 def close(one, two, exact):
@@ -42,13 +36,13 @@ def close(one, two, exact):
 def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(tmp_path, toy_model):
     "trainers.md 2.14 number 21 and 19: only rank 0's randomness was kept; the schedule ran too fast on several processes."
     data = fill(tmp_path / "pictures", 7)  # 4 + 3: the last share is uneven, one process has a picture more
-    done = torchrun(argv(toy_model, data, tmp_path / "two", 2))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("7 pictures with 7 captions") == 1 and "Traceback" not in done.stderr
+    codes, printed = run_ranks("sdxl_course.text_to_image", argv(toy_model, data, tmp_path / "two", 2), tmp_path)
+    assert codes == [0, 0], printed
+    assert "".join(printed).count("7 pictures with 7 captions") == 1 and "Traceback" not in "".join(printed)
     assert main(argv(toy_model, data, tmp_path / "one", 4)) == 0
     assert close(tmp_path / "two", tmp_path / "one", exact=False)
-    again = torchrun(argv(toy_model, data, tmp_path / "again", 2, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2")))
-    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr[-3000:]
+    codes, printed = run_ranks("sdxl_course.text_to_image", argv(toy_model, data, tmp_path / "again", 2, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2")), tmp_path)
+    assert codes == [0, 0] and "resuming from" in "".join(printed), printed
     assert close(tmp_path / "again", tmp_path / "two", exact=True)
     assert main(argv(toy_model, data, tmp_path / "alone", 4, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2"))) == 0  # one process takes over
     assert close(tmp_path / "alone", tmp_path / "two", exact=False)
@@ -81,18 +75,26 @@ def test_config_files_for_them_set_what_we_know(text, tmp_path):
     assert f"ACCELERATE_USE_{config.distributed_type.value}" in SHARDED
 
 
+def hold(folder, held):
+    "Another process that writes into a folder."
+    with output_lock(folder):
+        held.set()
+        time.sleep(600)
+
+
 def test_a_second_process_does_not_write_into_the_same_folder(tmp_path, toy_model, make_pictures, capsys):
     data, folder = make_pictures(2), tmp_path / "o"
     folder.mkdir()
-    code = "import sys, time; from pathlib import Path; from sdxl_course.train.machine import output_lock\nwith output_lock(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
-    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
+    held = context.Event()
+    other = context.Process(target=hold, args=(folder, held))
+    other.start()
     try:
-        assert other.stdout.readline() == "in\n"
+        assert held.wait(120)
         words = argv(toy_model, data, folder, 2)
         assert main(words) == 2 and list(files_of(folder)) == [".lock"]
         told = capsys.readouterr().err
         assert "another process is training into" in told and told.count("\n") == 1
-    finally: other.kill(), other.wait()
+    finally: other.kill(), other.join()
     assert main(words) == 0  # it died without a word and let go
 
 

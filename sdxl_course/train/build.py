@@ -28,7 +28,7 @@ from .prepare import load_base, make_loader, optimizer_and_schedule, report_data
 from .prepare import run_seed
 from .hub import open_repository
 from .results import LiveView
-from .run import Method, Run, too_large
+from .run import Method, Run, check_resume, too_large
 from .validation import hold_out, validation_set
 from .weights import Trained
 
@@ -220,6 +220,7 @@ def open_run(
         report = write_report(found, output_dir, config, log) if isinstance(found, DataReport) else None
         records = found if report is None else report.usable(config.on_problem)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir, log)
+        if checkpoint: check_resume(config, checkpoint)
         accelerator = stack.enter_context(open_accelerator(method, config, output_dir, log))
         repository = _repository(config) if config.push_to_hub and accelerator.is_main_process else ""
         run = build_run(method, config, records, accelerator, components, checkpoint, log, class_records)
