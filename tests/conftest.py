@@ -19,6 +19,14 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def measured_on_two():
+    "The validation loss before and after would take a third of the time of a run of three updates."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdxl_course.train.validation.FEW", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     "A copy of the repository in which notebooks may run."
@@ -73,7 +81,19 @@ def train(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     return train
 
 
-def pytest_collection_modifyitems(items):
-    "The longest first, so that no worker is left with a long one at the end."
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well: long ones, of which a shorter one shows the same in small")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; run with --slow only, as the workflow does")
+
+
+def pytest_collection_modifyitems(config, items):
+    "The longest first, so that no worker is left with a long one at the end; without the slow ones, unless they are asked for."
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     long = ("test_execute.py", "test_install.py", "test_pretrain.py", "test_evaluate.py", "test_study.py")
     items.sort(key=lambda item: item.path.name not in long)

@@ -372,6 +372,7 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux how much memory is resident")
+@pytest.mark.slow
 def test_ten_thousand_pictures_need_no_more_memory_than_a_hundred(tmp_path):
     def resident(n): return int(subprocess.run([sys.executable, "-c", EPOCH, str(n), str(tmp_path / str(n))], env=environment(), check=True, capture_output=True, text=True).stdout)
     few, many = resident(100), resident(10_000)                                    # kB, after an epoch over records and entries on disk

@@ -33,6 +33,7 @@ from sdxl_course.data.preprocess import prepare_image
 from sdxl_course.data.loader import BatchLoader
 from sdxl_course.data.sampler import BatchSampler, MicroBatch
 from sdxl_course.train.objective import WEIGHTINGS, DenoisingLoss, PriorDistillation, denoising_loss, make_weighting, per_sample_mse, predict, without_adapters
+from forked import run_ranks
 from test_trainer import REFERENCE as TEXT_TO_IMAGE
 from toy import files_of, make_pictures, make_upstream_pipe
 
@@ -811,9 +812,12 @@ def lasting(folder):
     return files | {"state": state}
 
 
-@pytest.mark.parametrize("options", [dict(), dict(optimizer="prodigy", learning_rate=1.0), dict(train_text_encoder=True, text_encoder_lr=1e-2, lora_dropout=0.2), dict(do_edm_style_training=True, prediction_type="v_prediction"),
-    dict(edm=True), dict(edm=True, train_text_encoder=True, text_encoder_lr=1e-2), dict(optimizer="prodigy", learning_rate=1.0, train_text_encoder=True, do_edm_style_training=True, snr=False, use_ema=True), dict(teacher=True, train_text_encoder=True, lora_dropout=0.2),
-    dict(optimizer="prodigy", learning_rate=1.0, edm=True, gradient_accumulation_steps=2, repeats=2, use_dora=True, random_flip=True), dict(words=True), dict(words=True, teacher=True, optimizer="prodigy", learning_rate=1.0, use_ema=True)], ids=str)
+def slow(**options): return pytest.param(options, marks=pytest.mark.slow, id=str(options))
+
+
+@pytest.mark.parametrize("options", [dict(), slow(optimizer="prodigy", learning_rate=1.0), dict(train_text_encoder=True, text_encoder_lr=1e-2, lora_dropout=0.2), slow(do_edm_style_training=True, prediction_type="v_prediction"),
+    slow(edm=True), dict(edm=True, train_text_encoder=True, text_encoder_lr=1e-2), dict(optimizer="prodigy", learning_rate=1.0, train_text_encoder=True, do_edm_style_training=True, snr=False, use_ema=True), dict(teacher=True, train_text_encoder=True, lora_dropout=0.2),
+    dict(optimizer="prodigy", learning_rate=1.0, edm=True, gradient_accumulation_steps=2, repeats=2, use_dora=True, random_flip=True), slow(words=True), dict(words=True, teacher=True, optimizer="prodigy", learning_rate=1.0, use_ema=True)], ids=str)
 def test_k_plus_the_rest_equals_n_byte_for_byte(dream, prior, home, toy, options):
     options = dict(options)
     options.pop("snr", None)
@@ -931,7 +935,7 @@ COMMON = "--resolution 64 --train_batch_size 1 --gradient_accumulation_steps 1 -
 @pytest.mark.parametrize("number, more, prefixes, kept", [
     (5, "--instance_data_dir IMGS --max_train_steps 2", {"unet"}, None), (6, "--instance_data_dir IMGS --max_train_steps 2 --train_text_encoder", {"unet", "text_encoder", "text_encoder_2"}, None),
     (7, "--dataset_name DATA --caption_column text --max_train_steps 2", None, None), (8, "--dataset_name DATA --caption_column text --max_train_steps 2 --train_text_encoder", None, None),
-    (9, "--instance_data_dir IMGS --max_train_steps 6 --checkpointing_steps=2 --checkpoints_total_limit=2", None, {"checkpoint-4", "checkpoint-6"}),
+    pytest.param(9, "--instance_data_dir IMGS --max_train_steps 6 --checkpointing_steps=2 --checkpoints_total_limit=2", None, {"checkpoint-4", "checkpoint-6"}, marks=pytest.mark.slow),
     (10, "--instance_data_dir IMGS --max_train_steps 7 --checkpointing_steps=2 --checkpoints_total_limit=2 --train_text_encoder", None, {"checkpoint-4", "checkpoint-6"}),
     (11, "--instance_data_dir IMGS --max_train_steps 2 --do_edm_style_training", {"unet"}, None), (12, "--instance_data_dir IMGS --max_train_steps 2 PLAYGROUND", {"unet"}, None)])
 def test_upstream(number, more, prefixes, kept, upstream, images, tmp_path, monkeypatch):
@@ -958,14 +962,12 @@ def test_python_m_runs_the_module(tmp_path, toy_model, home):
 
 
 def test_two_processes_share_the_drawing_and_learn_what_one_learns(tmp_path, toy_model, home):
-    root = str(Path(__file__).parents[1])
     def argv(name, batch):
         return ["--pretrained_model_name_or_path", str(toy_model), "--instance_data_dir", str(home / "thing"), "--instance_prompt", "a TOK chair", "--resolution", "64", "--max_train_steps", "4", "--seed", "0",
             "--report_to", "none", "--learning_rate", "1e-2", "--with_prior_preservation", "--class_prompt", CLASS, "--class_data_dir", str(tmp_path / f"class-{name}"), "--num_class_images", "5",
             "--sample_batch_size", "2", "--train_text_encoder_ti", "--train_batch_size", str(batch), "--output_dir", str(tmp_path / name)]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sdxl_course.dreambooth", *argv("two", 1)],
-        env={**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("drawing 5 class pictures") == 1, done.stderr[-2000:]
+    codes, printed = run_ranks("sdxl_course.dreambooth", argv("two", 1), tmp_path)
+    assert codes == [0, 0] and "".join(printed).count("drawing 5 class pictures") == 1, printed
     assert main(argv("one", 2)) == 0
     assert drawn(tmp_path / "class-two") == drawn(tmp_path / "class-one") and len(drawn(tmp_path / "class-two")) == 5
     one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()] for name in ("one", "two"))

@@ -195,6 +195,7 @@ def test_targets_in_words():
     with pytest.raises(CourseError, match="nearest name is 'feedforward'"): lora_targets(unet, "attention+feedfoward")
 
 
+@pytest.mark.slow
 def test_equal_values_give_equal_bytes_in_any_process(tmp_path):
     code = ("import sys; from sdxl_course.model.architecture import tiny_architecture; from sdxl_course.core import seeded\n"
         "from sdxl_course.model.adapters import add_lora; from sdxl_course.model.lora_files import save_lora\n"

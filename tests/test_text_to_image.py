@@ -124,7 +124,7 @@ COMMON = "--resolution 64 --train_batch_size 1 --gradient_accumulation_steps 1 -
 LIMITED = "--max_train_steps 6 --checkpointing_steps=2 --checkpoints_total_limit=2"
 
 
-@pytest.mark.parametrize("number, more, prefixes, kept", [(1, LIMITED, {"unet"}, {"checkpoint-4", "checkpoint-6"}), (2, "--max_train_steps 2", {"unet"}, None),
+@pytest.mark.parametrize("number, more, prefixes, kept", [pytest.param(1, LIMITED, {"unet"}, {"checkpoint-4", "checkpoint-6"}, marks=pytest.mark.slow), (2, "--max_train_steps 2", {"unet"}, None),
     (3, "--max_train_steps 2 --train_text_encoder", {"unet", "text_encoder", "text_encoder_2"}, None), (4, f"{LIMITED} --train_text_encoder", {"unet", "text_encoder", "text_encoder_2"}, {"checkpoint-4", "checkpoint-6"})])
 def test_upstream(number, more, prefixes, kept, upstream_pipe, tmp_path, monkeypatch):
     "diffusers' own tests of the script, numbers 1 to 4 of trainers.md."
@@ -139,6 +139,7 @@ def test_upstream(number, more, prefixes, kept, upstream_pipe, tmp_path, monkeyp
     assert {name for name in os.listdir(tmp_path / "o") if "checkpoint" in name} == kept
 
 
+@pytest.mark.slow
 def test_upstream_resume_then_prune_several(upstream_pipe, tmp_path):
     argv = ["--pretrained_model_name_or_path", str(upstream_pipe), "--train_data_dir", str(fill(tmp_path / "data", 3)), *COMMON, "--output_dir", str(tmp_path / "o"), "--seed", "0", "--report_to", "none", "--checkpointing_steps=2"]
     there = lambda: {name for name in os.listdir(tmp_path / "o") if "checkpoint" in name}
@@ -147,6 +148,7 @@ def test_upstream_resume_then_prune_several(upstream_pipe, tmp_path):
     assert there() == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}  # upstream deletes the one that it went on from, too
 
 
+@pytest.mark.slow
 def test_the_source_documents_command_runs_on_local_paths(tmp_path, toy_model, capsys, monkeypatch):
     "With a small resolution, without the push, on a machine without GPU and without wandb."
     monkeypatch.setattr("sdxl_course.train.machine.find_spec", lambda name: None)
@@ -394,6 +396,7 @@ def test_components_that_carry_a_lora_are_refused(toy, train, toy_model, make_pi
 
 # ---------------------------------------------------------------- from a terminal
 
+@pytest.mark.slow
 def test_accelerate_launch_runs_the_module(tmp_path, toy_model, make_pictures):
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     argv = ["--pretrained_model_name_or_path", str(toy_model), "--train_data_dir", str(make_pictures(2)), "--resolution=64", "--train_batch_size=1", "--gradient_accumulation_steps=1",
