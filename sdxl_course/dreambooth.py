@@ -125,8 +125,7 @@ def validation_subjects(
 )->list: # ImageRecord
     "The pictures to measure the loss on, of every thing that has some, each with the words of its thing."
     ones = [one for one in concepts_of(config) if one.validation_data_dir]
-    reports = [find_subject(one, folder=one.validation_data_dir) for one in ones]
-    return [record for report in reports for record in report.usable(config.on_problem)]
+    return sum((find_subject(one, folder=one.validation_data_dir).usable(config.on_problem) for one in ones), [])
 
 # %% ../nbs/library/dreambooth.ipynb #6651d50d
 def check_placeholders(

@@ -177,6 +177,7 @@ def test_the_shipped_model_comes_out_as_it_went_in(tmp_path):
     assert after["facts"]["history"][:-1] == before["facts"]["history"]
 
 
+@pytest.mark.slow
 def test_only_what_is_named_goes_on(straight, tmp_path):
     run, source = fresh_run(tmp_path, straight), straight / "export"
     chain(run, "cache,unet,export", start_from=source, unet_steps=2)
@@ -193,6 +194,7 @@ def test_only_what_is_named_goes_on(straight, tmp_path):
     assert log["facts"]["steps"] == dict(FORMER, unet=9) and len(log["facts"]["history"]) == len(first["facts"]["history"]) + 2
 
 
+@pytest.mark.slow
 def test_every_stage_begins_with_the_given_weights(straight, tmp_path):
     run = fresh_run(tmp_path, straight)
     rates = dict(vae_lr=1e-13, decoder_lr=1e-13, clip_lr=1e-13, unet_lr=1e-13) # too small to change a half
@@ -288,6 +290,7 @@ def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
     assert torch.allclose(ask(deeper, X), before, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hidden_states_learn_what_the_judge_sees(straight, tmp_path, capsys):
     run = fresh_run(tmp_path, straight)
     options = dict(alignment_weight=0.5, unet_lr=1e-3)
@@ -411,6 +414,7 @@ def test_ablation_finds_the_block_that_does_nothing(unet):
     assert len(found) == 11 + 13 and torch.equal(ask(unet, X), before) # and every hook is gone
 
 
+@pytest.mark.slow
 def test_judges_go_on_from_those_of_the_given_model(straight, tmp_path):
     run = fresh_run(tmp_path, straight)
     chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=2)
@@ -514,6 +518,7 @@ def test_another_learning_rate_holds_at_once(straight, tmp_path):
     assert rows[2]["lr"] > 1e-4 and rows[3]["lr"] < 1e-12
 
 
+@pytest.mark.slow
 def test_a_second_average_can_be_chosen_at_the_end(straight, tmp_path, capsys):
     run = fresh_run(tmp_path, straight)
     chain(run, "cache", start_from=straight / "export")
@@ -533,6 +538,7 @@ def test_bf16_trains_fp32_weights(straight, tmp_path):
     assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in half.values()) and half.keys() == full.keys()
 
 
+@pytest.mark.slow
 def test_a_finer_autoencoder_needs_no_other_code(tmp_path, monkeypatch):
     "The factor of the latents is a matter of the architecture alone."
     factor4 = dict(block_out_channels=(8, 16, 32), down_block_types=("DownEncoderBlock2D",)*3, up_block_types=("UpDecoderBlock2D",)*3)

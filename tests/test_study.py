@@ -117,6 +117,7 @@ def test_the_shipped_study_says_what_its_numbers_say():
     for row, found in zip(study["verdicts"], verdicts(study, CLAIMS)): assert {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()} == row
 
 
+@pytest.mark.slow
 def test_a_longer_training_is_judged_on_its_way(tmp_path):
     "What it is after one update is what a training of one update ends with."
     config = StudyConfig(output_dir=str(tmp_path), max_train_steps=1, class_pictures=2, num_inference_steps=1)
