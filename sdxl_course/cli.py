@@ -23,7 +23,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),
     "plan": (None, "say whether a run fits a card, and how long it takes"),
     "push": ("train.hub", "upload what a run left, where the run itself could not"),
-    "lora": (None, "look into, convert, merge, resize or extract LoRA files"),
+    "lora": ("lora", "look into, convert, merge, resize or extract LoRA files"),
 }
 
 # %% ../nbs/library/cli.ipynb #51123ad6

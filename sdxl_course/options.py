@@ -343,7 +343,10 @@ def _parse(cls, argv, prog, positional):
     parser.add_argument("--config", metavar="FILE", help=help)
     parser.add_argument("--print_config", "--print-config", action="store_true",
         help="print the configuration as one JSON object and exit")
-    if positional: parser.add_argument("without_flag", nargs="?", metavar=positional.upper())
+    if positional:
+        hint = get_type_hints(cls)[positional]
+        several = any(get_origin(kind) is list for kind in (hint, *get_args(hint)))
+        parser.add_argument("without_flag", nargs="*" if several else "?", metavar=positional.upper())
     files = _Parser(allow_abbrev=False, add_help=False)
     files.add_argument("--config", action="append", default=[])
     from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path)]

@@ -82,7 +82,9 @@ def _encoder_names(
     short = module.removeprefix("text_model.")
     older = re.sub(r"\.(q|k|v|out)_proj$", r".to_\1_lora", short)
     dotted = [f"{start}{name}" for name in dict.fromkeys((short, older)) for start in ("text_model.", "")]
-    return [f"{part}.{name}" for name in dotted] + [f"{KOHYA_PREFIX[part]}_{name.replace('.', '_')}" for name in dotted]
+    theirs = f"text_encoders.clip_{'g' if part.endswith('2') else 'l'}.transformer" # ComfyUI
+    flat = [f"{KOHYA_PREFIX[part]}_{name.replace('.', '_')}" for name in dotted]
+    return [f"{start}.{name}" for name in dotted for start in (part, theirs)] + flat
 
 # %% ../../nbs/library/model_lora_layouts.ipynb #0ddf5400
 def layer_names(
