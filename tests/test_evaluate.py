@@ -108,9 +108,9 @@ def test_the_likeness_of_the_subject_is_reported_where_it_was_asked_for(tmp_path
     assert found[0] > .5 and np.isnan(found[1:]).all() and "subject_similarity" not in score_columns(pictures[1:2], scenes[1:2])
     swapped = score_columns([render(replace(scenes[0], object="lamp"))], scenes[:1])["subject_similarity"]
     assert swapped[0] < found[0] - .3
-    assert main(["--model", "renderer", "--subject", SUBJECT, "--num_prompts", "12", "--style", "photo", "--output", str(tmp_path / "r.json")]) == 0
+    assert main(["--model", "renderer", "--subject", SUBJECT, "--num_prompts", "24", "--style", "photo", "--output", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["num_pictures"] == 12 and report["subject_similarity"] == pytest.approx(1, abs=.2) and report["object_accuracy"] >= .4 and "subject_similarity" in capsys.readouterr().out
+    assert report["num_pictures"] == 24 and report["subject_similarity"] == pytest.approx(1, abs=.2) and report["object_accuracy"] >= .4 and "subject_similarity" in capsys.readouterr().out
     assert main(["--model", "renderer", "--subject", "sofa"]) == 2 and SUBJECT in capsys.readouterr().err
 
 
