@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'TOOLS', 'networks_of', 'open_lora', 'describe_layers', 'lora_info', 'ToolOptions', 'InfoConfig', 'needed',
-           'new_file', 'run_info', 'ConvertConfig', 'run_convert', 'ResizeConfig', 'run_resize', 'MergeConfig',
-           'merged', 'run_merge', 'ExtractConfig', 'run_extract', 'main']
+           'new_file', 'run_info', 'ConvertConfig', 'run_convert', 'RankOptions', 'ResizeConfig', 'run_resize',
+           'MergeConfig', 'merged', 'run_merge', 'ExtractConfig', 'run_extract', 'main']
 
 # %% ../nbs/library/lora.ipynb #9d0733b5
 import json
@@ -13,11 +13,12 @@ import sys
 import torch
 from dataclasses import dataclass
 from pathlib import Path
+from safetensors import safe_open
 
 from .core import CourseError, nearest, run_guarded, load_tensors
 from .options import check_limits, option, parse_config
 from .model.architecture import sdxl_architecture, tiny_architecture
-from .model.components import NETWORKS, load_components, save_components
+from .model.components import load_components, save_components
 from .model.adapters import adaptable_layers
 from .model.lora_files import lora_file, read_lora
 from .model.lora_layouts import KOHYA_PREFIX, read_layers
@@ -38,7 +39,7 @@ def open_lora(
 )->tuple: # (part name -> module -> LoraLayer, part name -> network, notes of the file)
     "Read a LoRA in any layout; CourseError unless all of it finds its place."
     path, (tensors, settings), refused = lora_file(where), read_lora(where), None
-    notes = load_tensors(path)[1]
+    with safe_open(path, "pt") as opened: notes = opened.metadata() or {}
     if model: candidates = [lambda: load_components(model)]
     else: candidates = [sdxl_architecture, lambda: tiny_architecture(0)]
     for make in candidates:
@@ -149,13 +150,17 @@ def run_convert(config:ConvertConfig):
 
 # %% ../nbs/library/lora.ipynb #0f36e298
 @dataclass(frozen=True, kw_only=True)
-class ResizeConfig(ToolOptions):
-    "Give a LoRA another rank by singular value decomposition."
-    file: str = option("", "LoRA file or folder")
-    rank: int | None = option(None, "rank to keep", "1 ..")
+class RankOptions(ToolOptions):
+    "How much of each layer is kept, and where the result goes."
+    rank: int | None = option(None, "rank of every layer that is written", "1 ..")
     energy: float | None = option(None, "share of the sum of squared singular values to keep, in each layer",
         "> 0 .. 1")
     output: str = option("", "file to write")
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeConfig(RankOptions):
+    "Give a LoRA another rank by singular value decomposition."
+    file: str = option("", "LoRA file or folder")
 
 # %% ../nbs/library/lora.ipynb #dd263006
 def run_resize(config:ResizeConfig):
@@ -216,13 +221,9 @@ def run_merge(config:MergeConfig):
 
 # %% ../nbs/library/lora.ipynb #fac2c1c2
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(ToolOptions):
+class ExtractConfig(RankOptions):
     "The LoRA that comes nearest to the difference of two models."
     models: list[str] | None = option(None, "the trained model, and the one before", action="extend")
-    rank: int | None = option(None, "rank of every layer", "1 ..")
-    energy: float | None = option(None, "share of the sum of squared singular values to keep, in each layer",
-        "> 0 .. 1")
-    output: str = option("", "file to write")
 
 # %% ../nbs/library/lora.ipynb #710b4438
 def run_extract(config:ExtractConfig):

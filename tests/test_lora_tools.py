@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_course.core import CourseError
 from sdxl_course.lora import main, open_lora
 from sdxl_course.model.adapters import adaptable_layers
 from sdxl_course.model.architecture import sdxl_architecture

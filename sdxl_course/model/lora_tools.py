@@ -14,8 +14,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from pathlib import Path
 from ..core import CourseError, save_tensors, write_json
 from .adapters import adaptable_layers
-from .lora_files import read_lora
-from .lora_layouts import KOHYA_PREFIX, LoraLayer, read_layers, sgm_name
+from .lora_layouts import KOHYA_PREFIX, LoraLayer, sgm_name
 
 # %% ../../nbs/library/model_lora_tools.ipynb #1b863447
 def decompose_layer(
@@ -167,10 +166,9 @@ def _layer_tensors(
         f"{start}.{'lora_up' if a1111 else 'lora_B'}.weight": layer.B}
     if layout in ("kohya", "sgm"): found[f"{start}.alpha"] = torch.tensor(float(layer.alpha))
     if layer.magnitude is not None:
-        lengths = layer.magnitude.reshape(-1, *[1]*(layer.A.ndim - 1)) if layout in ("kohya",
-            "sgm") else layer.magnitude
-        if layout == "peft" and layer.A.ndim == 4: lengths = layer.magnitude.reshape(1, -1, 1, 1)
-        if layout == "diffusers" and layer.A.ndim == 4: lengths = layer.magnitude.reshape(1, -1, 1, 1)
+        wide, column = layer.A.ndim == 4, layout in ("kohya", "sgm")
+        shape = (-1, *[1]*(layer.A.ndim - 1)) if column else (1, -1, 1, 1) if wide else (-1,)
+        lengths = layer.magnitude.reshape(shape)
         classic = ".weight" if layout == "diffusers" and part != "unet" else ""
         found[f"{start}.{'dora_scale' if layout in ('kohya', 'sgm') else f'lora_magnitude_vector{classic}'}"] = lengths
     return found
