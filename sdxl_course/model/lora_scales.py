@@ -113,19 +113,23 @@ def name_loras(
         named[stem if stem not in named else f"{stem}_{len(named)}"] = where
     return named
 
-# %% ../../nbs/library/model_lora_scales.ipynb #1b7f0fd1
+# %% ../../nbs/library/model_lora_scales.ipynb #fa50b589
 @contextmanager
 def fused_loras(
     pipeline, # StableDiffusionXLPipeline
     fuse:bool=True, # False: nothing is done
 ):
     "LoRAs are part of the weights inside, as strong as they are now."
-    on = fuse and any(not module.disable_adapters for module in lora_layers(pipeline).values())
-    parts = list(dict.fromkeys(layer.partition(".")[0] for layer in lora_layers(pipeline))) if on else []
-    if parts: pipeline.fuse_lora(components=parts)
+    layers = lora_layers(pipeline)
+    on = fuse and any(not module.disable_adapters for module in layers.values())
+    if not on: yield; return
+    parts = list(dict.fromkeys(layer.partition(".")[0] for layer in layers))
+    own = [(weight, weight.detach().cpu().clone()) for weight in (one.get_base_layer().weight for one in layers.values())]
+    pipeline.fuse_lora(components=parts)
     try: yield
     finally:
-        if parts: pipeline.unfuse_lora(components=parts)
+        pipeline.unfuse_lora(components=parts)
+        for weight, value in own: weight.data.copy_(value)
 
 # %% ../../nbs/library/model_lora_scales.ipynb #1691708c
 def swap_lora(

@@ -14,7 +14,7 @@ from ..core import CourseError
 from ..options import option
 from .conditioning import encode_prompts, encode_windows, token_windows, wrap_windows
 
-# %% ../../nbs/library/model_prompts.ipynb #60ba6dd7
+# %% ../../nbs/library/model_prompts.ipynb #12cca11a
 _SIGNS = re.compile(r"\\[\\()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.S)
 
 def read_weights(
@@ -29,7 +29,7 @@ def read_weights(
     for sign in _SIGNS.findall(prompt):
         last = open_brackets[-1] if open_brackets else None
         if sign in ("(", "["): open_brackets.append(sign); closed.append([])
-        elif sign[-1] == ")" and last == "(": close(float(sign[1:-1]) if len(sign) > 1 else 1.1)
+        elif sign[0] in ":)" and sign[-1] == ")" and last == "(": close(float(sign[1:-1]) if len(sign) > 1 else 1.1)
         elif sign == "]" and last == "[": close(1/1.1)
         else: closed[-1].append((sign[1:] if len(sign) == 2 and sign[0] == "\\" else sign, 1.0))
     while open_brackets: close(1.1 if open_brackets[-1] == "(" else 1/1.1)
