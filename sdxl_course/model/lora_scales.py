@@ -113,7 +113,7 @@ def name_loras(
         named[stem if stem not in named else f"{stem}_{len(named)}"] = where
     return named
 
-# %% ../../nbs/library/model_lora_scales.ipynb #fa50b589
+# %% ../../nbs/library/model_lora_scales.ipynb #4a30ace9
 @contextmanager
 def fused_loras(
     pipeline, # StableDiffusionXLPipeline
@@ -124,7 +124,8 @@ def fused_loras(
     on = fuse and any(not module.disable_adapters for module in layers.values())
     if not on: yield; return
     parts = list(dict.fromkeys(layer.partition(".")[0] for layer in layers))
-    own = [(weight, weight.detach().cpu().clone()) for weight in (one.get_base_layer().weight for one in layers.values())]
+    weights = [one.get_base_layer().weight for one in layers.values()]
+    own = [(weight, weight.detach().cpu().clone()) for weight in weights]
     pipeline.fuse_lora(components=parts)
     try: yield
     finally:
