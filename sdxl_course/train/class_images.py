@@ -95,7 +95,8 @@ def uncaptioned_pictures(
     whole = Examples(rest, listing.problems + unread, remarks=remarks + listing.remarks)
     examples, repeats = with_repeats(whole, repeats_from_folders, captions=False)
     chosen = [rest[i] for i in choose_samples(len(rest), max_samples, seed)]
-    return check_candidates(folder, chosen, problems, remarks=examples.remarks, require_captions=False, repeats=repeats)
+    return check_candidates(folder, chosen, examples.problems, remarks=examples.remarks, require_captions=False,
+        repeats=repeats)
 
 # %% ../../nbs/library/train_class_images.ipynb #41179e4d
 def has_captions(
