@@ -17,6 +17,7 @@ extras = {
     "comet": ["comet-ml>=3.40"],
     "trackio": ["trackio>=0.5"],
     "gradio": ["gradio>=5.0"],
+    "heif": ["pillow-heif>=0.16"],
     "dev": cfg["dev_requirements"].split(),
 }
 

@@ -75,7 +75,7 @@ def covering_rows():
 ROWS = covering_rows()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(str(v) for v in row.values()))
+@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (i % 2)) for i, row in enumerate(ROWS)], ids=lambda row: "-".join(str(v) for v in row.values()))
 def test_resume_is_exact_pairwise(train, make_pictures, row):
     k, data, shape, options = row["k"], row["data"], row["shape"], {name: value for name, value in row.items() if name not in ("k", "data", "shape")}
     options |= dict(max_train_steps=4, checkpointing_steps=1, random_flip=True, proportion_empty_prompts=0.3, noise_offset=0.1, snr_gamma=5.0, validation_loss_steps=1, **shape)

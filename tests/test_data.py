@@ -220,8 +220,8 @@ def test_what_stops_the_trainer_is_one_sentence(tmp_path):
     with pytest.raises(CourseError, match="7 .int."): read_dataset(tmp_path, caption_column="caption")
     with pytest.raises(CourseError, match="on_problem"): read_dataset(tmp_path, caption_column="caption", on_problem="ignore")
     with pytest.raises(CourseError, match="max_train_samples"): read_dataset(tmp_path, caption_column="caption", max_train_samples=0)
-    (tmp_path / "3.heic").write_bytes(b"x")
-    assert ("3.heic", "pictures of this kind are not read: export it as JPEG or PNG") in scan(tmp_path).problems
+    (tmp_path / "3.psd").write_bytes(b"x")
+    assert ("3.psd", "pictures of this kind are not read: export it as JPEG or PNG") in scan(tmp_path).problems
 
 
 def test_avif_is_read_where_pillow_can_and_named_where_it_cannot(tmp_path):
@@ -237,6 +237,18 @@ def test_avif_is_read_where_pillow_can_and_named_where_it_cannot(tmp_path):
     assert [record.path.name for record in records] == ["1.png", "2.avif"] and records[1].key != records[0].key
     first, second = (np.asarray(open_image(record.path), int) for record in records)
     assert first.shape == second.shape and np.abs(first - second).max() <= 12
+
+
+def test_a_phones_pictures_are_read_where_pillow_heif_is_and_else_its_name_is_given(tmp_path):
+    from sdxl_course.data.files import SUFFIXES
+    from sdxl_course.data.records import open_image
+    (tmp_path / "2.heic").write_bytes(b"x")
+    reason = dict(scan(tmp_path).problems)["2.heic"]
+    if "HEIF" not in SUFFIXES: assert reason.endswith("export it as JPEG or PNG, or pip install pillow-heif"); return
+    assert "not a picture of a known format" in reason
+    picture(seed=1).save(tmp_path / "2.heic", quality=100, chroma=444)
+    drawn, read = np.asarray(picture(seed=1), int), np.asarray(open_image(read_dataset(tmp_path, require_captions=False)[0].path), int)
+    assert read.shape == drawn.shape and np.abs(read - drawn).max() <= 12
 
 
 def test_a_subset_is_repeatable_and_not_checked_beyond_itself(tmp_path):

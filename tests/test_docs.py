@@ -25,7 +25,7 @@ def test_docs_stage(fresh_copy):
     assert "image_grid" in text and "default_exp" not in text
 
 
-@pytest.mark.parametrize("source, made", [("1 / 0", False), ("import sys\nif __name__ == '__main__': sys.exit('the end')", False),
+@pytest.mark.parametrize("source, made", [pytest.param("1 / 0", False, marks=pytest.mark.slow), ("import sys\nif __name__ == '__main__': sys.exit('the end')", False),
                                           ("if __name__ == '__main__' and __spec__: sys.exit('the end')", True)])
 def test_a_page_that_cannot_be_made_is_noticed(fresh_copy, source, made):
     "Among them a page that ends at its __main__ guard; the guard that the pages have does not."

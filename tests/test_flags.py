@@ -281,7 +281,7 @@ def older(name):
 
 
 @shows("init_lora")
-@pytest.mark.parametrize("options", [dict(lora_alpha=2.0), dict(TE, rank=2, lora_alpha=3.0), dict(use_dora=True), dict(use_rslora=True)], ids=str)
+@pytest.mark.parametrize("options", [pytest.param(dict(lora_alpha=2.0), marks=pytest.mark.slow), dict(TE, rank=2, lora_alpha=3.0), dict(use_dora=True), pytest.param(dict(use_rslora=True), marks=pytest.mark.slow)], ids=str)
 def test_a_run_goes_on_from_a_lora_file_of_either_layout(ran, options, tmp_path):
     from sdxl_course.core import save_tensors
     first = ran(**options, output_kohya_format=True)

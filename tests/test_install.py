@@ -81,7 +81,6 @@ def test_every_module_can_be_imported(bare):
 
 @pytest.mark.parametrize("words, sentence", [
     (["text-to-imge"], "did you mean text-to-image?"),
-    (["plan"], "not yet in this version"),
     (["text-to-image", "--pretrained_model_name_or_path", "tiny", "--train_data_dir", "no-such-folder"], "no-such-folder"),
 ])
 def test_a_mistake_gets_one_sentence(bare, words, sentence):

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 from ..core import CourseError, is_interactive, run_guarded, write_json
-from .files import ARCHIVES, SPOKEN, UNREAD, folder_repeats, is_picture, list_files, list_folder
-from .files import natural_key, normalize_name, train_split, wanted_files
+from .files import ARCHIVES, SPOKEN, folder_repeats, is_picture, list_files, list_folder
+from .files import natural_key, normalize_name, train_split, wanted_files, why_unread
 from .metadata import METADATA, SIDECARS, read_metadata, read_sidecar
 from .records import inspect_picture
 from .preprocess import bucket_sizes
@@ -134,8 +134,8 @@ def _paired(folder, names, captions, caption_column):
     "Candidates with their captions, and what is to be said of them."
     there, candidates, problems, remarks = set(names), [], [], []
     for name in filter(is_picture, names):
-        if PurePosixPath(name).suffix.lower() in UNREAD:
-            problems.append((name, "pictures of this kind are not read: export it as JPEG or PNG"))
+        if reason := why_unread(name):
+            problems.append((name, reason))
             continue
         try: texts, silent = _captions(folder, name, captions.get(normalize_name(name)), there, caption_column)
         except CourseError as error:

@@ -25,7 +25,7 @@ from ..model.components import NETWORKS
 from ..model.conditioning import empty_prompt_embeds, encode_prompts
 from ..model.latents import check_resolution, vae_dtype
 from ..model.sampling import draw_pictures, inference_scheduler, save_picture
-from ..data.files import UNREAD, is_picture, list_files, list_folder, train_split, wanted_files
+from ..data.files import is_picture, list_files, list_folder, train_split, wanted_files, why_unread
 from ..data.metadata import METADATA, SIDECARS, caption_list
 from ..data.records import inspect_picture
 from ..data.tables import choose_samples
@@ -90,14 +90,13 @@ def uncaptioned_pictures(
     found, remarks = train_split(listing.names) if split else (listing.names, [])
     names = [name for name in found if is_picture(name)]
     if not names: raise CourseError(f"no pictures in {str(folder)!r}: {wanted_files(found)}")
-    unread = [name for name in names if Path(name).suffix.lower() in UNREAD]
-    rest = [(name, Path(folder, name), ()) for name in names if name not in unread]
-    problems = listing.problems + [(name, "pictures of this kind are not read: export it as JPEG or PNG")
-        for name in unread]
-    whole = Examples(rest, problems, remarks=remarks + listing.remarks)
+    unread = [(name, reason) for name in names if (reason := why_unread(name))]
+    rest = [(name, Path(folder, name), ()) for name in names if not why_unread(name)]
+    whole = Examples(rest, listing.problems + unread, remarks=remarks + listing.remarks)
     examples, repeats = with_repeats(whole, repeats_from_folders, captions=False)
     chosen = [rest[i] for i in choose_samples(len(rest), max_samples, seed)]
-    return check_candidates(folder, chosen, problems, remarks=examples.remarks, require_captions=False, repeats=repeats)
+    return check_candidates(folder, chosen, examples.problems, remarks=examples.remarks, require_captions=False,
+        repeats=repeats)
 
 # %% ../../nbs/library/train_class_images.ipynb #41179e4d
 def has_captions(
