@@ -187,7 +187,7 @@ def place_attention(
     "Draw a picture, and how much one place of it looked at every other, averaged over heads, layers and steps."
     if not all(0 <= one <= 1 for one in place):
         raise CourseError(f"the place is {place}: wanted (row, column) as shares of the picture, such as (0.5, 0.5)")
-    sums, shapes = MapSum(None), []
+    sums = MapSum(None)
     def note(unet, args): sums.shape = tuple(args[0].shape[2:])
     def at(n): # which of the n queries lies there
         share = (n/(sums.shape[0]*sums.shape[1]))**0.5
