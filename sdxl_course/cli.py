@@ -20,6 +20,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
     "full": ("full", "train every weight of the UNet on captioned pictures"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
+    "explain": ("explain", "say what an option means, when to change it and what that costs"),
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),
     "plan": (None, "say whether a run fits a card, and how long it takes"),
     "push": ("train.hub", "upload what a run left, where the run itself could not"),
