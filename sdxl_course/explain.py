@@ -185,7 +185,8 @@ def explain(
         (f"did you mean {close}?" if close else "sdxl-course explain lists them all")))
 
 # %% ../nbs/library/explain.ipynb #a0c6a04c
-SEARCH = """<input placeholder="search" style="width:60%" oninput="for (const row of this.nextElementSibling.tBodies[0].rows)
+SEARCH = """<input placeholder="search" style="width:60%"
+oninput="for (const row of this.nextElementSibling.tBodies[0].rows)
 row.hidden = !this.value.toLowerCase().split(' ').every(word => row.textContent.toLowerCase().includes(word))">"""
 
 CELL = "<td style='text-align:left; vertical-align:top'>{}</td>"
