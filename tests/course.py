@@ -226,6 +226,10 @@ def readme(nb):
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+# what a fresh process prints as sdxl_course/help.json
+HELPS = "import json; from sdxl_course.cli import *; print(json.dumps({word: written_help(word) for word, (module, _) in COMMANDS.items() if module}, indent=1))"
+
+
 # ---------------------------------------------------------------- judging
 # A rule takes a page's name and the notebook; it yields one sentence for each thing that is wrong.
 
