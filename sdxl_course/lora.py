@@ -20,9 +20,10 @@ from .options import check_limits, option, parse_config
 from .model.architecture import sdxl_architecture, tiny_architecture
 from .model.components import load_components, save_components
 from .model.adapters import adaptable_layers
+from .model.rank import effective_rank
 from .model.lora_files import lora_file, read_lora
 from .model.lora_layouts import KOHYA_PREFIX, read_layers
-from .model.lora_tools import LAYOUTS, bake, decompose_layer, difference_layer, effective_rank, merge_layers
+from .model.lora_tools import LAYOUTS, bake, decompose_layer, difference_layer, merge_layers
 from .model.lora_tools import resize_layer, write_layers
 
 # %% ../nbs/library/lora.ipynb #8973907f
