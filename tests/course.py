@@ -27,7 +27,7 @@ ROOMS = """
 core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
 model.folders model.components model.architecture model.conditioning model.noise model.latents model.sampling model.rank model.subspace model.lora model.adapters model.lora_layouts model.lora_files
-model.lora_tools
+model.lora_tools model.weight_files
 model.words
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
 train.machine train.objective train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
