@@ -285,7 +285,7 @@ def next_row(
     rows[:] = [one for one in rows if one is not old] + [row]
     return row
 
-# %% ../nbs/library/sweep.ipynb #8b3e1242
+# %% ../nbs/library/sweep.ipynb #b675c7fe
 def gather(
     folder, # output_dir of a sweep
     settings:dict, # of `sweep_settings`
@@ -300,6 +300,7 @@ def gather(
     write_json(Path(folder)/"sweep.json", sweep)
     return sweep
 
+# %% ../nbs/library/sweep.ipynb #f20bfb0e
 def run_sweep(
     config:SweepConfig,
     log=print, # gets a sentence for every training
@@ -322,14 +323,14 @@ def run_sweep(
         log(f"the whole sweep, {len(WAYS)} ways and {len(RATES)} rates, takes {hours_of_whole(rows):.1f} hours here")
         return gather(folder, settings, rows)
 
-# %% ../nbs/library/sweep.ipynb #d8fd2389
+# %% ../nbs/library/sweep.ipynb #5a4100fa
 def hours_of_whole(
     rows:list, # of a sweep, perhaps of a short one
 )->float:
     "How long the sweep takes that the command makes when nothing else is asked for."
     return (seconds_needed(rows, SweepConfig()) or 0)/3600
 
-# %% ../nbs/library/sweep.ipynb #09f80a5e
+# %% ../nbs/library/sweep.ipynb #c10df561
 def read_sweep(
     path=None, # sweep.json; None: the one that ships with the course
 )->dict: # see `gather`
@@ -343,6 +344,7 @@ def read_sweep(
         raise CourseError(f"{path} is no sweep: wanted a sweep.json with settings and rows")
     return sweep
 
+# %% ../nbs/library/sweep.ipynb #3873ee40
 MEASURES, COSTS = ("score", "content", "drift"), ("bytes", "seconds", "peak_memory")
 
 def judged_rows(
@@ -354,6 +356,7 @@ def judged_rows(
     place = (task, way, best_rate(rows, task, way))
     return [row for row in rows if (row["task"], row["way"], row["rate"]) == place and "measured" in row]
 
+# %% ../nbs/library/sweep.ipynb #a1bea961
 def summary(
     sweep:dict, # of `run_sweep`
     task:str, # one of TASKS
@@ -370,7 +373,7 @@ def summary(
             **{key: mean(key) for key in COSTS}, **{key: interval(key) for key in MEASURES}))
     return found
 
-# %% ../nbs/library/sweep.ipynb #705124ef
+# %% ../nbs/library/sweep.ipynb #91455f7c
 def pareto_front(
     costs:list, # numbers, the lower the better
     gains:list, # numbers of the same, the higher the better
@@ -395,7 +398,7 @@ def sweep_table(
             f"{row['bytes']/1e3:>6.0f}{row['seconds']:>6.0f}{row['peak_memory']/1e6:>9.0f}")
     return "\n".join(lines)
 
-# %% ../nbs/library/sweep.ipynb #a6414689
+# %% ../nbs/library/sweep.ipynb #bd5a0db4
 def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
@@ -403,5 +406,5 @@ def main(
     again = "the same command goes on with the training that was stopped"
     return run_command(SweepConfig, run_sweep, argv, "sweep", again)
 
-# %% ../nbs/library/sweep.ipynb #61a2be66
+# %% ../nbs/library/sweep.ipynb #a9e275c4
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

@@ -50,8 +50,7 @@ INIT_RULES = (
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
     "Which layers learn, and how wide."
-    adapter: str = option("lora", "kind of change: lora, loha (Hadamard product of two) or lokr (Kronecker product)",
-        choices=tuple(ADAPTERS), resume="never")
+    adapter: str = option("lora", "kind of change: lora, loha or lokr", choices=tuple(ADAPTERS), resume="never")
     rank: int = option(4, "width of the low-rank path", "1 .. 4096", resume="never")
     lora_alpha: float | None = option(None, "strength: the path is scaled by alpha / rank; none: alpha = rank",
         "> 0 ..", resume="never")
