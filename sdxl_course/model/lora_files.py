@@ -95,16 +95,17 @@ def file_note(
     flat = {f"{part}.{key}": value for part, one in settings.items() for key, value in one.items()}
     return {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(flat, indent=2, sort_keys=True)}
 
-# %% ../../nbs/library/model_lora_files.ipynb #73c7581e
+# %% ../../nbs/library/model_lora_files.ipynb #868f2647
 def adapter_layers(
     model, # with a LoRA in it
     adapter_name:str="default", # which one
 )->dict: # module -> LoraLayer
     "The layers of a LoRA in a network, as they change the original base weights; a LoHa or LoKr as its product."
-    found, config = {}, model.peft_config[adapter_name]
+    found = {}
     for name, value in _for_original_base(model, adapter_name):
         match = LORA_NAME.fullmatch(name)
         found.setdefault(match["module"], {})[FIELDS.get(match["kind"], match["kind"])] = value.detach()
+    config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig): return {module: make_layer(t, model.get_submodule(module).base_layer.weight,
         float(config.alpha)) for module, t in found.items()}
     note = _settings(model, adapter_name)
@@ -127,8 +128,8 @@ def lora_file_tensors(
 )->tuple: # (name -> tensor on the CPU, metadata of strings)
     "Tensors and metadata of a LoRA in diffusers' layout; CourseError without any model."
     models = _given(unet, text_encoder, text_encoder_2)
-    settings = {part: _settings(model, adapter_name) for part, model in models.items()}
-    return _layout_tensors(models, adapter_name, "diffusers", dtype), file_note(settings)
+    tensors = _layout_tensors(models, adapter_name, "diffusers", dtype)
+    return tensors, file_note({part: _settings(model, adapter_name) for part, model in models.items()})
 
 # %% ../../nbs/library/model_lora_files.ipynb #600e84c2
 def save_lora(
@@ -317,9 +318,10 @@ def kohya_tensors(
 )->tuple: # (name -> tensor, metadata of strings)
     "Tensors and metadata of a LoRA in the layout of kohya's sd-scripts; CourseError without any model."
     models = _given(unet, text_encoder, text_encoder_2)
-    note = _settings(list(models.values())[-1], adapter_name)
+    tensors, last = _layout_tensors(models, adapter_name, "kohya", dtype), list(models.values())[-1]
+    note = _settings(last, adapter_name)
     alpha = note["lora_alpha"]*(note["r"]**0.5 if note["use_rslora"] else 1) # what is divided by the rank there
-    return _layout_tensors(models, adapter_name, "kohya", dtype), _kohya_metadata(note["r"], alpha, title)
+    return tensors, _kohya_metadata(note["r"], alpha, title)
 
 # %% ../../nbs/library/model_lora_files.ipynb #a628a23e
 def save_kohya(

@@ -208,15 +208,17 @@ def _stored_folder(folder)->StoredModel:
             places[part, name] = keys[key], key, ""
     return StoredModel(folder, folder, networks, places, opened)
 
-# %% ../../nbs/library/model_weight_files.ipynb #c3bf54a3
+# %% ../../nbs/library/model_weight_files.ipynb #7abd895c
 def _stored_file(path, architecture=None)->StoredModel:
     "A model in a single file; SDXL 1.0, or of the sizes that a folder says."
     if path.suffix != ".safetensors":
         raise CourseError(f"{path} is not a .safetensors file: pickled checkpoints can run code; convert it first")
     folder, opened = architecture and resolve_folder(architecture), open_weights(path)
-    if folder: networks = {part: network_shell(folder, read_index(folder), part) for part in NETWORKS}
-    else: networks = {part: getattr(sdxl_architecture(), part) for part in NETWORKS}
     keys, places = set(opened.keys()), {}
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise CourseError(f"{path} has no UNet: wanted an SDXL checkpoint in one file")
+    if folder: networks = {part: network_shell(folder, read_index(folder), part) for part in NETWORKS}
+    else: networks = {part: getattr(known, part) for known in [sdxl_architecture()] for part in NETWORKS}
     for part, network in networks.items():
         shapes = network.state_dict()
         for name in _weight_names(network):
