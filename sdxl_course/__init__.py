@@ -19,7 +19,7 @@ NAMES = dict( # name -> module that defines it
     sample_dir="world.samples",
     load_components="model.components", tiny_path="model.components", generate="model.sampling",
     check_dataset="data.check",
-    load_pipeline="inference", set_lora_scale="inference", sweep_lora_scale="inference",
+    load_pipeline="inference", set_lora_scale="model.lora_scales", sweep_lora_scale="inference",
     TextToImageConfig="text_to_image", train_text_to_image="text_to_image",
     DreamBoothConfig="dreambooth", train_dreambooth="dreambooth",
     EvaluateConfig="evaluate", evaluate_model="evaluate",

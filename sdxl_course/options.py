@@ -100,9 +100,9 @@ def rules_of(
     for cls in reversed(type(config).__mro__): yield from vars(cls).get(kind, ())
 
 # %% ../nbs/library/options.ipynb #3e6de672
-PATHS = ("folder", "model", "vae", "lora", "init_lora", "embeddings", "dataset_name", "images", "output", "grid",
-         "save_images", "start_from", "resume_from_checkpoint", "pretrained_model_name_or_path",
-         "pretrained_vae_model_name_or_path")
+PATHS = ("folder", "model", "vae", "lora", "init_lora", "init_image", "mask", "from_picture", "embeddings",
+         "dataset_name", "images", "output", "grid", "save_images", "start_from", "resume_from_checkpoint",
+         "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
 
 def names_path(
     name:str, # of an option

@@ -1,4 +1,6 @@
 "What the page 50_inference does not show: odd inputs, several LoRAs, live trainers' modules and the command's exit codes."
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,13 @@ def test_the_commands_clip_skip_is_that_of_diffusers(toy_model, pipeline, tmp_pa
     (["--prompt", "a", "--model", "no/such/model"], "no model at"),
     (["--prompt", "a", "--mixed_precision", "fp8"], "fp8"),
     (["--prompt", "a", "--output_dir", "{file}/deep"], "cannot be written"),
+    (["--prompt", "a", "--scheduler", "eulera"], "invalid choice: 'eulera'"), (["--prompt", "a", "--guidance_interval", "5", "1"], "--guidance_interval is not a range"),
+    (["--prompt", "a", "--guidance_rescale", "2"], "--guidance_rescale is 2.0: wanted at least 0 and at most 1"), (["--prompt", "a", "--strength", "0"], "--strength is 0.0: wanted more than 0"),
+    (["--prompt", "a", "--mask", "{file}"], "wanted both of them"), (["--prompt", "a", "--init_image", "{file}"], "cannot be read as a picture"),
+    (["--prompt", "a", "--max_token_length", "100"], "wanted a multiple of 75"), (["--prompt", "a", "--negative_prompt", "b", "c"], "2 negative prompts for 1 prompts"),
+    (["--prompt", "a", "--lora", "{lora}", "--lora_places", "text_encoder"], "wanted such as text_encoder=0"), (["--prompt", "a", "--lora", "{lora}", "--lora_places", "text_encoder_2=0"], "no LoRA that is switched on"),
+    (["--prompt", "a", "--offload", "model", "--device", "cpu"], "draws on the CPU: leave it out"), (["--prompt", "a", "--offload", "sequential", "--fuse_lora"], "leave one of them out"),
+    (["--from", "{file}"], "cannot be read as a picture"), (["--from"], "expected one argument"), (["--from", "nowhere.png"], "cannot be read as a picture"),
 ])
 def test_mistakes_end_with_one_sentence(toy_model, loras, tmp_path, capsys, flags, words):
     (tmp_path / "file").write_text("in the way")
@@ -270,3 +279,102 @@ def test_words_that_were_learnt_with_a_lora_are_read(toy_model, loras, tmp_path,
     assert gap(drawn("a TOK chair", "--lora", str(run)), want) == 0 and gap(drawn("a ti_emb chair", "--lora", str(run)), want) == 0
     assert gap(drawn("a TOK chair", "--lora", str(loras["style"]), "--embeddings", str(file)), want) == 0
     assert gap(drawn("a TOK chair", "--lora", str(loras["style"])), want) > 1
+
+
+def run(folder, *flags):
+    "The notes of the pictures that a command wrote, with its pictures."
+    assert main(["--device", "cpu", "--output_dir", str(folder), *map(str, flags)]) == 0
+    return drawn(Path(folder))
+
+
+EVERYTHING = ["--num_inference_steps", "4", "--scheduler", "euler_a", "--guidance_scale", "3", "--guidance_interval", "0.3", "5", "--guidance_rescale", "0.5", "--prompt_weights",
+    "--max_token_length", "150", "--negative_prompt=-a dog", "--clip_skip", "1", "--width", "96", "--lora_places", "text_encoder=0.5", "--fuse_lora"]
+
+
+@pytest.mark.parametrize("flags", [["--num_inference_steps", "2"], EVERYTHING], ids=["plain", "everything"])
+def test_every_picture_is_drawn_again_to_the_last_bit(toy_model, loras, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    pictures, notes = run("out", "--model", toy_model, "--prompt", "a cat", "a (red:1.2) mug <lora:style:0.5>", "--num_images", "2", "--seed", "5", "--lora", loras["subject"], loras["style"], "--batch_size", "3", *flags)
+    for i in (1, 2, 3):
+        again, words = run(f"again{i}", "--from", f"out/image_{i:03d}.png")
+        assert f"equal to out/image_{i:03d}.png to the last bit" in capsys.readouterr().out
+        assert len(again) == 1 and gap(again, pictures[i:i + 1]) == 0 and {k: v for k, v in words[0].items() if k != "sdxl_course"} == {k: v for k, v in notes[i].items() if k != "sdxl_course"}
+    again, words = run("third", "--from", "again3/image_000.png")  # a copy is as good
+    assert gap(again, pictures[3:]) == 0
+
+
+def test_a_picture_from_a_picture_is_drawn_again(toy_model, tmp_path, capsys):
+    begin, mask = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)), Image.new("L", (64, 64), 255)
+    for one, name in ((begin, "begin.png"), (mask, "mask.png")): one.save(tmp_path / name)
+    pictures, notes = run(tmp_path / "out", "--model", toy_model, "--prompt", "a cat", "--num_inference_steps", "3", "--init_image", tmp_path / "begin.png", "--mask", tmp_path / "mask.png", "--strength", "0.9", "--film")
+    assert Image.open(tmp_path / "out" / "film_000.gif").n_frames == 2 and (tmp_path / "out" / "film_000.png").is_file() and "Denoising strength: 0.9" in notes[0]["parameters"]
+    again, _ = run(tmp_path / "again", "--from", tmp_path / "out" / "image_000.png")
+    assert gap(again, pictures) == 0 and "to the last bit" in capsys.readouterr().out
+    (tmp_path / "mask.png").rename(tmp_path / "elsewhere.png")
+    assert main(["--from", str(tmp_path / "out" / "image_000.png"), "--output_dir", str(tmp_path / "x")]) == 2 and "say where it is with --mask" in capsys.readouterr().err
+
+
+def test_what_is_given_beside_a_picture_wins(toy_model, loras, tmp_path, capsys):
+    first = tmp_path / "out" / "image_000.png"
+    run(tmp_path / "out", "--model", toy_model, "--prompt", "a cat", "--seed", "5", "--lora", f"{loras['style']}:0.5", "--num_inference_steps", "2")
+    (tmp_path / "c.yaml").write_text("seed: 7\nprompt: a mug\n")
+    pictures, notes = run(tmp_path / "new", "--from", first, "--config", tmp_path / "c.yaml", "--num_images", "2", "--lora_scale", "1")
+    assert [(n["prompt"], n["seed"], n["lora_scale"], n["steps"]) for n in notes] == [("a mug", "7", "1.0", "2"), ("a mug", "8", "1.0", "2")] and "with other settings" in capsys.readouterr().out
+    assert gap(pictures, generate(load_pipeline(toy_model, lora=loras["style"].parent, device="cpu"), "a mug", [7, 8], **QUICK)) == 0
+    _, (notes,) = run(tmp_path / "other", "--from", first, "--lora", f"{loras['subject']}:0.25", "--seed", "0")
+    assert (notes["lora"], notes["lora_scale"], notes["seed"]) == ("subject", "0.25", "0")
+    assert main(["--from", str(first), "--output_dir", str(first.parent)]) == 2 and "could be written over" in capsys.readouterr().err
+
+
+def test_what_is_missing_or_has_changed_is_told(toy_model, loras, tmp_path, capsys):
+    import json, shutil
+    from sdxl_course.remake import picture_settings, read_record
+    here = tmp_path / "loras" / "mine.safetensors"
+    here.parent.mkdir()
+    shutil.copy(loras["style"], here)
+    shutil.copytree(toy_model, tmp_path / "model")
+    pictures, notes = run(tmp_path / "out", "--model", tmp_path / "model", "--prompt", "a cat", "--lora", here, "--num_inference_steps", "2")
+    first = tmp_path / "out" / "image_000.png"
+    record = read_record(first)
+    assert json.loads(notes[0]["sdxl_course"]) == record and record["files"][1]["path"] == "../loras/mine.safetensors" and str(tmp_path) not in str(record)
+    moved = here.rename(tmp_path / "out" / "mine.safetensors")  # beside the picture it is found by its hash
+    again, _ = run(tmp_path / "again", "--from", first)
+    assert gap(again, pictures) == 0 and "to the last bit" in capsys.readouterr().out
+    away = moved.rename(tmp_path / "away.safetensors")
+    assert main(["--from", str(first), "--output_dir", str(tmp_path / "x")]) == 2
+    told = capsys.readouterr().err
+    assert f"mine.safetensors (sha256 {record['files'][1]['sha256'][:12]})" in told and "say where it is with --lora" in told
+    again, _ = run(tmp_path / "given", "--from", first, "--lora", away)
+    assert gap(again, pictures) == 0
+    shutil.copy(loras["subject"], here)
+    capsys.readouterr()
+    again, _ = run(tmp_path / "changed", "--from", first)
+    told = capsys.readouterr().out
+    assert "mine.safetensors is another file now: sha256" in told and "differs from" in told and gap(again, pictures) > 0
+    here.unlink()
+    parts = load_components(tmp_path / "model")
+    parts.unet.conv_in.weight.data *= 2
+    from sdxl_course.model.components import save_components
+    save_components(parts, tmp_path / "model", dtype=torch.float32)
+    run(tmp_path / "weights", "--from", first, "--lora", away)
+    assert "the model's weights are others now" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "model")
+    assert main(["--from", str(first), "--lora", str(away), "--output_dir", str(tmp_path / "x")]) == 2 and "say where it is with --model" in capsys.readouterr().err
+    assert picture_settings(first, ["model", "lora"])["prompt"] == ["a cat"]
+
+
+def test_other_programs_read_how_a_picture_was_made(toy_model, loras, tmp_path):
+    _, (notes,) = run(tmp_path, "--model", toy_model, "--prompt", "a (cat)\nin two lines", "--negative_prompt", "a dog", "--lora", f"{loras['style']}:0.5", "--scheduler", "dpmpp_2m_karras", "--num_inference_steps", "2", "--seed", "5")
+    *said, line = notes["parameters"].split("\n")
+    assert said == ["a \\(cat\\)", "in two lines <lora:style:0.5>", "Negative prompt: a dog"]
+    found = dict(one.split(": ", 1) for one in line.split(", "))
+    assert (found["Steps"], found["Sampler"], found["Schedule type"], found["CFG scale"], found["Seed"], found["Size"], found["Lora hashes"][:8]) == ("2", "DPM++ 2M", "Karras", "5.0", "5", "64x64", '"style: ')
+
+
+def test_a_picture_that_others_saved_again_says_nothing(tmp_path, capsys):
+    for name, notes in (("bare", None), ("broken", {"sdxl_course": "{}"}), ("words", {"sdxl_course": "[1]"})):
+        from sdxl_course.model.sampling import save_picture
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / f"{name}.png", notes)
+        assert main(["--from", str(tmp_path / f"{name}.png"), "--output_dir", str(tmp_path / "x")]) == 2 and "does not say how it was made" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    assert main(["--from", str(tmp_path / "a.jpg")]) == 2

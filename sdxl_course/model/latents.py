@@ -80,8 +80,9 @@ def decode_latents(
     "Decode latents to pictures, one at a time, in the VAE's own number format."
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) if v is not None else default for v, default in
         ((vae.config.get("latents_mean"), torch.zeros(1)), (vae.config.get("latents_std"), torch.ones(1))))
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device # offloaded: where it works
     pictures = []
     for one in latents.float().cpu().split(1):
-        scaled = (one*std/vae.config.scaling_factor + mean).to(vae.device, vae.dtype)
+        scaled = (one*std/vae.config.scaling_factor + mean).to(device, vae.dtype)
         pictures.append(to_pil(vae.decode(scaled).sample[0].float().clamp(-1, 1)))
     return pictures

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'FACTORS_FILE', 'LoraFileOptions', 'file_note', 'adapter_layers', 'lora_file_tensors', 'save_lora',
-           'lora_file', 'read_lora', 'fill_lora', 'attach_lora', 'load_lora_into', 'kohya_tensors', 'save_kohya',
-           'save_factors', 'load_factors', 'initialize_lora_from']
+           'lora_file', 'read_lora', 'find_lora', 'fill_lora', 'attach_lora', 'load_lora_into', 'kohya_tensors',
+           'save_kohya', 'save_factors', 'load_factors', 'initialize_lora_from']
 
 # %% ../../nbs/library/model_lora_files.ipynb #66df76c1
 import json
@@ -209,6 +209,14 @@ def _fetched_lora(
         raise CourseError(f"{where} is no local path, and the hub gave no LoRA for it ({reason}): "
             f"wanted a repository with {LORA_WEIGHT_NAME_SAFE} or one .safetensors file, or name it") from error
 
+# %% ../../nbs/library/model_lora_files.ipynb #adbce12d
+def find_lora(
+    where, # a folder, a .safetensors file, or a hub id like owner/name
+    **hub, # weight_name, revision and the like for a hub id
+)->Path: # the file
+    "The file of a LoRA, fetched where it is on the hub; CourseError if there is none."
+    return _fetched_lora(str(where), **hub) if _is_hub_id(where) else lora_file(where)
+
 # %% ../../nbs/library/model_lora_files.ipynb #837ab86e
 def fill_lora(
     model, # with a LoRA of the same layers and ranks in it
@@ -242,7 +250,7 @@ def attach_lora(
     **hub, # weight_name, revision and the like for a hub id
 )->Path: # the file
     "Load a LoRA into a pipeline; CourseError, and no change, unless all of it finds its place."
-    path = _fetched_lora(str(where), **hub) if _is_hub_id(where) else lora_file(where)
+    path = find_lora(where, **hub)
     models = {part: model for part in KOHYA_PREFIX if (model := getattr(pipeline, part, None)) is not None}
     for part, model in models.items():
         if adapter_name in getattr(model, "peft_config", {}):
