@@ -81,7 +81,7 @@ def check_output(
     writable_folder(Path(path).expanduser().absolute().parent, complaint, remedy)
     if Path(path).is_dir() and flag != "save_images": raise CourseError(f"{complaint} (it is a folder): {remedy}")
 
-# %% ../nbs/library/judge.ipynb #82da82e7
+# %% ../nbs/library/judge.ipynb #29563957
 def check_general(
     config, # JudgeOptions among the options of evaluate
 ):
@@ -94,6 +94,8 @@ def check_general(
         raise CourseError("--model renderer draws scenes of the small world, not prompts: wanted a model")
     if config.images and config.prompts:
         raise CourseError("--prompts came with --images: wanted pictures, or what to draw them from, not both")
+    if config.images and config.lora and not config.validation_data_dir:
+        raise CourseError("--lora came with --images: finished pictures take no LoRA, leave one of them out")
     if config.base_images and not config.images:
         raise CourseError("--base_images came without --images: what --prompts draw is drawn with the base model as well, "
             "leave it out")

@@ -96,7 +96,7 @@ ABOUT = dict( # name -> better, what it is, floor, ceiling
     frechet_distance=("less", "Frechet distance of features from the references'", "halves of the references", "base model"),
     kernel_distance=("less", "the same without bias, KID", "halves of the references", "base model"))
 
-# %% ../../nbs/library/measure_scores.ipynb #6ce098da
+# %% ../../nbs/library/measure_scores.ipynb #f093df66
 def make_score(
     name:str, # a key of ABOUT
     values, # (n,) numbers
@@ -116,7 +116,7 @@ def on_scale(
     name:str, # of the new one
 )->list: # of one Score with floor 0 and ceiling 1; empty where the ends are missing or too near to tell anything
     "The same between 0, nothing learnt, and 1, the truth."
-    if score.floor is None or score.ceiling is None or score.ceiling - score.floor < 0.01: return []
+    if score.floor is None or score.ceiling is None or score.ceiling - score.floor < 0.02: return []
     scaled = [normalized(one, score.floor, score.ceiling) for one in (score.value, score.low, score.high)]
     return [Score(name, *scaled, score.number, 0., 1.)]
 

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['CLIP_COLORS', 'IMAGENET_COLORS', 'HALF', 'fit_square', 'Seen', 'Tower', 'look_vit', 'look_clip', 'look_instance',
-           'ClipTower', 'load_clip', 'load_dino']
+           'neutral_pixels', 'in_neutral_units', 'ClipTower', 'load_clip', 'load_dino']
 
-# %% ../../nbs/library/measure_towers.ipynb #9f69d86f
+# %% ../../nbs/library/measure_towers.ipynb #ff7b1c6f
 import json
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
-from ..core import CourseError
+from ..core import CourseError, seeded
 from ..devices import pick_device
 from ..model.components import quiet
 from ..data.records import open_image
@@ -34,13 +34,13 @@ def fit_square(
     picture = picture if isinstance(picture, Image.Image) else open_image(picture)
     return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
 
-# %% ../../nbs/library/measure_towers.ipynb #66ecd893
+# %% ../../nbs/library/measure_towers.ipynb #0866e285
 @dataclass(frozen=True)
 class Seen:
     "What a tower saw in pictures."
     embeds: torch.Tensor   # (n, d), of length 1: for cosines
     features: torch.Tensor # (n, f): for distances of whole sets
-    style: torch.Tensor    # (n, 2*c): mean and spread of an early layer, place by place forgotten
+    style: torch.Tensor    # (n, 2*c): mean and spread of an early layer over all places, in units of neutral pictures
 
     def __len__(self): return len(self.embeds)
 
@@ -51,7 +51,7 @@ class Seen:
         rows = torch.as_tensor(rows, dtype=torch.long)
         return Seen(self.embeds[rows], self.features[rows], self.style[rows])
 
-# %% ../../nbs/library/measure_towers.ipynb #09c83607
+# %% ../../nbs/library/measure_towers.ipynb #cb33e405
 @dataclass(frozen=True)
 class Tower:
     "A network that looks at pictures, and how it wants them."
@@ -60,21 +60,26 @@ class Tower:
     look: object # function (network, pixels): embeddings (b, d), features (b, f), early layer (b, c, places)
     side: int # pixels
     colors: tuple = HALF # mean and spread of each channel
+    neutral: tuple = (0., 1.) # mean and spread of the style of `neutral_pixels`
 
     @torch.no_grad()
+    def parts(self, pixels): # (b, 3, side, side) in [-1, 1] -> embeds, features, style as in `Seen`
+        "Look at one batch."
+        device = next(self.network.parameters()).device
+        mean, spread = (torch.tensor(one, device=device).view(3, 1, 1) for one in self.colors)
+        embeds, features, early = self.look(self.network, ((pixels.to(device) + 1)/2 - mean)/spread)
+        style = torch.cat([early.mean(-1), early.std(-1)], 1).float().cpu()
+        return F.normalize(embeds.float().cpu(), dim=-1), features.float().cpu(), (style - self.neutral[0])/self.neutral[1]
+
     def see(self,
         pictures, # PIL images or files
         batch_size:int = 16, # at a time
     )->Seen:
-        "Look at every picture."
-        pictures, device, parts = list(pictures), next(self.network.parameters()).device, []
+        "Look at every picture; CourseError for none."
+        pictures = list(pictures)
         if not pictures: raise CourseError(f"no pictures were given to {self.name}: wanted at least one")
-        mean, spread = (torch.tensor(one, device=device).view(3, 1, 1) for one in self.colors)
-        for k in range(0, len(pictures), batch_size):
-            pixels = to_pixels([fit_square(one, self.side) for one in pictures[k:k + batch_size]]).to(device)
-            embeds, features, early = self.look(self.network, ((pixels + 1)/2 - mean)/spread)
-            style = torch.cat([early.mean(-1), early.std(-1)], 1)
-            parts.append([part.float().cpu() for part in (F.normalize(embeds, dim=-1), features, style)])
+        batches = (pictures[k:k + batch_size] for k in range(0, len(pictures), batch_size))
+        parts = [self.parts(to_pixels([fit_square(one, self.side) for one in some])) for some in batches]
         return Seen(*map(torch.cat, zip(*parts)))
 
 # %% ../../nbs/library/measure_towers.ipynb #43253494
@@ -98,7 +103,26 @@ def look_instance(network, pixels): # the course's InstanceJudge
     features = seen.pooler_output.flatten(1)
     return network.head(features), features, seen.hidden_states[1].flatten(2)
 
-# %% ../../nbs/library/measure_towers.ipynb #6a3fa38b
+# %% ../../nbs/library/measure_towers.ipynb #b40272ee
+def neutral_pixels(
+    side:int, # pixels
+    number:int = 24, # of pictures
+)->torch.Tensor: # (number, 3, side, side) in [-1, 1]
+    "Clouds of colour with detail of every size, always the same: pictures in no style."
+    clouds = []
+    for k in range(number):
+        generator = seeded("neutral", k)
+        noise = lambda n: torch.randn(1, 3, n, n, generator=generator)*torch.rand((), generator=generator)
+        layers = [F.interpolate(noise(2**p), size=(side, side), mode="bilinear") for p in range(1, side.bit_length())]
+        clouds.append(torch.tanh(sum(layers) + torch.randn(1, 3, 1, 1, generator=generator)))
+    return torch.cat(clouds)
+
+def in_neutral_units(tower): # Tower -> Tower
+    "The same tower, with styles in units of neutral pictures."
+    style = tower.parts(neutral_pixels(tower.side))[2]
+    return replace(tower, neutral=(style.mean(0), style.std(0) + 1e-6))
+
+# %% ../../nbs/library/measure_towers.ipynb #da25a5b4
 def _opened(
     kind, # class of transformers
     name, # folder or hub id
@@ -125,7 +149,7 @@ def _kind_of(name, flag, wanted): # model_type, such as clip
     except (OSError, ValueError, KeyError) as error:
         raise CourseError(f"--{flag} {name}: there is no model ({str(error).splitlines()[0]}): wanted {wanted}") from error
 
-# %% ../../nbs/library/measure_towers.ipynb #edf5f496
+# %% ../../nbs/library/measure_towers.ipynb #75c22198
 def _colors(name, usual):
     "Mean and spread as the model's own preprocessor_config.json says; the usual ones where it lies elsewhere."
     file = Path(name).expanduser() / "preprocessor_config.json"
@@ -133,7 +157,7 @@ def _colors(name, usual):
     except ValueError as error: raise CourseError(f"{file} is not JSON ({error}): fetch it again") from error
     return tuple(said.get("image_mean") or usual[0]), tuple(said.get("image_std") or usual[1])
 
-# %% ../../nbs/library/measure_towers.ipynb #dab52597
+# %% ../../nbs/library/measure_towers.ipynb #21542a87
 @dataclass(frozen=True)
 class ClipTower(Tower):
     "A tower that reads as well."
@@ -149,7 +173,7 @@ class ClipTower(Tower):
         parts = [self.read(each[k:k + batch_size]).float().cpu() for k in range(0, len(each), batch_size)]
         return F.normalize(torch.cat(parts), dim=-1)[[each.index(prompt) for prompt in prompts]]
 
-# %% ../../nbs/library/measure_towers.ipynb #503d678b
+# %% ../../nbs/library/measure_towers.ipynb #c0a67a84
 _WANTED_CLIP = "a CLIP with text and image tower, such as openai/clip-vit-large-patch14 or its folder"
 
 def load_clip(
@@ -161,7 +185,7 @@ def load_clip(
     if name is None:
         judge = ClipJudge()
         return ClipTower("sdxl-tiny's CLIP", judge.vision.to(device), look_clip, judge.vision.config.image_size, HALF,
-            judge.texts)
+            read=judge.texts)
     if (kind := _kind_of(name, "clip", _WANTED_CLIP)) != "clip":
         raise CourseError(f"--clip {name}: it is a {kind}: wanted {_WANTED_CLIP}")
     model = _opened(CLIPModel, name, "clip", _WANTED_CLIP).to(device)
@@ -170,9 +194,10 @@ def load_clip(
     def read(texts):
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=most, return_tensors="pt").input_ids
         return model.text_projection(model.text_model(input_ids=ids.to(device)).pooler_output)
-    return ClipTower(str(name), model, look_clip, model.config.vision_config.image_size, _colors(name, CLIP_COLORS), read)
+    return ClipTower(str(name), model, look_clip, model.config.vision_config.image_size, _colors(name, CLIP_COLORS),
+        read=read)
 
-# %% ../../nbs/library/measure_towers.ipynb #1c7456b6
+# %% ../../nbs/library/measure_towers.ipynb #fa3482b8
 _WANTED_DINO = "a vision transformer, such as facebook/dinov2-base or its folder"
 
 def load_dino(
@@ -182,11 +207,13 @@ def load_dino(
 )->Tower:
     "A network that learnt to see without words (DINO, Caron et al., 2021), or what we have like it; CourseError as above."
     device = pick_device(device)
-    if name is None: return Tower("the course's instance judge", load_judge("instances").to(device), look_instance, 128)
+    if name is None:
+        network = load_judge("instances").to(device)
+        return in_neutral_units(Tower("the course's instance judge", network, look_instance, 128))
     kind = _kind_of(name, "dino", _WANTED_DINO)
     network = _opened(AutoModel, name, "dino", _WANTED_DINO).to(device)
     if kind == "clip" or not hasattr(network.config, "patch_size"):
         raise CourseError(f"--dino {name}: it is a {kind}: wanted {_WANTED_DINO}")
     patch, own = network.config.patch_size, network.config.image_size
     side = own if kind == "vit" or own < side else side//patch*patch # plain ViTs know one size only
-    return Tower(str(name), network, look_vit, side, _colors(name, IMAGENET_COLORS))
+    return in_neutral_units(Tower(str(name), network, look_vit, side, _colors(name, IMAGENET_COLORS)))
