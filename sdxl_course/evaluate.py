@@ -35,6 +35,7 @@ from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_a
 from .measure.judges import vae_scores, vae_table
 from .measure.subject import SUBJECT_COLOR, SubjectJudge
 from .judge import JudgeOptions, check_general, check_output, is_general, judge_pictures
+from .sweep import sweep_run
 
 # %% ../nbs/library/evaluate.ipynb #c3346823
 def prompt_of(
@@ -152,6 +153,7 @@ def draw_scenes(
 
 # %% ../nbs/library/evaluate.ipynb #89aa782f
 _EXAMPLE = 'wanted for instance {"file_name": "0.png", "text": "a photo of a red chair in the snow"}'
+_ELSE = "; pictures of anything else are judged with --references DIR, or with --clip NAME alone"
 
 def read_judged(
     folder, # pictures and metadata.jsonl, whose lines say what was asked for: `scene` (words by name) or `text`
@@ -160,14 +162,14 @@ def read_judged(
     path, pictures, scenes = Path(folder) / "metadata.jsonl", [], []
     if not path.is_file():
         raise CourseError(f"{folder} has no metadata.jsonl: "
-            "wanted one line for each picture, with file_name, and scene or text")
+            f"wanted one line for each picture, with file_name, and scene or text{_ELSE}")
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip(): continue
         try:
             row = json.loads(line)
             scenes.append(Scene(**row["scene"]) if "scene" in row else scene_of(row["text"]))
             pictures.append(open_image(Path(folder) / row["file_name"]))
-        except CourseError as error: raise CourseError(f"{path}, line {number}: {error}") from error
+        except CourseError as error: raise CourseError(f"{path}, line {number}: {error}{_ELSE}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CourseError(f"{path}, line {number} does not say what its picture shows ({error}): "
                 f"{_EXAMPLE}") from error
@@ -293,6 +295,7 @@ def evaluate_model(
     config:EvaluateConfig,
 )->dict: # scores, settings and provenance
     "Draw, judge, write; CourseError for what cannot be read or written."
+    if config.sweep: return sweep_run(config)
     if is_general(config): return judge_pictures(config)
     for flag in ("output", "grid", "save_images"): check_output(getattr(config, flag), flag)
     training = read_dataset(config.train_data_dir) if config.train_data_dir else []

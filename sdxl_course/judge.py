@@ -30,7 +30,7 @@ from .measure.scores import View, copy_scores, detail_ratios, likeness_scores, l
 from .measure.scores import prior_scores, set_scores, word_scores
 from .measure.report import gallery_card, html_page, line_plot, markdown_report, terminal_table
 
-# %% ../nbs/library/judge.ipynb #db4f0f34
+# %% ../nbs/library/judge.ipynb #32c8f999
 _SAID = dict(
     references="folder of pictures of the subject or in the style that was learnt: judges --images, or what --prompts draw, "
         "against them, whatever they show",
@@ -41,7 +41,8 @@ _SAID = dict(
     prompts="text file, one prompt a line, to draw with --model and --lora, and with --model alone",
     validation_data_dir="folder of pictures with captions that no training saw: the loss by noise level, with and without "
         "--lora",
-    sweep="folder of a run: judge its checkpoints and its result at every strength of --scales, and say which to keep")
+    sweep="folder of a run: judge its checkpoints and its result at every strength of --scales, and say which to keep",
+    keep_by="likeness that --sweep goes by: dino for a thing, style_similarity for a style")
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
@@ -59,6 +60,7 @@ class JudgeOptions:
     html: str | None = option(None, "HTML file to write: table, plots and a gallery, everything in one file")
     sweep: str | None = option(None, _SAID["sweep"])
     scales: list[float] | None = option(None, "strengths of --sweep; 1 when not given", "-1000 .. 1000", action="extend")
+    keep_by: str = option("dino", _SAID["keep_by"], choices=("dino", "clip_i", "style_similarity"))
     plot: str | None = option(None, "PNG to write: the curve of --sweep")
 
 # %% ../nbs/library/judge.ipynb #dcb79597
