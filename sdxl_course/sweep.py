@@ -145,7 +145,7 @@ def choose(
     some = [one for one, fits in zip(points, eligible(points, seed)) if fits]
     return min(some, key=lambda one: (one.cost.mean(), one.step))
 
-# %% ../nbs/library/sweep.ipynb #b5ad4e73
+# %% ../nbs/library/sweep.ipynb #22c17bac
 def sweep_sources(
     config, # JudgeOptions among the options of evaluate
 )->tuple: # (model, prompts, Drawn of the references)
@@ -168,8 +168,8 @@ def sweep_points(
     folder, # gets the pictures
 )->tuple: # (list of Point, the base model first; Drawn of each; Bench)
     "Draw with every LoRA at every strength, and measure."
-    model, prompts, references = sweep_sources(config)
     files, scales = lora_files(config.sweep), config.scales or [1.0]
+    model, prompts, references = sweep_sources(config)
     pipeline, seeds = load_pipeline(model), [config.seed + k for k in range(config.num_images)]
     draw = lambda name: draw_into(Path(folder)/name, pipeline, prompts, seeds, **drawing_options(config))
     drawn = {("base model", 0, 0., ""): draw("before")}

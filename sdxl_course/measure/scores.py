@@ -67,7 +67,7 @@ def grouped_interval(
     low, high = torch.quantile(means, torch.tensor([(1 - share)/2, (1 + share)/2], dtype=means.dtype)).tolist()
     return low, high
 
-# %% ../../nbs/library/measure_scores.ipynb #3cc685f3
+# %% ../../nbs/library/measure_scores.ipynb #022e62f6
 @dataclass(frozen=True)
 class Score:
     "A number with its interval, and what it would be if nothing or everything had been learnt."
@@ -92,7 +92,7 @@ ABOUT = dict( # name -> better, what it is, floor, ceiling
     change=("", "how far pictures moved that should, from the base model's (one minus cosine)", "0: nothing", ""),
     drift=("less", "how far pictures moved that should not, from the base model's", "0: nothing", ""),
     nearest_training=("less", "cosine of thumbnails with the nearest training picture", "base model", "1: a copy"),
-    memorized=("less", "share nearer to a training picture than any that cannot be a copy", "0", "1"),
+    memorized=("less", "share nearer to a training picture than any that cannot be a copy", "by chance", "1"),
     frechet_distance=("less", "Frechet distance of features from the references'", "halves of the references", "base model"),
     kernel_distance=("less", "the same without bias, KID", "halves of the references", "base model"))
 
@@ -209,7 +209,7 @@ def prior_scores(
         if some: found.append(make_score(name, far[some], [prompts[rows[k]] for k in some], 0.))
     return found
 
-# %% ../../nbs/library/measure_scores.ipynb #1de8ed6b
+# %% ../../nbs/library/measure_scores.ipynb #ffe68857
 def copy_scores(
     view:View,
     training:View, # looked at with mirrored=True
@@ -224,8 +224,8 @@ def copy_scores(
         rows = torch.arange(len(training))
         cosines[rows, rows] = cosines[rows, rows + len(training)] = -1 # neither itself nor its mirror image
         fresh = cosines.max(1).values
-    copied = near > fresh.max()
-    return [make_score("nearest_training", near, groups, fresh, 1.), make_score("memorized", copied, groups, 0., 1.)], \
+    copied, chance = near > fresh.max(), 1/(len(fresh) + 1) # as often as one more of the fresh would be the nearest
+    return [make_score("nearest_training", near, groups, fresh, 1.), make_score("memorized", copied, groups, chance, 1.)], \
         (which % len(training)).tolist()
 
 # %% ../../nbs/library/measure_scores.ipynb #fc30ede0
