@@ -6,7 +6,7 @@
 __all__ = ['RULE', 'run_settings', 'lora_files', 'borrowed_lora', 'Point', 'grouping', 'Bench', 'eligible', 'choose',
            'sweep_sources', 'sweep_points', 'sweep_plot', 'sweep_table', 'verdict_on', 'sweep_page', 'sweep_run']
 
-# %% ../nbs/library/sweep.ipynb #a4bd0418
+# %% ../nbs/library/sweep.ipynb #fcda1859
 import numpy as np
 import tempfile
 import yaml
@@ -18,11 +18,12 @@ from .core import CourseError, seeded, write_atomic, write_json
 from .devices import provenance
 from .model.lora_files import LORA_WEIGHT_NAME_SAFE, attach_lora
 from .train.checkpoint import list_checkpoints
+from .train.results import in_markdown
 from .inference import adapter_names, load_pipeline, set_lora_scale
 from .measure.towers import load_clip, load_dino
 from .measure.pictures import read_drawn, says
 from .measure.scores import LIKENESS, copy_scores, grouped_interval, look_at, moved, nearness, own_cosines
-from .measure.report import gallery_card, html_page, in_cell, spelled
+from .measure.report import gallery_card, html_page, spelled
 from .judge import check_output, draw_into, drawing_options, read_prompts
 
 # %% ../nbs/library/sweep.ipynb #9617b73f
@@ -232,7 +233,7 @@ def verdict_on(
         "train longer, or ask for more")
     return f"Keep {Path(kept.file).relative_to(Path(run).expanduser())} at strength {kept.scale:g}."
 
-# %% ../nbs/library/sweep.ipynb #688e6586
+# %% ../nbs/library/sweep.ipynb #a1779270
 def sweep_page(
     points:list, drawn:dict, kept:Point, # as in `sweep_points` and `choose`
     said:list, # sentences
@@ -270,5 +271,5 @@ def sweep_run(
         provenance=provenance())
     if config.output: write_json(config.output, report)
     if config.plot: figure.savefig(config.plot, format="png")
-    if config.markdown: write_atomic(config.markdown, f"{in_cell(sentence)}\n\n```\n{table}\n```\n\n{said[1]}\n".encode())
+    if config.markdown: write_atomic(config.markdown, f"{in_markdown(sentence)}\n\n```\n{table}\n```\n\n{said[1]}\n".encode())
     return report
