@@ -67,7 +67,7 @@ def grouped_interval(
     low, high = torch.quantile(means, torch.tensor([(1 - share)/2, (1 + share)/2], dtype=means.dtype)).tolist()
     return low, high
 
-# %% ../../nbs/library/measure_scores.ipynb #022e62f6
+# %% ../../nbs/library/measure_scores.ipynb #31067523
 @dataclass(frozen=True)
 class Score:
     "A number with its interval, and what it would be if nothing or everything had been learnt."
@@ -92,7 +92,8 @@ ABOUT = dict( # name -> better, what it is, floor, ceiling
     change=("", "how far pictures moved that should, from the base model's (one minus cosine)", "0: nothing", ""),
     drift=("less", "how far pictures moved that should not, from the base model's", "0: nothing", ""),
     nearest_training=("less", "cosine of thumbnails with the nearest training picture", "base model", "1: a copy"),
-    memorized=("less", "share nearer to a training picture than any that cannot be a copy", "by chance", "1"),
+    memorized=("less", "share nearer to a training picture than the base model's are, and they to one another", "by chance",
+        "1"),
     frechet_distance=("less", "Frechet distance of features from the references'", "halves of the references", "base model"),
     kernel_distance=("less", "the same without bias, KID", "halves of the references", "base model"))
 
@@ -209,23 +210,21 @@ def prior_scores(
         if some: found.append(make_score(name, far[some], [prompts[rows[k]] for k in some], 0.))
     return found
 
-# %% ../../nbs/library/measure_scores.ipynb #ffe68857
+# %% ../../nbs/library/measure_scores.ipynb #bea0fe95
 def copy_scores(
     view:View,
     training:View, # looked at with mirrored=True
-    before:View = None, # by the base model, which cannot have copied; None: training pictures, each against the others
+    before:View = None, # by the base model, which cannot have copied
 )->tuple: # (Scores, number of each picture's nearest training picture)
-    "Were training pictures given back?"
+    "Were training pictures given back? Too near is nearer than any base picture and any two training pictures are."
     groups = [one.prompt or one.stem for one in view.drawn]
     near, which = nearest_neighbours(view.small, training.small)
-    if before: fresh = nearest_neighbours(before.small, training.small)[0]
-    else:
-        cosines = training.small[:len(training)] @ training.small.T
-        rows = torch.arange(len(training))
-        cosines[rows, rows] = cosines[rows, rows + len(training)] = -1 # neither itself nor its mirror image
-        fresh = cosines.max(1).values
+    cosines, rows = training.small[:len(training)] @ training.small.T, torch.arange(len(training))
+    cosines[rows, rows] = cosines[rows, rows + len(training)] = -1 # neither itself nor its mirror image
+    usual = nearest_neighbours(before.small, training.small)[0] if before else cosines.max(1).values
+    fresh = torch.cat([usual, cosines.max(1).values]) if len(training) > 1 else usual
     copied, chance = near > fresh.max(), 1/(len(fresh) + 1) # as often as one more of the fresh would be the nearest
-    return [make_score("nearest_training", near, groups, fresh, 1.), make_score("memorized", copied, groups, chance, 1.)], \
+    return [make_score("nearest_training", near, groups, usual, 1.), make_score("memorized", copied, groups, chance, 1.)], \
         (which % len(training)).tolist()
 
 # %% ../../nbs/library/measure_scores.ipynb #fc30ede0
