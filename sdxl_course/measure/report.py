@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from ..train.results import in_markdown, jpeg_uri
 from .scores import ABOUT, Score
 
-# %% ../../nbs/library/measure_report.ipynb #5fbf2089
+# %% ../../nbs/library/measure_report.ipynb #1986459e
 def spelled(
     number, # or None
 )->str:
     "Three digits, or a dash where nothing was measured."
     if number is None or not math.isfinite(number): return "-"
-    return f"{number:.3f}" if abs(number) < 100 else f"{number:.0f}"
+    return f"{round(number, 3) + 0:.3f}" if abs(number) < 100 else f"{number:.0f}"
 
 def interval_words(score:Score)->str:
     "An interval as a reader wants it."
