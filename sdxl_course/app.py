@@ -33,7 +33,8 @@ def find_loras(
         inside = [path] if path.is_file() or (path/LORA_WEIGHT_NAME_SAFE).is_file() else [
             *path.glob("*.safetensors"), *(file.parent for file in path.glob(f"*/{LORA_WEIGHT_NAME_SAFE}"))]
         inside = sorted(inside, key=lambda one: natural_key(one.name))
-        if not inside: raise CourseError(f"--lora {place} holds no LoRA: wanted a .safetensors file, the folder of a run, "
+        if not inside: raise CourseError(f"--lora {place} holds no LoRA: wanted a .safetensors file, the folder of a "
+            "run, "
             "or a folder with several of them")
         found += [str(one) for one in inside if lora_file(one)]
     return found
@@ -48,7 +49,7 @@ def first_prompt(
         if prompt := next((prompt for prompt in said if prompt), ""): return prompt
     return ""
 
-# %% ../nbs/library/app.ipynb #4c2cbce3
+# %% ../nbs/library/app.ipynb #6fa37fbe
 class Studio:
     "A model with its LoRAs, which draws each request without and with them, one at a time."
     def __init__(self,
@@ -56,9 +57,8 @@ class Studio:
         loras=(), # files or folders
         mixed_precision=None, # number format; None: as for `load_pipeline`
     ):
-        device = pick_device()
-        dtype = weight_dtype(mixed_precision, device) if mixed_precision else None
-        self.pipeline, self.lock = load_pipeline(model, list(loras), device=device, dtype=dtype), threading.Lock()
+        dtype = weight_dtype(mixed_precision, pick_device()) if mixed_precision else None
+        self.pipeline, self.lock = load_pipeline(model, list(loras), dtype=dtype), threading.Lock()
         self.names, self.words = adapter_names(self.pipeline), load_words(self.pipeline, loras)
         self.asked, self.before = None, None # the last request, and what it gave without LoRAs
 
@@ -71,17 +71,17 @@ class Studio:
         scales=(), # strength of each LoRA, in order
     )->tuple: # (picture without LoRAs, picture with them)
         "The same prompt and seed without and with LoRAs; CourseError for what does not fit."
-        if not str(prompt or "").strip(): raise CourseError("no prompt was given: wanted words that say what to draw")
+        if not str(prompt or "").strip(): raise CourseError("no prompt was given: wanted words to draw")
         spell = lambda text: replace_placeholders(text, self.words)
-        asked = spell(prompt), spell(negative_prompt) if negative_prompt else None, int(seed), int(steps), float(guidance)
+        negative = spell(negative_prompt) if negative_prompt else None
+        asked = spell(prompt), negative, int(seed), int(steps), float(guidance)
         with self.lock:
             if asked != self.asked: self.before, self.asked = self._picture(asked, [0.0]*len(self.names)), asked
             return self.before, self._picture(asked, list(scales)) if any(scales) else self.before
 
     def _picture(self, asked, scales):
-        prompt, negative, seed, steps, guidance = asked
         set_lora_scale(self.pipeline, scales)
-        return generate(self.pipeline, prompt, seed, steps, guidance, negative_prompt=negative)[0]
+        return generate(self.pipeline, *asked[:1], *asked[2:], negative_prompt=asked[1])[0]
 
 # %% ../nbs/library/app.ipynb #6f664401
 def load_gradio(): # the module
@@ -100,7 +100,8 @@ def enlarged(
 ): # PIL image
     "A small picture as a screen should show it, pixel by pixel."
     factor = -(-side//max(picture.size))
-    return picture if factor < 2 else picture.resize([factor*length for length in picture.size], Image.Resampling.NEAREST)
+    return picture if factor < 2 else picture.resize([factor*length for length in picture.size],
+        Image.Resampling.NEAREST)
 
 def add_to_history(
     history:list, # (picture, words), the newest first
@@ -111,7 +112,7 @@ def add_to_history(
     "Before and after, in front of what was drawn earlier."
     return [(after, words), (before, f"without LoRA: {words}"), *history][:SHOWN]
 
-# %% ../nbs/library/app.ipynb #37be9f8c
+# %% ../nbs/library/app.ipynb #0526ccfb
 def make_interface(
     studio:Studio,
     prompt:str = "", # to begin with
@@ -124,8 +125,8 @@ def make_interface(
     def draw(prompt, negative, seed, steps, guidance, history, *scales):
         try: before, after = studio.draw(prompt, negative, seed or 0, steps, guidance, scales)
         except CourseError as error: raise gr.Error(str(error)) from error
-        strengths = ", ".join(f"{name} {scale:g}" for name, scale in zip(studio.names, scales))
-        history = add_to_history(history, before, after, f"{prompt} ({', '.join(filter(None, [f'seed {int(seed or 0)}', strengths]))})")
+        said = [f"seed {int(seed or 0)}", *(f"{name} {scale:g}" for name, scale in zip(studio.names, scales))]
+        history = add_to_history(history, before, after, f"{prompt} ({', '.join(said)})")
         return enlarged(before), enlarged(after), history, history
     with gr.Blocks(title="sdxl-course", analytics_enabled=False) as page:
         asked = [gr.Textbox(prompt, label="Prompt", lines=2), gr.Textbox(label="Negative prompt")]

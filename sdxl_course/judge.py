@@ -32,18 +32,23 @@ from .measure.report import gallery_card, html_page, line_plot, markdown_report,
 
 # %% ../nbs/library/judge.ipynb #32c8f999
 _SAID = dict(
-    references="folder of pictures of the subject or in the style that was learnt: judges --images, or what --prompts draw, "
+    references="folder of pictures of the subject or in the style that was learnt: judges --images, or what --prompts "
+    "draw, "
         "against them, whatever they show",
-    base_images="folder of the base model's pictures of the same prompts and seeds as --images: the floor of most scores",
+    base_images="folder of the base model's pictures of the same prompts and seeds as --images: the floor of most "
+    "scores",
     trigger="words that call up what was learnt; prompts without them should look as before. Again for more",
     clip="CLIP to judge with: hub id such as openai/clip-vit-large-patch14, or its folder; not given: sdxl-tiny's own",
-    dino="DINO to judge with: hub id such as facebook/dinov2-base, or its folder; not given: the course's instance judge",
+    dino="DINO to judge with: hub id such as facebook/dinov2-base, or its folder; not given: the course's instance "
+    "judge",
     prompts="text file, one prompt a line, to draw with --model and --lora, and with --model alone",
-    validation_data_dir="folder of pictures with captions that no training saw: the loss by noise level, with and without "
+    validation_data_dir="folder of pictures with captions that no training saw: the loss by noise level, with and "
+    "without "
         "--lora",
     sweep="folder of a run: judge its checkpoints and its result at every strength of --scales, and say which to keep",
     keep_by="likeness that --sweep goes by: dino for a thing, style_similarity for a style")
 
+# %% ../nbs/library/judge.ipynb #0ef1d00d
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
     "What to judge pictures of anything by."
@@ -59,7 +64,8 @@ class JudgeOptions:
     markdown: str | None = option(None, "Markdown file to write")
     html: str | None = option(None, "HTML file to write: table, plots and a gallery, everything in one file")
     sweep: str | None = option(None, _SAID["sweep"])
-    scales: list[float] | None = option(None, "strengths of --sweep; 1 when not given", "-1000 .. 1000", action="extend")
+    scales: list[float] | None = option(None, "strengths of --sweep; 1 when not given", "-1000 .. 1000",
+        action="extend")
     keep_by: str = option("dino", _SAID["keep_by"], choices=("dino", "clip_i", "style_similarity"))
     plot: str | None = option(None, "PNG to write: the curve of --sweep")
 
@@ -99,7 +105,8 @@ def check_general(
     if config.images and config.lora and not config.validation_data_dir:
         raise CourseError("--lora came with --images: finished pictures take no LoRA, leave one of them out")
     if config.base_images and not config.images:
-        raise CourseError("--base_images came without --images: what --prompts draw is drawn with the base model as well, "
+        raise CourseError("--base_images came without --images: what --prompts draw is drawn with the base model as "
+            "well, "
             "leave it out")
     if not (config.images or config.prompts or config.validation_data_dir or config.sweep):
         raise CourseError("there is nothing to judge: wanted --images, a folder of pictures, or --prompts, a text file "
@@ -262,7 +269,8 @@ def report_plots(
     if levels:
         names = [("base model", "base"), ("with the LoRA", "tuned")]
         lines = {words: (levels["timesteps"], levels[key]) for words, key in names if key in levels}
-        plots.append((line_plot(lines, "timestep", "validation loss"), f"Loss on {levels['pictures']} pictures by noise "
+        plots.append((line_plot(lines, "timestep", "validation loss"),
+            f"Loss on {levels['pictures']} pictures by noise "
             "level: below the base model it learnt, above it forgot."))
     return plots
 
@@ -321,7 +329,8 @@ def _sources(config, folder): # -> (Drawn or None, Drawn by the base model or No
     elif config.prompts: (drawn, before), remarks = draw_both(config, folder), []
     else: drawn, before, remarks = None, None, []
     read = lambda place, flag: read_drawn(place, flag)[0] if place else None
-    return drawn, before, read(config.references, "--references"), read(config.train_data_dir, "--train_data_dir"), remarks
+    return drawn, before, read(config.references, "--references"), read(config.train_data_dir,
+        "--train_data_dir"), remarks
 
 def judge_pictures(
     config, # JudgeOptions among the options of evaluate
@@ -359,5 +368,6 @@ def write_general(
     if config.grid and judged: comparison_sheet(judged, config.grid)
     if not config.html: return
     scores, cards, names = (judged.scores, gallery(judged), [*judged.columns]) if judged else ([], [], [])
-    page = html_page(f"Evaluation of {report['name']}", report["remarks"], scores, report_plots(judged, levels), cards, names)
+    page = html_page(f"Evaluation of {report['name']}", report["remarks"], scores, report_plots(judged, levels), cards,
+        names)
     write_atomic(config.html, page.encode("utf-8", "replace"))

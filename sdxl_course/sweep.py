@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULE', 'run_settings', 'lora_files', 'borrowed_lora', 'Point', 'grouping', 'Bench', 'eligible', 'choose',
-           'sweep_sources', 'sweep_points', 'sweep_plot', 'sweep_table', 'verdict_on', 'sweep_page', 'sweep_run']
+           'sweep_sources', 'sweep_points', 'sweep_plot', 'sweep_table', 'verdict_on', 'sweep_page', 'sweep_rows',
+           'sweep_run']
 
 # %% ../nbs/library/sweep.ipynb #fcda1859
 import numpy as np
@@ -124,7 +125,8 @@ class Bench:
             grouping([prompts[k] for k in other or wanted]), float(fit(view)[wanted].mean()), copied)
 
 # %% ../nbs/library/sweep.ipynb #60d8e9b9
-RULE = ("Kept is the one with the least drift among all whose likeness cannot be told from the highest: the 95 % interval of "
+RULE = ("Kept is the one with the least drift among all whose likeness cannot be told from the highest: the 95 % "
+    "interval of "
     "the paired difference, over prompts, reaches 0.")
 
 def eligible(
@@ -146,11 +148,11 @@ def choose(
     some = [one for one, fits in zip(points, eligible(points, seed)) if fits]
     return min(some, key=lambda one: (one.cost.mean(), one.step))
 
-# %% ../nbs/library/sweep.ipynb #22c17bac
+# %% ../nbs/library/sweep.ipynb #67250b40
 def sweep_sources(
     config, # JudgeOptions among the options of evaluate
 )->tuple: # (model, prompts, Drawn of the references)
-    "What to draw and what to compare with: as the options say, else as the run was trained; CourseError where neither does."
+    "What to draw and to compare with: as the options say, else as the run was trained; CourseError for neither."
     known = run_settings(config.sweep)
     model = known.get("pretrained_model_name_or_path", "tiny") if config.model == "tiny" else config.model
     said = [known.get("validation_prompt"), *(known.get("validation_prompts") or ())]
@@ -161,9 +163,10 @@ def sweep_sources(
     if not place: raise CourseError(f"--sweep {config.sweep} came without --references, and the run does not say what "
         "it learnt from: wanted a folder of pictures of it")
     if not any(says(prompt, config.trigger) for prompt in prompts):
-        raise CourseError(f"no prompt says --trigger {' '.join(config.trigger)}: wanted some that ask for what was learnt")
+        raise CourseError(f"no prompt says --trigger {' '.join(config.trigger)}: wanted some that do")
     return model, prompts, read_drawn(place, "--references")[0]
 
+# %% ../nbs/library/sweep.ipynb #9af993ec
 def sweep_points(
     config, # JudgeOptions among the options of evaluate
     folder, # gets the pictures
@@ -183,7 +186,7 @@ def sweep_points(
     bench = Bench(clip, dino, *views, look_at(next(iter(drawn.values())), clip, dino), config.trigger, config.keep_by)
     return [bench.point(*key, None if key[1:3] == (0, 0.) else some) for key, some in drawn.items()], drawn, bench
 
-# %% ../nbs/library/sweep.ipynb #7af8b42c
+# %% ../nbs/library/sweep.ipynb #7291eab9
 def sweep_plot(
     points:list, # Point, the base model first
     kept:Point, # the choice
@@ -196,9 +199,11 @@ def sweep_plot(
     for scale in dict.fromkeys(one.scale for one in points[1:]):
         some = [one.intervals() for one in points[1:] if one.scale == scale]
         x, y = ([one[name] for one in some] for name in ("cost", "likeness"))
-        span = lambda one, name: [np.nan_to_num(abs(one[name] - one[f"{name}_{end}"]), posinf=0) for end in ("low", "high")]
+        span = lambda one, name: [np.nan_to_num(abs(one[name] - one[f"{name}_{end}"]), posinf=0)
+            for end in ("low", "high")]
         xerr, yerr = (np.array([span(one, name) for one in some]).T for name in ("cost", "likeness"))
-        axis.errorbar(x, y, yerr, xerr, fmt="o-", markersize=4, linewidth=1, elinewidth=0.6, label=f"strength {scale:g}")
+        axis.errorbar(x, y, yerr, xerr, fmt="o-", markersize=4, linewidth=1, elinewidth=0.6,
+            label=f"strength {scale:g}")
     for one in points: axis.annotate(one.step or "base", (one.cost.mean(), one.likeness.mean()), (4, 4), fontsize=8,
         textcoords="offset points")
     axis.plot(points[0].cost.mean(), points[0].likeness.mean(), "s", color="grey", label="base model")
@@ -208,13 +213,14 @@ def sweep_plot(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/library/sweep.ipynb #9c504623
+# %% ../nbs/library/sweep.ipynb #cd893a4d
 def sweep_table(
     points:list, # Point
     kept:Point, # the choice
 )->str: # lines
     "Every point with its intervals; what is as good as the best, and what is kept."
-    lines = [f"{'update x strength':<18} {'likeness':>8}  {'interval':<16} {'drift':>7}  {'interval':<16} {'CLIP-T':>6} copies"]
+    lines = [f"{'update x strength':<18} {'likeness':>8}  {'interval':<16} {'drift':>7}  {'interval':<16} "
+        f"{'CLIP-T':>6} copies"]
     for one, fits in zip(points, eligible(points)):
         row = one.intervals()
         span = lambda name: f"[{spelled(row[f'{name}_low'])}, {spelled(row[f'{name}_high'])}]"
@@ -233,7 +239,7 @@ def verdict_on(
         "train longer, or ask for more")
     return f"Keep {Path(kept.file).relative_to(Path(run).expanduser())} at strength {kept.scale:g}."
 
-# %% ../nbs/library/sweep.ipynb #a1779270
+# %% ../nbs/library/sweep.ipynb #2af78662
 def sweep_page(
     points:list, drawn:dict, kept:Point, # as in `sweep_points` and `choose`
     said:list, # sentences
@@ -249,6 +255,13 @@ def sweep_page(
             f"{point.name}{' - kept' if point is kept else ''}", values))
     return html_page("Which checkpoint to keep", said, [], [(figure, RULE)], cards, ("likeness", "cost", "clip_t"))
 
+def sweep_rows(points:list, kept:Point, seed:int)->list: # dicts, fit for JSON
+    "Every point with its intervals."
+    return [dict(name=one.name, step=one.step, scale=one.scale, file=one.file, clip_t=one.clip_t,
+        memorized=one.memorized,
+        as_good=fits, kept=one is kept, **one.intervals()) for one, fits in zip(points, eligible(points, seed))]
+
+# %% ../nbs/library/sweep.ipynb #8fd8aac2
 def sweep_run(
     config, # JudgeOptions among the options of evaluate
 )->dict: # points, kept, rule
@@ -262,14 +275,14 @@ def sweep_run(
         figure = sweep_plot(points, kept, cost, f"{config.keep_by}, likeness with the references")
         said = [sentence, RULE if cost == "drift" else RULE.replace("drift", "loss of CLIP-T"),
             f"Judges: {bench.clip.name}, {bench.dino.name}."]
-        if config.html: write_atomic(config.html, sweep_page(points, drawn, kept, said, figure).encode("utf-8", "replace"))
+        if config.html: write_atomic(config.html, sweep_page(points, drawn, kept, said, figure).encode("utf-8",
+            "replace"))
     print("\n".join([table, *said]))
-    rows = [dict(name=one.name, step=one.step, scale=one.scale, file=one.file, clip_t=one.clip_t,
-        memorized=one.memorized, as_good=fits, kept=one is kept, **one.intervals())
-        for one, fits in zip(points, eligible(points, config.seed))]
-    report = dict(points=rows, kept=kept.name, verdict=sentence, rule=said[1], cost=cost, measure=config.keep_by,
-        provenance=provenance())
+    report = dict(points=sweep_rows(points, kept, config.seed), kept=kept.name, verdict=sentence, rule=said[1],
+        cost=cost,
+        measure=config.keep_by, provenance=provenance())
     if config.output: write_json(config.output, report)
     if config.plot: figure.savefig(config.plot, format="png")
-    if config.markdown: write_atomic(config.markdown, f"{in_markdown(sentence)}\n\n```\n{table}\n```\n\n{said[1]}\n".encode())
+    if config.markdown: write_atomic(config.markdown,
+        f"{in_markdown(sentence)}\n\n```\n{table}\n```\n\n{said[1]}\n".encode())
     return report

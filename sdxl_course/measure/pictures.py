@@ -45,12 +45,12 @@ def read_notes(
     if said("prompt") and not said("prompt").lstrip().startswith("{"): return said("prompt").strip(), said("seed")
     return read_parameters(said("parameters")) # ComfyUI keeps its whole graph under "prompt"
 
-# %% ../../nbs/library/measure_pictures.ipynb #71e89ccf
+# %% ../../nbs/library/measure_pictures.ipynb #d4a9a24a
 def read_drawn(
     folder, # of pictures
     flag:str = "", # that named it, for messages
 )->tuple: # (list of Drawn in natural order, remarks: sentences)
-    "Pictures with their prompts; CourseError where there are none, or where a text that should say them is not readable."
+    "Pictures with their prompts; CourseError where there are none, or where a text that says them is not readable."
     folder = existing_folder(folder, flag)
     found = find_examples(folder)
     if found.problems:
@@ -61,7 +61,8 @@ def read_drawn(
         prompt, seed = read_notes(path)
         drawn.append(Drawn(path, captions[0] if captions else prompt, seed))
     asked = [one for one in drawn if one.prompt]
-    if not asked: return drawn, [f"no picture in {folder.name} says what it was asked for: nothing is compared with words"]
+    if not asked: return drawn, [f"no picture in {folder.name} says what it was asked for: nothing is compared with "
+        "words"]
     left = [one.path.name for one in drawn if not one.prompt]
     also = f", for instance {left[0]}" if left else ""
     return asked, [f"pictures in {folder.name} without a prompt, left out: {len(left)}{also}"] if left else []

@@ -6,12 +6,13 @@
 __all__ = ['STYLE', 'SORT', 'spelled', 'interval_words', 'terminal_table', 'markdown_report', 'plot_uri', 'line_plot',
            'score_bar', 'score_rows', 'shown_key', 'gallery_card', 'html_page']
 
-# %% ../../nbs/library/measure_report.ipynb #87d62f9a
+# %% ../../nbs/library/measure_report.ipynb #fb6990b3
 import base64
 import io
 import math
 from html import escape
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from ..train.results import in_markdown, jpeg_uri
 from .scores import ABOUT, Score
 
@@ -45,7 +46,8 @@ def markdown_report(
     "The table with what each row means."
     lines = [f"# Evaluation of {in_markdown(report['name'])}", ""]
     lines += [f"- {in_markdown(remark)}" for remark in report["remarks"]] + [""]*bool(report["remarks"])
-    lines += ["| score | value | 95 % interval | floor | ceiling | better | what it is |", "|---|---|---|---|---|---|---|"]
+    lines += ["| score | value | 95 % interval | floor | ceiling | better | what it is |",
+        "|---|---|---|---|---|---|---|"]
     for row in report["scores"]:
         one = Score(**row)
         better, meaning, low, high = ABOUT[one.name]
@@ -55,7 +57,7 @@ def markdown_report(
     return "\n".join([*lines, "", f"{report['num_pictures']} pictures; judges: "
         + ", ".join(in_markdown(name) for name in report["judges"].values()) + "."]) + "\n"
 
-# %% ../../nbs/library/measure_report.ipynb #eac3f533
+# %% ../../nbs/library/measure_report.ipynb #3bdc2980
 def plot_uri(figure)->str: # data:image/png;base64,...
     "A plot that travels inside a text."
     data = io.BytesIO()
@@ -73,21 +75,27 @@ def line_plot(
     axis = figure.subplots()
     for words, (x, y) in lines.items(): axis.plot(x, y, "o-", markersize=4, label=words)
     if log: axis.set(xscale="log", yscale="log")
+    ticks = sorted({place for x, _ in lines.values() for place in x})
+    if len(ticks) <= 10: axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
+    if log:
+        for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter): part("{x:g}")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(fontsize=8)
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/library/measure_report.ipynb #98d41eae
+# %% ../../nbs/library/measure_report.ipynb #27d876cf
 def score_bar(score:Score)->str: # SVG, 180 x 16
     "Where a value and its interval lie between floor and ceiling."
-    if score.floor is None or score.ceiling is None or score.floor == score.ceiling: return ""
-    low, high = sorted((score.floor, score.ceiling))
+    if score.floor is None or score.ceiling is None or score.ceiling - score.floor < 0.02: return ""
+    low, high = score.floor, score.ceiling
     place = lambda value: 10 + 160*min(max((value - low)/(high - low), -0.06), 1.06)
     ends = [place(end) for end in (score.low, score.high)] if math.isfinite(score.high - score.low) else []
     whisker = f'<line class="whisker" x1="{ends[0]:.1f}" y1="8" x2="{ends[1]:.1f}" y2="8"/>' if ends else ""
     return ('<svg width="180" height="16"><line class="scale" x1="10" y1="8" x2="170" y2="8"/>'
-        + "".join(f'<line class="scale" x1="{place(end):.1f}" y1="3" x2="{place(end):.1f}" y2="13"/>' for end in (low, high))
+        + "".join(f'<line class="scale" x1="{place(end):.1f}" y1="3" x2="{place(end):.1f}" y2="13"/>'
+        for end in (low, high))
         + f'{whisker}<circle cx="{place(score.value):.1f}" cy="8" r="4"/></svg>')
 
 def score_rows(
@@ -96,17 +104,18 @@ def score_rows(
     "The table's body."
     rows = []
     for one in scores:
-        better, meaning, low, high = ABOUT[one.name]
+        better, meaning, low, high = (words.replace("`", "") for words in ABOUT[one.name])
         end = lambda value, words: f"{spelled(value)}<small>{escape(words)}</small>" if value is not None else "-"
         rows.append(f"<tr><th>{one.name}<small>{escape(meaning)}</small></th><td>{spelled(one.value)}</td>"
             f"<td>{interval_words(one)}</td><td>{end(one.floor, low)}</td><td>{score_bar(one)}</td>"
             f"<td>{end(one.ceiling, high)}</td><td>{better}</td></tr>")
     return "\n".join(rows)
 
-# %% ../../nbs/library/measure_report.ipynb #46afc077
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-table{border-collapse:collapse}th,td{text-align:left;padding:.35em .8em .35em 0;border-bottom:1px solid #ddd;vertical-align:top}
-small{display:block;color:#666;font-weight:normal;max-width:22em}svg .scale{stroke:#999}svg .whisker{stroke:#3b6ea8;stroke-width:4}
+# %% ../../nbs/library/measure_report.ipynb #4d51cace
+STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse}th,td{text-align:left;padding:.35em .8em .35em 0;border-bottom:1px solid #ddd}
+th,td{vertical-align:top;white-space:nowrap}small{display:block;white-space:normal;color:#666;font-weight:normal}
+small{max-width:22em}svg .scale{stroke:#999}svg .whisker{stroke:#3b6ea8;stroke-width:4}
 svg circle{fill:#c0392b}.plots{display:flex;flex-wrap:wrap;gap:1em}.gallery{display:flex;flex-wrap:wrap;gap:12px}
 figure{margin:0}.gallery figure{width:min-content;border:1px solid #ddd;padding:6px}.row{display:flex;gap:4px}
 figcaption{font-size:12px;color:#444;overflow-wrap:anywhere}.plots figcaption{max-width:460px}h2{margin-top:1.6em}"""
@@ -131,7 +140,8 @@ def gallery_card(
     values:dict, # name -> number, or None
 )->str: # HTML
     "One drawn picture beside those it is compared with."
-    data = "".join(f' data-{name.replace("_", "-")}="{value:.6g}"' for name, value in values.items() if value is not None)
+    data = "".join(f' data-{name.replace("_", "-")}="{value:.6g}"' for name, value in values.items()
+        if value is not None)
     row = "".join(f'<figure><img src="{jpeg_uri(picture)}" alt=""><figcaption>{escape(words)}</figcaption></figure>'
         for picture, words in pictures)
     told = ", ".join(f"{name} {spelled(value)}" for name, value in values.items() if value is not None)
@@ -156,6 +166,7 @@ def html_page(
     sort = (f'<p>Sorted by <select id="by">{choices}</select> <select id="up"><option value="up">lowest first</option>'
         '<option value="down">highest first</option></select></p>') if names else ""
     body = f"<h2>Pictures</h2>{sort}<div class='gallery' id='gallery'>{''.join(cards)}</div>" if cards else ""
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    return ('<!DOCTYPE html><html lang="en"><head><meta '
+        f'charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
         f"</head><body><h1>{escape(title)}</h1><ul>{said}</ul>{table}<div class='plots'>{drawn}</div>{body}"
         f"{SORT if names else ''}</body></html>\n")

@@ -80,7 +80,8 @@ class Score:
     ceiling: float = None # the same
 
 ABOUT = dict( # name -> better, what it is, floor, ceiling
-    clip_t=("more", "cosine of picture and prompt in CLIP", "other prompts of the folder", "references and their captions"),
+    clip_t=("more", "cosine of picture and prompt in CLIP", "other prompts of the folder",
+    "references and their captions"),
     clip_i=("more", "mean cosine with the references in CLIP", "base model", "references among themselves"),
     dino=("more", "mean cosine with the references in DINO", "base model", "references among themselves"),
     subject_fidelity=("more", "`dino` on a scale of its own", "0: base model", "1: references"),
@@ -92,9 +93,11 @@ ABOUT = dict( # name -> better, what it is, floor, ceiling
     change=("", "how far pictures moved that should, from the base model's (one minus cosine)", "0: nothing", ""),
     drift=("less", "how far pictures moved that should not, from the base model's", "0: nothing", ""),
     nearest_training=("less", "cosine of thumbnails with the nearest training picture", "base model", "1: a copy"),
-    memorized=("less", "share nearer to a training picture than the base model's are, and they to one another", "by chance",
+    memorized=("less", "share nearer to a training picture than the base model's are, and they to one another",
+    "by chance",
         "1"),
-    frechet_distance=("less", "Frechet distance of features from the references'", "halves of the references", "base model"),
+    frechet_distance=("less", "Frechet distance of features from the references'", "halves of the references",
+    "base model"),
     kernel_distance=("less", "the same without bias, KID", "halves of the references", "base model"))
 
 # %% ../../nbs/library/measure_scores.ipynb #f093df66
@@ -199,7 +202,8 @@ def prior_scores(
         base = before and [k for k, one in enumerate(before.drawn) if not says(one.prompt, trigger)]
         floor = nearness(before.dino.embeds[base], truth) if base else None
         ceiling = nearness(truth, truth, same=True) if len(references) > 1 else None
-        found.append(make_score("pres", nearness(view.dino.embeds[other], truth), [prompts[k] for k in other], floor, ceiling))
+        found.append(make_score("pres", nearness(view.dino.embeds[other], truth), [prompts[k] for k in other], floor,
+            ceiling))
     if spread := variety(view):
         usual = [value for prompt, value in variety(before).items() if prompt in spread] if before else []
         found.append(make_score("div", [*spread.values()], [*spread], 0., usual or None))
@@ -224,7 +228,8 @@ def copy_scores(
     usual = nearest_neighbours(before.small, training.small)[0] if before else cosines.max(1).values
     fresh = torch.cat([usual, cosines.max(1).values]) if len(training) > 1 else usual
     copied, chance = near > fresh.max(), 1/(len(fresh) + 1) # as often as one more of the fresh would be the nearest
-    return [make_score("nearest_training", near, groups, usual, 1.), make_score("memorized", copied, groups, chance, 1.)], \
+    return [make_score("nearest_training", near, groups, usual, 1.),
+        make_score("memorized", copied, groups, chance, 1.)], \
         (which % len(training)).tolist()
 
 # %% ../../nbs/library/measure_scores.ipynb #fc30ede0
@@ -244,7 +249,8 @@ def set_scores(
     by_size = frechet_by_size(features, truth, seeded("frechet", seed))
     parts, most = [half.dino.features for half in halves(references)], max(by_size)
     same = frechet_by_size(*parts, seeded("frechet", "same", seed)) if len(parts[0]) > 1 else {}
-    base = frechet_by_size(before.dino.features, truth, seeded("frechet", "base", seed)) if before and len(before) > 3 else {}
+    base = frechet_by_size(before.dino.features, truth, seeded("frechet", "base",
+        seed)) if before and len(before) > 3 else {}
     last = lambda found: found[max(found)] if found else None
     kernel, error = kernel_distance(features, truth)
     none = kernel_distance(*parts)[0] if len(parts[0]) > 2 else None
@@ -264,6 +270,7 @@ def detail_ratios(
 )->dict: # "low-high" cycles per picture -> power of the drawn over that of the references
     "How much detail of each size there is."
     from_file = lambda some, side: to_pixels([fit_square(one.path, side) for one in some[:number]])
-    sides = [min(fit.size) for fit in (ImageOps.exif_transpose(Image.open(one.path)) for one in (*drawn[:number], *references[:number]))]
+    sides = [min(fit.size) for fit in (ImageOps.exif_transpose(Image.open(one.path))
+        for one in (*drawn[:number], *references[:number]))]
     side = min(most, 2**int(np.log2(min(sides))))
     return power_ratios(from_file(drawn, side), from_file(references, side), octaves(side))

@@ -69,7 +69,8 @@ class Tower:
         mean, spread = (torch.tensor(one, device=device).view(3, 1, 1) for one in self.colors)
         embeds, features, early = self.look(self.network, ((pixels.to(device) + 1)/2 - mean)/spread)
         style = torch.cat([early.mean(-1), early.std(-1)], 1).float().cpu()
-        return F.normalize(embeds.float().cpu(), dim=-1), features.float().cpu(), (style - self.neutral[0])/self.neutral[1]
+        return F.normalize(embeds.float().cpu(),
+            dim=-1), features.float().cpu(), (style - self.neutral[0])/self.neutral[1]
 
     def see(self,
         pictures, # PIL images or files
@@ -139,7 +140,8 @@ def _opened(
         raise CourseError(f"--{flag} {name}: it cannot be opened ({str(error).splitlines()[0]}): "
             f"wanted {wanted}") from error
     if lacking := sorted(report["missing_keys"]):
-        raise CourseError(f"--{flag} {name}: its file lacks {len(lacking)} weights such as {lacking[0]}: wanted {wanted}")
+        raise CourseError(f"--{flag} {name}: its file lacks {len(lacking)} weights such as {lacking[0]}: wanted "
+            f"{wanted}")
     return network.float().eval().requires_grad_(False)
 
 def _kind_of(name, flag, wanted): # model_type, such as clip
@@ -147,7 +149,8 @@ def _kind_of(name, flag, wanted): # model_type, such as clip
     try:
         with quiet(): return AutoConfig.from_pretrained(str(place) if place.is_dir() else str(name)).model_type
     except (OSError, ValueError, KeyError) as error:
-        raise CourseError(f"--{flag} {name}: there is no model ({str(error).splitlines()[0]}): wanted {wanted}") from error
+        raise CourseError(f"--{flag} {name}: there is no model ({str(error).splitlines()[0]}): wanted "
+            f"{wanted}") from error
 
 # %% ../../nbs/library/measure_towers.ipynb #75c22198
 def _colors(name, usual):
@@ -189,7 +192,8 @@ def load_clip(
     if (kind := _kind_of(name, "clip", _WANTED_CLIP)) != "clip":
         raise CourseError(f"--clip {name}: it is a {kind}: wanted {_WANTED_CLIP}")
     model = _opened(CLIPModel, name, "clip", _WANTED_CLIP).to(device)
-    with quiet(): tokenizer = CLIPTokenizer.from_pretrained(str(Path(name).expanduser()) if Path(name).is_dir() else name)
+    with quiet(): tokenizer = CLIPTokenizer.from_pretrained(str(Path(name).expanduser()) if Path(name).is_dir()
+        else name)
     most = model.config.text_config.max_position_embeddings
     def read(texts):
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=most, return_tensors="pt").input_ids
@@ -197,7 +201,7 @@ def load_clip(
     return ClipTower(str(name), model, look_clip, model.config.vision_config.image_size, _colors(name, CLIP_COLORS),
         read=read)
 
-# %% ../../nbs/library/measure_towers.ipynb #fa3482b8
+# %% ../../nbs/library/measure_towers.ipynb #a9a1cb93
 _WANTED_DINO = "a vision transformer, such as facebook/dinov2-base or its folder"
 
 def load_dino(
@@ -205,7 +209,7 @@ def load_dino(
     device=None, # None: the best one here
     side:int = 224, # pixels; more where the network was made for it
 )->Tower:
-    "A network that learnt to see without words (DINO, Caron et al., 2021), or what we have like it; CourseError as above."
+    "A network that learnt to see without words (Caron et al., 2021), or ours that did; CourseError as above."
     device = pick_device(device)
     if name is None:
         network = load_judge("instances").to(device)

@@ -152,8 +152,10 @@ def add_evaluation(
 ):
     "Put scores into a run's model card; CourseError where one of the two is not what it should be."
     card = Path(folder)/"README.md"
-    if not card.is_file(): raise CourseError(f"{folder} has no README.md to put scores into: wanted the card of the run")
-    try: write_atomic(card, with_evaluation(card.read_text("utf-8"), json.loads(Path(file).read_text("utf-8"))).encode())
+    if not card.is_file(): raise CourseError(f"{folder} has no README.md to put scores into: wanted the card of the "
+        "run")
+    try: write_atomic(card, with_evaluation(card.read_text("utf-8"),
+        json.loads(Path(file).read_text("utf-8"))).encode())
     except (CourseError, OSError, ValueError) as error:
         raise CourseError(f"--evaluation {file}: {error}; nothing was pushed") from error
 

@@ -203,7 +203,8 @@ def evaluation_rows(
     "The scores of an evaluation; CourseError where there are none."
     report = report if isinstance(report, dict) else {}
     if report.get("scores"):
-        return [tuple(row.get(key) for key in ("name", "value", "low", "high", "floor", "ceiling")) for row in report["scores"]]
+        return [tuple(row.get(key) for key in ("name", "value", "low", "high", "floor", "ceiling"))
+            for row in report["scores"]]
     rows = [(name, value, *report[f"{name}_interval"], None, None) for name, value in report.items()
         if f"{name}_interval" in report]
     if rows: return rows
@@ -240,7 +241,7 @@ def with_evaluation(
     card.text = f"{before}\n\n{EVALUATION}\n\n{told}\n\n{evaluation_table(rows)}\n"
     return str(card)
 
-# %% ../../nbs/library/train_results.ipynb #1cc0c360
+# %% ../../nbs/library/train_results.ipynb #63a4a450
 def jpeg_uri(
     picture, # whatever `to_pil` takes
     side:int = 200, # at the most, pixels
@@ -251,11 +252,12 @@ def jpeg_uri(
     small.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
-# name there -> option here
-SS = dict(ss_learning_rate="learning_rate", ss_seed="seed", ss_optimizer="optimizer", ss_lr_scheduler="lr_scheduler",
+SS = dict( # name there -> option here
+    ss_learning_rate="learning_rate", ss_seed="seed", ss_optimizer="optimizer", ss_lr_scheduler="lr_scheduler",
     ss_batch_size_per_device="train_batch_size", ss_gradient_accumulation_steps="gradient_accumulation_steps",
     ss_mixed_precision="mixed_precision", ss_noise_offset="noise_offset", ss_min_snr_gamma="snr_gamma")
 
+# %% ../../nbs/library/train_results.ipynb #9d50447d
 def describe_kohya(
     file, # a LoRA in kohya's layout
     settings, # the run's configuration, as `config_dict` gives it
