@@ -20,7 +20,7 @@ from .model.sampling import generate
 from .model.words import replace_placeholders
 from .data.files import natural_key
 from .inference import GenerateConfig, adapter_names, load_pipeline, load_words, set_lora_scale
-from .sweep import run_settings
+from .checkpoint_sweep import run_settings
 
 # %% ../nbs/library/app.ipynb #011336c7
 def find_loras(

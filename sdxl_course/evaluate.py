@@ -35,7 +35,7 @@ from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_a
 from .measure.judges import vae_scores, vae_table
 from .measure.subject import SUBJECT_COLOR, SubjectJudge
 from .judge import JudgeOptions, check_general, check_output, is_general, judge_pictures
-from .sweep import sweep_run
+from .checkpoint_sweep import sweep_run
 
 # %% ../nbs/library/evaluate.ipynb #c3346823
 def prompt_of(

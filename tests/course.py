@@ -34,7 +34,7 @@ train.machine train.objective train.optimizer train.loop train.checkpoint train.
 train.weights train.hub train.run train.build train.class_images train.concepts
 text_to_image dreambooth full textual_inversion
 inference lora measure.metrics measure.judges measure.distributions measure.subject measure.claims
-measure.towers measure.pictures measure.timesteps measure.scores measure.report judge sweep evaluate study demo app
+measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate study demo app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.export
 cli

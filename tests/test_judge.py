@@ -18,7 +18,7 @@ from sdxl_course.measure.scores import Score, View, copy_scores, grouped_interva
 from sdxl_course.measure.towers import Seen, load_clip, load_dino
 from sdxl_course.model.components import load_components, quiet
 from sdxl_course.model.sampling import save_picture
-from sdxl_course.sweep import Point, choose, eligible
+from sdxl_course.checkpoint_sweep import Point, choose, eligible
 
 
 # ------------------------------------------------ distances of whole sets
