@@ -30,6 +30,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "plan": (None, "say whether a run fits a card, and how long it takes"),
     "push": ("train.hub", "upload what a run left, where the run itself could not"),
     "lora": ("lora", "look into, convert, merge, resize or extract LoRA files"),
+    "app": ("app", "draw with LoRAs in a web page, before and after side by side"),
 }
 
 # %% ../nbs/library/cli.ipynb #51123ad6
