@@ -50,7 +50,7 @@ def read(path):
 
 
 def page_name(path):
-    "A page's name below nbs/: 13_lora, library/model_lora, index."
+    "A page's name below nbs/: 15_lora, library/model_lora, index."
     return path.relative_to(NBS).with_suffix("").as_posix()
 
 
@@ -281,6 +281,18 @@ def header(name, nb):
     elif row[4] != want: yield f"the table says that the page exports {row[4]}, it is {want}"
 
 
+INSTALL = "#| colab\n%pip install -q sdxl_course"  # the package and nothing else; where it is there already, nothing at all
+
+
+def colab(name, nb):
+    "A lesson opens in Colab from a badge, and installs there what it needs."
+    if kind(name) != "lesson": return
+    link = f"https://colab.research.google.com/github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/nbs/{name}.ipynb"
+    if not any(f"[![Open in Colab](" in cell.source and f"]({link})" in cell.source for cell in nb.cells if cell.cell_type == "markdown"):
+        yield f"there is no badge that opens {link}"
+    if [cell.source for cell in nb.cells if "pip install" in cell.source and cell.cell_type == "code"] != [INSTALL]: yield f"wanted one cell that installs: {INSTALL!r}"
+
+
 def ending(name, nb):
     "A lesson ends with exercises whose solutions run, then what we have, then what comes next."
     if kind(name) != "lesson": return
@@ -402,7 +414,7 @@ def prose(name, nb):
         if any(not one.isascii() for one in names): yield f"cell {i} has names outside ASCII"
 
 
-RULES = {rule.__name__: rule for rule in (header, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose)}
+RULES = {rule.__name__: rule for rule in (header, colab, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose)}
 
 
 def typical_length(pages):

@@ -1,7 +1,7 @@
 """Bring the course up to date after notebooks were edited: export, run, clean, write README and the texts of --help.
 
     python tests/refresh.py                          all pages
-    python tests/refresh.py 13_lora model_words      these, lessons or pages of the library, named without folder and ending
+    python tests/refresh.py 15_lora model_words      these, lessons or pages of the library, named without folder and ending
     python tests/refresh.py --readme                 README.md and sdxl_course/help.json only
 
 Cells flagged gpu, net, slow or colab are neither run nor cleared."""

@@ -17,7 +17,7 @@ architecture: embeddings are joined | 11_conditioning | penultimate
 architecture: seed and noise | 01_draw | seed
 architecture: the UNet, down and up again | 10_components | UNet
 architecture: its transformers | 10_components | transformer
-architecture: the scheduler | 14_diffusers | scheduler
+architecture: the scheduler | 17_diffusers | scheduler
 architecture: VAE decoder | 10_components | VAE
 methodology: seven steps in one figure | 04_seven_steps | HTML(drawing())
 methodology: 1, load a trained model | 04_seven_steps | load_components("tiny")
@@ -33,9 +33,9 @@ methodology: 4d, predict the noise | 04_seven_steps | step-4d
 methodology: 4e, the loss | 04_seven_steps | step-4e
 methodology: 4f, backpropagate | 04_seven_steps | step-4f
 methodology: 4g, repeat and validate | 04_seven_steps | step-4g
-LoRA: frozen weights | 13_lora | never moves
-LoRA: injectable modules | 13_lora | inject_adapter_in_model
-LoRA: low-rank update matrices | 13_lora | rank
+LoRA: frozen weights | 15_lora | never moves
+LoRA: injectable modules | 15_lora | inject_adapter_in_model
+LoRA: low-rank update matrices | 15_lora | rank
 LoRA: fewer trained parameters | 04_seven_steps | parameters learn
 LoRA: less memory | 81_cloud | to train
 LoRA: the projections of attention | 80_arguments | attention
@@ -44,11 +44,11 @@ DreamBooth: a rare word and its class | 41_dreambooth | sks chair
 DreamBooth: prior preservation | 41_dreambooth | prior
 DreamBooth: the loss of prior preservation | 30_objective | prior_preservation
 DreamBooth: applications, measured | 52_study | What did it learn
-diffusers: pipelines | 14_diffusers | One: the pipeline
-diffusers: models | 14_diffusers | Two: the models
-diffusers: noise schedulers | 14_diffusers | Three: the scheduler
-diffusers: discrete and continuous timesteps | 14_diffusers | is_floating_point
-diffusers: piece by piece | 14_diffusers | piece by piece
+diffusers: pipelines | 17_diffusers | One: the pipeline
+diffusers: models | 17_diffusers | Two: the models
+diffusers: noise schedulers | 17_diffusers | Three: the scheduler
+diffusers: discrete and continuous timesteps | 17_diffusers | is_floating_point
+diffusers: piece by piece | 17_diffusers | piece by piece
 diffusers: training scripts | 80_arguments | the document's command
 arguments: the table of the text-to-image script | 80_arguments | argument_table(known.values())
 arguments: what is new in the DreamBooth script | 80_arguments | other defaults in DreamBooth
