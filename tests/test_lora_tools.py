@@ -125,7 +125,8 @@ def test_single_files_go_in_everywhere(tiny_style, tmp_path, capsys):
         assert ones.keys() == again[part].keys()
         for name, one in ones.items(): torch.testing.assert_close(again[part][name].delta, one.delta, atol=1e-5, rtol=1e-3)
     assert main(["merge", tiny_style, "--into", tuned, *tiny, "--weights", "-1", "--output", tmp_path / "back"]) == 0   # a folder of a file
-    for key, wanted in weights_of(load_components("tiny")).items(): torch.testing.assert_close(weights_of(load_components(tmp_path / "back"))[key], wanted, atol=1e-5, rtol=0)
+    found = weights_of(load_components(tmp_path / "back"))
+    for key, wanted in weights_of(load_components("tiny")).items(): torch.testing.assert_close(found[key], wanted, atol=1e-5, rtol=0)
     capsys.readouterr()
     assert main(["merge", tiny_style, "--into", plain, "--output", tmp_path / "none"]) == 2 and "--architecture" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
