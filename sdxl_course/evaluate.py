@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLACE_PHRASES', 'RENDER_OFFSET', 'prompt_of', 'evaluation_scenes', 'scene_of', 'check_sources', 'EvaluateConfig',
            'draw_scenes', 'read_judged', 'save_judged', 'resize_for_judges', 'save_grid', 'subject_column',
-           'score_columns', 'summarize', 'score_table', 'fidelity_report', 'fidelity_lines', 'check_output',
-           'evaluated_scenes', 'evaluate_model', 'main']
+           'score_columns', 'summarize', 'score_table', 'fidelity_report', 'fidelity_lines', 'evaluated_scenes',
+           'evaluate_model', 'main']
 
 # %% ../nbs/library/evaluate.ipynb #326d33c1
 import json
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, run_guarded, seeded, write_json
 from .devices import provenance
-from .options import SEEDS, check_limits, option, parse_config, writable_folder
+from .options import SEEDS, check_limits, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT
 from .world.scene import Scene, is_held_out, sample_scene
 from .world.render import render
@@ -34,6 +34,8 @@ from .measure.distributions import frechet_distance, judge_features, patch_dista
 from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_attributes, right_answers
 from .measure.judges import vae_scores, vae_table
 from .measure.subject import SUBJECT_COLOR, SubjectJudge
+from .judge import JudgeOptions, check_general, check_output, is_general, judge_pictures
+from .checkpoint_sweep import sweep_run
 
 # %% ../nbs/library/evaluate.ipynb #c3346823
 def prompt_of(
@@ -95,7 +97,8 @@ def check_sources(
 
 # %% ../nbs/library/evaluate.ipynb #3fa6c8f4
 _ABOUT = dict(
-    images="judge this folder in place of a model: pictures, and metadata.jsonl with file_name and scene or text",
+    images="judge this folder in place of a model: pictures, and metadata.jsonl with file_name and scene or text; with "
+        "--references or another of the options below pictures of anything, with prompts in files or inside",
     train_data_dir="also look for each picture's nearest neighbour among these training pictures",
     fidelity="also compare the set of pictures with as many renders of the same prompts: "
         "power by frequency, Frechet distance, sliced Wasserstein distance",
@@ -106,8 +109,8 @@ _ABOUT = dict(
 
 # %% ../nbs/library/evaluate.ipynb #cba9cff9
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    "Measure a model, a LoRA, a folder of pictures, or the renderer itself."
+class EvaluateConfig(JudgeOptions):
+    "Measure a model, a LoRA, a folder of pictures, or the renderer itself: scenes of the small world, or anything."
     model: str = option("tiny", "tiny, a folder, a hub id or one .safetensors file; renderer: the truth")
     lora: str | None = option(None, "LoRA file or folder")
     images: str | None = option(None, _ABOUT["images"])
@@ -128,7 +131,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         check_limits(self)
-        check_sources(self)
+        if is_general(self): check_general(self)
+        else: check_sources(self)
 
 # %% ../nbs/library/evaluate.ipynb #18008ff9
 def draw_scenes(
@@ -149,6 +153,7 @@ def draw_scenes(
 
 # %% ../nbs/library/evaluate.ipynb #89aa782f
 _EXAMPLE = 'wanted for instance {"file_name": "0.png", "text": "a photo of a red chair in the snow"}'
+_ELSE = "; pictures of anything else are judged with --references DIR, or with --clip NAME alone"
 
 def read_judged(
     folder, # pictures and metadata.jsonl, whose lines say what was asked for: `scene` (words by name) or `text`
@@ -157,14 +162,14 @@ def read_judged(
     path, pictures, scenes = Path(folder) / "metadata.jsonl", [], []
     if not path.is_file():
         raise CourseError(f"{folder} has no metadata.jsonl: "
-            "wanted one line for each picture, with file_name, and scene or text")
+            f"wanted one line for each picture, with file_name, and scene or text{_ELSE}")
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip(): continue
         try:
             row = json.loads(line)
             scenes.append(Scene(**row["scene"]) if "scene" in row else scene_of(row["text"]))
             pictures.append(open_image(Path(folder) / row["file_name"]))
-        except CourseError as error: raise CourseError(f"{path}, line {number}: {error}") from error
+        except CourseError as error: raise CourseError(f"{path}, line {number}: {error}{_ELSE}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CourseError(f"{path}, line {number} does not say what its picture shows ({error}): "
                 f"{_EXAMPLE}") from error
@@ -276,17 +281,6 @@ def fidelity_lines(
         f"Frechet distance to renders: {report['frechet_distance']:.1f}\n"
         f"sliced Wasserstein distance to renders, fine to coarse: {patches}")
 
-# %% ../nbs/library/evaluate.ipynb #e0bb5927
-def check_output(
-    path, # file or folder that will be written, or None
-    flag:str, # that named it
-):
-    "Complain before the work, not after it."
-    if not path: return
-    complaint, remedy = f"--{flag} {path} cannot be written", "choose another place"
-    writable_folder(Path(path).expanduser().absolute().parent, complaint, remedy)
-    if Path(path).is_dir() and flag != "save_images": raise CourseError(f"{complaint} (it is a folder): {remedy}")
-
 # %% ../nbs/library/evaluate.ipynb #5f94cc25
 def evaluated_scenes(
     config:EvaluateConfig,
@@ -301,6 +295,8 @@ def evaluate_model(
     config:EvaluateConfig,
 )->dict: # scores, settings and provenance
     "Draw, judge, write; CourseError for what cannot be read or written."
+    if config.sweep: return sweep_run(config)
+    if is_general(config): return judge_pictures(config)
     for flag in ("output", "grid", "save_images"): check_output(getattr(config, flag), flag)
     training = read_dataset(config.train_data_dir) if config.train_data_dir else []
     if config.images: pictures, scenes, seconds = *read_judged(config.images), None

@@ -26,14 +26,15 @@ EXPORTS = {"export", "exports", "exporti"}
 ROOMS = """
 core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples
-model.folders model.components model.architecture model.conditioning model.noise model.latents model.samplers model.prompts model.sampling model.attention model.lora model.adapters model.lora_layouts model.lora_files model.lora_scales
-model.lora_tools
+model.folders model.components model.architecture model.conditioning model.noise model.latents model.samplers model.prompts model.sampling model.attention model.rank model.subspace model.lora model.adapters model.lora_layouts model.lora_files model.lora_scales
+model.lora_tools model.weight_files
 model.words
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
 train.machine train.objective train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.hub train.run train.build train.class_images train.concepts
 text_to_image dreambooth full textual_inversion
-remake inference lora measure.metrics measure.judges measure.distributions measure.subject measure.claims evaluate study demo
+explain remake inference lora measure.metrics measure.judges measure.distributions measure.subject measure.claims
+measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate study demo sweep app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.export
 cli
@@ -49,7 +50,7 @@ def read(path):
 
 
 def page_name(path):
-    "A page's name below nbs/: 13_lora, library/model_lora, index."
+    "A page's name below nbs/: 15_lora, library/model_lora, index."
     return path.relative_to(NBS).with_suffix("").as_posix()
 
 
@@ -226,6 +227,10 @@ def readme(nb):
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+# what a fresh process prints as sdxl_course/help.json
+HELPS = "import json; from sdxl_course.cli import *; print(json.dumps({word: written_help(word) for word, (module, _) in COMMANDS.items() if module}, indent=1))"
+
+
 # ---------------------------------------------------------------- judging
 # A rule takes a page's name and the notebook; it yields one sentence for each thing that is wrong.
 
@@ -274,6 +279,18 @@ def header(name, nb):
     want = f"`{SETTINGS['lib_name']}.{module}`" if module else "-"
     if len(row) != 5 or not all(row): yield f"the table's row needs five entries: {lines[4]!r}"
     elif row[4] != want: yield f"the table says that the page exports {row[4]}, it is {want}"
+
+
+INSTALL = "#| colab\n%pip install -q sdxl_course"  # the package and nothing else; where it is there already, nothing at all
+
+
+def colab(name, nb):
+    "A lesson opens in Colab from a badge, and installs there what it needs."
+    if kind(name) != "lesson": return
+    link = f"https://colab.research.google.com/github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/nbs/{name}.ipynb"
+    if not any(f"[![Open in Colab](" in cell.source and f"]({link})" in cell.source for cell in nb.cells if cell.cell_type == "markdown"):
+        yield f"there is no badge that opens {link}"
+    if [cell.source for cell in nb.cells if "pip install" in cell.source and cell.cell_type == "code"] != [INSTALL]: yield f"wanted one cell that installs: {INSTALL!r}"
 
 
 def ending(name, nb):
@@ -397,7 +414,7 @@ def prose(name, nb):
         if any(not one.isascii() for one in names): yield f"cell {i} has names outside ASCII"
 
 
-RULES = {rule.__name__: rule for rule in (header, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose)}
+RULES = {rule.__name__: rule for rule in (header, colab, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose)}
 
 
 def typical_length(pages):

@@ -265,31 +265,36 @@ def hubs(bench, number):
 KINDS = dict(kill=kills, write=writes, error=errors, damage=damages, hub=hubs)
 
 
-def campaign(numbers, log=print):
-    "Trials of each kind: how many, what was lost, how long it took."
+def campaign(numbers, log=print, save=lambda found: None):
+    "Trials of each kind: how many, what was lost, how long it took; told to `save` after each kind."
     found = {}
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(home)
         for kind, number in numbers.items():
+            if not number: continue
             began, lost, trials = time.time(), [], 0
-            for folder, what, wrong in KINDS[kind](bench, number) if number else ():
+            for folder, what, wrong in KINDS[kind](bench, number):
                 trials += 1
                 if wrong: lost.append(f"{what}: {wrong}"); log(f"{kind} {lost[-1]}")
                 if folder: shutil.rmtree(folder, ignore_errors=True)
             found[kind] = dict(trials=trials, lost=lost, seconds=round(time.time() - began))
             log(f"{kind}: {trials} trials, {len(lost)} lost, {found[kind]['seconds']} s")
+            save(found)
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in KINDS: parser.add_argument(f"--{kind}", type=int, default=3, help="trials, at most as many as there are moments")
-    parser.add_argument("--save", help="JSON file for what was found")
+    parser.add_argument("--save", help="JSON file for what was found; kinds without trials keep what it says")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     from sdxl_course.devices import provenance
-    found = campaign({kind: getattr(asked, kind) for kind in KINDS})
-    if asked.save: Path(asked.save).write_text(json.dumps(dict(kinds=found, provenance=provenance()), indent=1) + "\n")
+    path = Path(asked.save) if asked.save else None
+    before = json.loads(path.read_text())["kinds"] if path and path.exists() else {}
+    def save(found):
+        if path: path.write_text(json.dumps(dict(kinds={**before, **found}, provenance=provenance()), indent=1) + "\n")
+    found = campaign({kind: getattr(asked, kind) for kind in KINDS}, save=save)
     return int(any(one["lost"] for one in found.values()))
 
 

@@ -1,8 +1,8 @@
-"""Bring the course up to date after notebooks were edited: export, run, clean, write README.
+"""Bring the course up to date after notebooks were edited: export, run, clean, write README and the texts of --help.
 
     python tests/refresh.py                          all pages
-    python tests/refresh.py 13_lora model_words      these, lessons or pages of the library, named without folder and ending
-    python tests/refresh.py --readme                 README.md only
+    python tests/refresh.py 15_lora model_words      these, lessons or pages of the library, named without folder and ending
+    python tests/refresh.py --readme                 README.md and sdxl_course/help.json only
 
 Cells flagged gpu, net, slow or colab are neither run nor cleared."""
 import subprocess
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from course import NBS, NOTEBOOKS, ROOT, environment, execute, read, readme
+from course import HELPS, LIB, NBS, NOTEBOOKS, ROOT, environment, execute, read, readme
 from kernels import warm
 
 
@@ -40,6 +40,8 @@ def main(words):
         env = environment() | {"OMP_NUM_THREADS": "1"}  # one thread: the same numbers on every machine
         with warm(env) if len(names) != 1 else nullcontext() as kernel:
             for name in names or known: refresh(known[name], env, kernel)
+    helps = subprocess.run([sys.executable, "-c", HELPS], cwd=ROOT, env=environment() | {"COLUMNS": "100"}, check=True, capture_output=True, text=True).stdout
+    (LIB / "help.json").write_text(helps, encoding="utf-8")
     (ROOT / "README.md").write_text(readme(read(NBS / "index.ipynb")), encoding="utf-8")
 
 

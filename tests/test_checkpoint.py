@@ -47,6 +47,15 @@ def test_every_k_plus_the_rest_equals_n_byte_for_byte(train):
     for name in ("pytorch_lora_weights.safetensors", "training_log.jsonl"): assert done[name] == want[name]
 
 
+@pytest.mark.parametrize("adapter", ["loha", "lokr"])
+def test_resume_is_exact_with_other_adapters(train, adapter):
+    options = dict(max_train_steps=4, checkpointing_steps=2, adapter=adapter, train_text_encoder=True, lora_layers="attention+convolution")
+    straight = train("straight", **options).output_dir
+    again = resumed(train, straight, 2, options)
+    assert lasting(again, 4) == lasting(straight, 4)
+    assert (again / "lycoris.safetensors").read_bytes() == (straight / "lycoris.safetensors").read_bytes()
+
+
 # every pair of these options occurs in some row; flips, dropped captions, offset noise and measuring are in all of them
 FACTORS = dict(optimizer=["adamw", "prodigy", "adafactor", "schedulefree"], gradient_accumulation_steps=[1, 2, 3], data=["square", "buckets", "kept crops"], init_lora_weights=["gaussian", "pissa", "orthogonal"],
     use_ema=[False, True], lora_dropout=[0.0, 0.2], train_text_encoder=[False, True], k=[1, 2, 3], shape=[dict(), dict(use_rslora=True, lora_alpha=3.0), dict(use_dora=True)])

@@ -1,20 +1,22 @@
-"The pages of the site can be made. Quarto itself is not needed: this is the stage before it, which runs imports and exports."
+"The pages of the site can be made: the stage before Quarto, which runs imports and exports, and our own renderer, which needs no Quarto."
 import json
+import re
+import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
 
 from course import NOTEBOOKS, environment, page_name
-
-STAGE = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+from render_site import STAGE, render, slug
 
 
 def make_docs(root):
     return subprocess.run([sys.executable, "-c", STAGE], cwd=root, env=environment(root), capture_output=True, text=True)
 
 
-def test_docs_stage(fresh_copy):
+def test_docs_stage(fresh_copy, request):
     made = make_docs(fresh_copy)
     assert made.returncode == 0, made.stderr[-3000:]
     pages = fresh_copy / "_proc"
@@ -23,6 +25,84 @@ def test_docs_stage(fresh_copy):
     core = json.loads((pages / "library" / "core.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in core["cells"])
     assert "image_grid" in text and "default_exp" not in text
+    site = fresh_copy / "_site"
+    assert len(render(pages, site)) == len(NOTEBOOKS)
+    check_links(site)
+    check_in_a_browser(site, None if request.config.getoption("--slow") else 6)
+
+
+class Reader(HTMLParser):
+    "The ids, links and pictures of a page."
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.pictures = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if "id" in found: self.ids.append(found["id"])
+        if tag == "a": self.links.append(found.get("href", ""))
+        if tag in ("script", "link"): self.links.append(found.get("src") or found.get("href"))
+        if tag == "img": self.pictures.append((found.get("src", ""), found.get("alt", "")))
+
+
+def check_links(site):
+    "Every link and anchor within the site leads somewhere, and every picture says what it shows."
+    pages = {path.resolve(): Reader(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    for path, page in pages.items():
+        assert len(page.ids) == len(set(page.ids)), path
+        for link in page.links + [source for source, _ in page.pictures]:
+            if re.match(r"https?://|data:|mailto:", link): continue
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            assert target.is_file(), f"{path.name}: {link}"
+            assert not anchor or anchor in pages[target].ids, f"{path.name}: {link}"
+        assert all(alt.strip() for _, alt in page.pictures), path
+    assert {link for page in pages.values() for link in page.links} and not any(link.endswith(".ipynb") and not link.startswith("http") for page in pages.values() for link in page.links)
+
+
+TRY = """<script>async function all() {
+  const found = [], frame = document.createElement('iframe');
+  document.body.append(frame); frame.style.height = '900px';
+  for (const page of PAGES) {
+    frame.style.width = '1280px';
+    await new Promise(done => { frame.onload = done; frame.src = page });
+    const inside = frame.contentDocument;
+    for (const image of inside.images) if (!image.complete || !image.naturalWidth) found.push(page + ': a picture does not load');
+    for (const width of [360, 768, 1280]) {
+      frame.style.width = width + 'px';
+      const wide = inside.documentElement.scrollWidth;
+      if (wide > width) found.push(page + ': ' + wide + ' pixels wide on a screen of ' + width);
+    }
+    if (page == PAGES[0]) {
+      const field = inside.getElementById('search'); field.value = 'lora'; field.oninput();
+      if (!inside.querySelector('#found a')) found.push('nothing is found');
+      const before = inside.documentElement.dataset.theme; inside.getElementById('theme').click();
+      if (inside.documentElement.dataset.theme == before) found.push('light stays light');
+    }
+  }
+  document.title = 'done'; document.body.textContent = JSON.stringify({pages: PAGES.length, found});
+}
+addEventListener('load', all)</script>"""
+
+
+def check_in_a_browser(site, count=None):
+    "Each page, or so many, at the width of a phone, a tablet and a screen; left out where there is no Chromium."
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser: return
+    names = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+    names.sort(key=lambda name: (name != "index.html", -(site / name).stat().st_size))
+    names = names[:count]
+    (site / "try.htm").write_text(f"<!doctype html><body><script>const PAGES = {json.dumps(names)}</script>{TRY}</body>", encoding="utf-8")
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,1000", "--timeout=300000",
+             "--virtual-time-budget=600000", "--dump-dom", (site / "try.htm").as_uri()]
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=400).stdout
+    found = json.loads(re.search(r"<body[^>]*>(\{.*\})</body>", shown, re.S)[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found == dict(pages=len(names), found=[])
+
+
+def test_headings_get_the_ids_that_quarto_gives_them():
+    assert [slug(text) for text in ("What does noise do?", "A  b, c", "v_prediction", "???")] == ["what-does-noise-do", "a-b-c", "v_prediction", "section"]
 
 
 @pytest.mark.parametrize("source, made", [pytest.param("1 / 0", False, marks=pytest.mark.slow), ("import sys\nif __name__ == '__main__': sys.exit('the end')", False),

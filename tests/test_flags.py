@@ -202,6 +202,7 @@ TABLE = [  # model
     ("use_dora", True, {}, lambda a, b: any("lora_magnitude_vector" in n for n in tensors(a)) and differ(a, b)), ("use_rslora", True, {}, lambda a, b: note(a)["use_rslora"] and differ(a, b)),
     *[("init_lora_weights", name, {}, lambda a, b: differ(a, b) and a.result.validation_loss_before == pytest.approx(b.result.validation_loss_before, rel=1e-4))
         for name in ("default", "pissa", "pissa_niter_4", "olora", "orthogonal")],
+    *[("adapter", name, {}, lambda a, b: differ(a, b) and any(sign in n for n in load_tensors(a.folder / "lycoris.safetensors")[0])) for name, sign in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"))],
     ("train_text_encoder", True, {}, lambda a, b: {n.split(".")[0] for n in tensors(a)} == {"unet", "text_encoder", "text_encoder_2"} and {n.split(".")[0] for n in tensors(b)} == {"unet"}),
     ("debug_loss", True, {}, lambda a, b: "loss_of" in a.log[0].keys() - b.log[0].keys() and all(len(row["loss_of"]) in (1, 2) for row in a.log)),
     # machine and sharing
@@ -568,7 +569,7 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
 MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 
-NEVER = set("""rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
+NEVER = set("""adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
     train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors""".split())
 
 
@@ -601,6 +602,7 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(optimizer="Prodigy", loraplus_lr_ratio=16.0), dict(optimizer="Prodigy")), (dict(optimizer="Prodigy", block_lr="up=1e-4"), dict(block_lr="up=1e-4")),
     (dict(block_lr="up"), dict(block_lr=" up = 1E-4, mid_block=.5")), (dict(text_encoder_lr=[1e-4] * 3), dict(text_encoder_lr=[1e-4] * 2)), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
+    (dict(adapter="loha", use_dora=True), dict(adapter="loha")), (dict(adapter="lokr", lora_alpha=2.0), dict(adapter="lokr", lora_alpha=4.0)),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
     (dict(use_aspect_ratio_buckets=True, resolution=16), dict(use_aspect_ratio_buckets=True, resolution=32)), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f")),

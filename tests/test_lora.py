@@ -1,4 +1,4 @@
-"What the pages 13_lora, model_adapters and model_lora_files do not show: every kind of LoRA through diffusers' own reader, and equal bytes across processes."
+"What the pages 15_lora, model_adapters and model_lora_files do not show: every kind of LoRA through diffusers' own reader, and equal bytes across processes."
 import copy
 import json
 import os

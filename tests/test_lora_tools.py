@@ -1,13 +1,22 @@
 "LoRA tools on files of the real size, from the command line."
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdxl_course.core import seeded, write_json
 from sdxl_course.lora import main, open_lora
-from sdxl_course.model.adapters import adaptable_layers
-from sdxl_course.model.architecture import sdxl_architecture
+from sdxl_course.model.adapters import adaptable_layers, add_lora, lora_parameters
+from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
+from sdxl_course.model.components import NETWORKS, load_components, tiny_path
+from sdxl_course.model.lora_files import attach_lora, save_kohya, save_lora
+from sdxl_course.model.weight_files import StoredModel, open_stored, stream_tensors, write_model
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +80,127 @@ def test_a_merge_of_a_lora_with_its_opposite_changes_nothing(sdxl_file, tmp_path
     assert main(["info", tmp_path / "none.safetensors", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert all(one["norm"] < 1e-3 for one in found["parts"].values())
+
+
+# ------------------------------------------------ whole models, a tensor at a time
+
+@pytest.fixture(scope="module")
+def tiny_style(tmp_path_factory):
+    "A LoRA for sdxl-tiny: attention and convolutions of the UNet, attention of both text encoders."
+    parts, path = tiny_architecture(0), tmp_path_factory.mktemp("tiny") / "style.safetensors"
+    for part, layers in dict(unet="attention+convolution", text_encoder="attention", text_encoder_2="attention").items():
+        network = add_lora(getattr(parts, part), rank=2, alpha=3, layers=layers, generator=seeded("tools", part))
+        for name, p in lora_parameters(network): p.data = 0.05*torch.randn(p.shape, generator=seeded("tools", part, name))
+    return save_lora(path, parts.unet, parts.text_encoder, parts.text_encoder_2)
+
+
+def weights_of(components):
+    return {(part, name): t for part in NETWORKS for name, t in getattr(components, part).state_dict().items() if not name.endswith("position_ids")}
+
+
+def test_a_merge_into_a_folder_and_into_a_file_is_what_peft_merges(tiny_style, tmp_path):
+    for output in ("model", "model.safetensors"): assert main(["merge", tiny_style, "--into", "tiny", "--weights", "0.5", "--output", tmp_path / output]) == 0
+    pipeline = load_components("tiny").pipeline()
+    attach_lora(pipeline, tiny_style)
+    pipeline.fuse_lora(lora_scale=0.5)
+    pipeline.unload_lora_weights()
+    for made in (load_components(tmp_path / "model"), load_components(tmp_path / "model.safetensors", config="tiny")):
+        found, changed = weights_of(made), 0
+        for (part, name), before in weights_of(load_components("tiny")).items():
+            wanted = dict(getattr(pipeline, part).state_dict())[name]
+            torch.testing.assert_close(found[part, name], wanted, atol=1e-5, rtol=0, msg=f"{part} {name}")
+            changed += not torch.equal(before, found[part, name])
+        assert changed == sum(len(ones) for ones in open_lora(tiny_style)[0].values())
+
+
+def test_single_files_go_in_everywhere(tiny_style, tmp_path, capsys):
+    plain, tuned = tmp_path / "plain.safetensors", tmp_path / "tuned.safetensors"
+    write_model(open_stored("tiny"), plain, dtype=torch.float32)
+    tiny = ["--architecture", "tiny"]
+    assert main(["merge", tiny_style, "--into", plain, *tiny, "--output", tuned]) == 0
+    assert main(["extract", tuned, plain, *tiny, "--rank", "2", "--output", tmp_path / "found.safetensors"]) == 0
+    assert main(["info", tmp_path / "found.safetensors", "--model", plain, *tiny]) == 0
+    first, again = (open_lora(path)[0] for path in (tiny_style, tmp_path / "found.safetensors"))
+    for part, ones in first.items():
+        assert ones.keys() == again[part].keys()
+        for name, one in ones.items(): torch.testing.assert_close(again[part][name].delta, one.delta, atol=1e-5, rtol=1e-3)
+    assert main(["merge", tiny_style, "--into", tuned, *tiny, "--weights", "-1", "--output", tmp_path / "back"]) == 0   # a folder of a file
+    found = weights_of(load_components(tmp_path / "back"))
+    for key, wanted in weights_of(load_components("tiny")).items(): torch.testing.assert_close(found[key], wanted, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    assert main(["merge", tiny_style, "--into", plain, "--output", tmp_path / "none"]) == 2 and "--architecture" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_merge_that_fails_leaves_nothing(tiny_style, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_path(), broken, ignore=shutil.ignore_patterns("judges", "vision*"))
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"][0] = torch.nan
+    save_file(tensors, path)
+    assert main(["merge", tiny_style, "--into", broken, "--output", tmp_path / "out.safetensors"]) == 2
+    assert "not finite" in capsys.readouterr().err and [one.name for one in tmp_path.iterdir()] == ["broken"]
+
+
+def anonymous_memory():
+    "Bytes of this process that no file stands behind."
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])*1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_merge_holds_one_matrix_at_a_time(tmp_path, monkeypatch):
+    "A UNet of 300 MB in three shards; the largest of its matrices has 15 MB in fp32."
+    folder = tmp_path / "big"
+    for part in ("text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2"): shutil.copytree(tiny_path() / part, folder / part)
+    shutil.copy(tiny_path() / "model_index.json", folder)
+    config = dict(json.loads((tiny_path() / "unet" / "config.json").read_text()), block_out_channels=[320, 480, 640], attention_head_dim=[5, 10, 20])
+    write_json(folder / "unet" / "config.json", config)
+    with torch.device("meta"): unet = UNet2DConditionModel.from_config(config)
+    shapes = {name: t.shape for name, t in unet.state_dict().items()}
+    for k in range(3):
+        plan = {name: (shapes[name], torch.float16) for name in sorted(shapes)[k::3]}
+        stream_tensors(folder / "unet" / f"diffusion_pytorch_model-{k + 1:05}-of-00003.safetensors", plan, lambda name: torch.zeros(shapes[name]))
+    size = sum(4*shape.numel() for shape in shapes.values())
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"unet.{module}.lora_A.weight": torch.ones(1, 640), f"unet.{module}.lora_B.weight": torch.ones(640, 1)}, tmp_path / "one.safetensors")
+    peak, before, get = [0], anonymous_memory(), StoredModel.get
+    def watched(self, *place):
+        peak[0] = max(peak[0], anonymous_memory())
+        return get(self, *place)
+    monkeypatch.setattr(StoredModel, "get", watched)
+    for output in ("whole", "whole.safetensors"):
+        assert main(["merge", tmp_path / "one.safetensors", "--into", folder, "--output", tmp_path / output]) == 0
+        assert size > 250e6 and peak[0] - before < 0.3*size, (output, peak[0] - before, size)
+    assert open_stored(tmp_path / "whole").module_weight("unet", module).eq(1).all() and not open_stored(tmp_path / "whole").module_weight("unet", "conv_in").any()
+
+
+# ------------------------------------------------ one writer
+
+@pytest.mark.parametrize("options", [dict(alpha=3), dict(use_dora=True), dict(use_rslora=True, alpha=3), dict(init="pissa")])
+def test_what_a_trainer_writes_is_what_convert_writes(options, tmp_path):
+    parts = tiny_architecture(0)
+    layers = "attention+feedforward" if "init" in options else "attention+convolution"
+    for part in ("unet", "text_encoder"): add_lora(getattr(parts, part), rank=2, layers=layers if part == "unet" else "attention", generator=seeded(part), **options)
+    file, kohya = save_lora(tmp_path / "a.safetensors", parts.unet, parts.text_encoder), save_kohya(tmp_path / "k.safetensors", parts.unet, parts.text_encoder)
+    assert main(["convert", file, "--to", "kohya", "--output", tmp_path / "kohya.safetensors"]) == main(["convert", kohya, "--output", tmp_path / "diffusers.safetensors"]) == 0
+    for first, second in ((kohya, tmp_path / "kohya.safetensors"), (file, tmp_path / "diffusers.safetensors")):
+        first, second = load_file(first), load_file(second)
+        assert first.keys() == second.keys()
+        for name, tensor in first.items(): assert torch.equal(tensor, second[name]), name
+
+
+# ------------------------------------------------ what is wrong with a file
+
+def test_info_says_what_is_wrong(tiny_style, tmp_path, capsys):
+    tensors = load_file(tiny_style)
+    idle = {name: 0*t if ".lora_B." in name and name.startswith("text_encoder.") else t for name, t in tensors.items()}
+    with safe_open(tiny_style, "pt") as opened: notes = opened.metadata()
+    save_file(idle, tmp_path / "idle.safetensors", notes | {"ss_network_dim": "64", "ss_base_model_version": "sd_v1"})
+    assert main(["info", tmp_path / "idle.safetensors", "--layers"]) == 0
+    said = capsys.readouterr().out
+    for told in ("text_encoder: no layer changes anything", "its notes say rank 64, its tensors 2", "made for sd_v1"): assert f"problem: {told}" in said or told in said
+    assert said.count("attn1.to_q") > 3                                        # one line a layer
+    assert main(["info", tiny_style, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == [] and len(found["parts"]["unet"]["effective_ranks"]) == found["parts"]["unet"]["layers"]

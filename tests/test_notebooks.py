@@ -3,7 +3,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import NBS, NOTEBOOKS, RULES, page_name, read, typical_length
+from course import INSTALL, NBS, NOTEBOOKS, RULES, page_name, read, typical_length
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -33,7 +33,7 @@ def notebook(*cells):
 def lesson():
     "A small lesson that keeps every rule."
     nb = notebook("# How much is two and two?\n\n> A sum\n\n| learn | need | time | cost | exports |\n|---|---|---|---|---|\n"
-                  "| adding | counting | 1 min | CPU, free | `sdxl_course.two` |",
+                  "| adding | counting | 1 min | CPU, free | `sdxl_course.two` |\n\n[![Open in Colab](badge.svg)](https://colab.research.google.com/github/sdxl-course/sdxl_course/blob/main/nbs/07_two.ipynb)",
                   ("#| default_exp two",), ("#| export\nimport math",), ("import os\nfrom fastcore.test import test_eq",),
                   "## Does it add up?\n\nWe add with `math.fsum`; see `x != y`.",
                   ("#| exports\ndef add(*terms):\n    import decimal\n    return math.fsum(terms)",),
@@ -41,6 +41,7 @@ def lesson():
                   ("mine = None\ncheck('three', mine, 3)",), ("#| code-fold: true\nassert add(1, 2) == 3\n" + "assert add(1, 3) == 4\n" * 9,),
                   "## What we now have\n\n- a sum", "## Next\n\nMore.")
     nb.cells[6].outputs = [new_output("stream", name="stdout", text="4\n")]
+    nb.cells.append(new_code_cell(INSTALL))
     return nb
 
 
@@ -91,6 +92,9 @@ BROKEN_LESSONS = [
     ("header", source(1, "")),
     ("header", source(0, "# How much?\n\n> A sum")),
     ("header", lambda nb: nb.cells.insert(0, new_code_cell("early = 1"))),
+    ("colab", replaced(0, "nbs/07_two.ipynb", "nbs/07_three.ipynb")),
+    ("colab", replaced(14, "sdxl_course", "sdxl_course torch")),
+    ("colab", added("%pip install torch")),
     ("ending", replaced(13, "## Next", "## Later")),
     ("ending", replaced(11, "#| code-fold: true\n", "")),
     ("ending", replaced(11, "#| code-fold: true\n", "#| code-fold: true\n#| slow\n")),

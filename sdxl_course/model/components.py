@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'PARTS', 'SDXL_VAE', 'TEXT_ENCODERS', 'ModelOptions', 'quiet', 'SDXLComponents', 'count_parameters',
-           'tiny_path', 'load_components', 'save_components']
+           'tiny_path', 'resolve_folder', 'read_index', 'load_components', 'save_components']
 
 # %% ../../nbs/library/model_components.ipynb #84a0a5d3
 import diffusers
@@ -126,7 +126,7 @@ def _hub_folder(
             "weights; check the name and the network, or give a local folder") from error
 
 # %% ../../nbs/library/model_components.ipynb #666cf0be
-def _resolve_folder(
+def resolve_folder(
     model, # name, path or hub id
     **hub, # passed on to `_hub_folder`
 )->Path: # folder that holds the pipeline
@@ -141,7 +141,7 @@ def _resolve_folder(
         "wanted 'tiny', a folder, a .safetensors file or a hub id like owner/name")
 
 # %% ../../nbs/library/model_components.ipynb #a055ea07
-def _read_index(
+def read_index(
     folder:Path, # a local pipeline folder
     skip=(), # parts that need not be there
 )->dict: # content of model_index.json
@@ -242,7 +242,7 @@ def _load_single_file(
     with quiet():
         from diffusers import StableDiffusionXLPipeline
         try: pipeline = StableDiffusionXLPipeline.from_single_file(str(path), torch_dtype=dtype,
-            **({} if config is None else {"config": str(_resolve_folder(config))}))
+            **({} if config is None else {"config": str(resolve_folder(config))}))
         except CourseError: raise
         except Exception as error:
             raise CourseError(f"{path} does not load as SDXL ({str(error).strip().splitlines()[0]}): wanted an SDXL "
@@ -287,10 +287,10 @@ def load_components(
     path, own_vae = Path(model).expanduser(), {} if vae is None else {"vae": None}
     if path.is_file():
         parts = _load_single_file(path, dtype, config)
-        if own_vae: parts.vae = _load_vae(vae, dtype, config and _resolve_folder(config) / "vae")
+        if own_vae: parts.vae = _load_vae(vae, dtype, config and resolve_folder(config) / "vae")
     else:
-        folder = _resolve_folder(model, revision=revision, variant=variant, skip=tuple(own_vae))
-        index = _read_index(folder, skip=own_vae)
+        folder = resolve_folder(model, revision=revision, variant=variant, skip=tuple(own_vae))
+        index = read_index(folder, skip=own_vae)
         if own_vae: own_vae["vae"] = _load_vae(vae, dtype, folder / "vae")
         parts = SDXLComponents(name=str(model), **own_vae,
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLIC', 'FURTHER', 'SILENCE', 'PAUSES', 'REASONS', 'hub_reason', 'impatient', 'three_tries', 'open_repository',
-           'without_places', 'stage', 'push_folder', 'PushConfig', 'push', 'main']
+           'without_places', 'stage', 'push_folder', 'PushConfig', 'add_evaluation', 'listing', 'push', 'main']
 
 # %% ../../nbs/library/train_hub.ipynb #8cf16bca
+import json
 import re
 import shutil
 import tempfile
@@ -18,9 +19,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import filter_repo_objects
-from ..core import CourseError, run_guarded
+from ..core import CourseError, run_guarded, write_atomic
 from ..options import option, parse_config
-from .results import SharingOptions
+from .results import SharingOptions, with_evaluation
 from .weights import PIPELINE
 
 # %% ../../nbs/library/train_hub.ipynb #da86e75c
@@ -138,18 +139,47 @@ class PushConfig:
     output_dir: str = option("", "the run's folder; may be given without its flag")
     hub_token: str | None = option(None, "token for the upload; better: hf auth login")
     hub_model_id: str | None = option(None, "repository to upload to; not given: named like the folder")
+    evaluation: str | None = option(None, "JSON of sdxl-course evaluate, whose scores go into the model card first")
+    dry_run: bool = option(False, "list what would be uploaded, and upload nothing")
     hide_token, token = SharingOptions.hide_token, SharingOptions.token
 
     def __post_init__(self): self.hide_token()
 
+# %% ../../nbs/library/train_hub.ipynb #31d7127a
+def add_evaluation(
+    folder, # of a run, with its README.md
+    file, # JSON of `sdxl-course evaluate`
+):
+    "Put scores into a run's model card; CourseError where one of the two is not what it should be."
+    card = Path(folder)/"README.md"
+    if not card.is_file(): raise CourseError(f"{folder} has no README.md to put scores into: wanted the card of the "
+        "run")
+    try: write_atomic(card, with_evaluation(card.read_text("utf-8"),
+        json.loads(Path(file).read_text("utf-8"))).encode())
+    except (CourseError, OSError, ValueError) as error:
+        raise CourseError(f"--evaluation {file}: {error}; nothing was pushed") from error
+
+# %% ../../nbs/library/train_hub.ipynb #58928d1b
+def listing(
+    folder, # of a run
+    files=FURTHER, # patterns of files, besides PUBLIC
+)->str: # lines
+    "What a push would upload, and how large it is."
+    with tempfile.TemporaryDirectory() as draft:
+        stage(folder, draft, [*PUBLIC, *files])
+        paths = sorted(path for path in Path(draft).rglob("*") if path.is_file())
+        return "\n".join(f"{path.stat().st_size:>12,} {path.relative_to(draft).as_posix()}" for path in paths)
+
 # %% ../../nbs/library/train_hub.ipynb #d49acd32
 def push(
     config:PushConfig,
-)->str: # where to look
+)->str: # where to look; for a dry run the list of files
     "Upload the folder of a run; CourseError where it is none, or where that fails."
     folder = Path(config.output_dir).expanduser()
     if not (folder/"training_log.jsonl").is_file():
         raise CourseError(f"{folder} holds no finished run: wanted the folder of one, with its training_log.jsonl")
+    if config.evaluation: add_evaluation(folder, Path(config.evaluation).expanduser())
+    if config.dry_run: return listing(folder)
     name = config.hub_model_id or folder.resolve().name
     try: repository = three_tries(lambda: HfApi(token=config.token()).create_repo(name, exist_ok=True).repo_id)
     except CourseError as error: raise CourseError(f"the repository {name!r} was not opened, {error}") from None

@@ -27,7 +27,7 @@ from .loop import TrainState, defer_signals, eval_weights, fit
 from .machine import is_out_of_memory, optional
 from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_validation
 from .hub import PUBLIC, push_folder
-from .results import Result, save_card, save_config, save_curve, save_sheet
+from .results import Result, describe_kohya, save_card, save_config, save_curve, save_sheet
 from .validation import draw_validation, validation_loss
 from .weights import Trained
 from tqdm.auto import tqdm
@@ -306,6 +306,10 @@ def explain(self:Run,
     if not config.skip_final_inference:
         with optional("drawing the final pictures", self.log):
             result.images, result.image_paths, prompts = self.validate(self.output_dir, "image_")
+    kohya = self.output_dir/"pytorch_lora_weights_kohya.safetensors"
+    if getattr(config, "output_kohya_format", False) and kohya.is_file():
+        with optional("the notes in kohya's file", self.log):
+            describe_kohya(kohya, config_dict(config), result, prompts, self.method.trigger(config))
     with optional("writing the model card", self.log):
         save_card(config_dict(config), result, self.trained.card, prompts, self.method.trigger(config))
     with optional("the loss curve", self.log): self.plot([(self.state.step, result.validation_loss_after)])

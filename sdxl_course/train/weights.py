@@ -16,7 +16,8 @@ from ..core import load_tensors, save_tensors
 from ..model.components import save_components
 from ..model.adapters import block_rates, enable_gradient_checkpointing, inject_lora, lora_modules
 from ..model.adapters import parameter_groups, text_encoder_rates
-from ..model.lora_files import initialize_lora_from, load_lora_into, save_kohya, save_lora
+from ..model.lora_files import initialize_lora_from, load_factors, load_lora_into, save_factors, save_kohya
+from ..model.lora_files import save_lora
 from ..model.words import LearnedTokens, placeholder_map, save_embeddings
 from .loop import copy_into
 from .results import CardText
@@ -68,9 +69,10 @@ for key, tokenizer, encoder in (("clip_l", pipeline.tokenizer, pipeline.text_enc
 # %% ../../nbs/library/train_weights.ipynb #8fb16263
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
-def _publish_lora(folder, parts, dtype, kohya):
-    "Write pytorch_lora_weights.safetensors, and kohya's layout beside it where that is asked for."
+def _publish_lora(folder, parts, dtype, kohya, factors):
+    "Write pytorch_lora_weights.safetensors; beside it kohya's layout, and the factors of a LoHa or LoKr."
     path = save_lora(folder, **parts, dtype=dtype)
+    if factors: save_factors(folder, parts)
     if kohya: save_kohya(Path(folder)/"pytorch_lora_weights_kohya.safetensors", **parts, dtype=dtype,
         title=Path(folder).resolve().name)
     return path
@@ -78,7 +80,7 @@ def _publish_lora(folder, parts, dtype, kohya):
 # %% ../../nbs/library/train_weights.ipynb #981696c1
 def lora_card(config)->CardText:
     "What the model card says of a LoRA."
-    kind = "DoRA" if config.use_dora else "LoRA"
+    kind = "DoRA" if config.use_dora else dict(lora="LoRA", loha="LoHa", lokr="LoKr")[config.adapter]
     tags = ("lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers",
         *["dora"]*config.use_dora)
     usage = 'pipeline.load_lora_weights("this folder", weight_name="pytorch_lora_weights.safetensors")'
@@ -98,16 +100,19 @@ def lora_weights(
     three = [parts.get(name) for name in ("unet", "text_encoder", "text_encoder_2")]
     named = inject_lora(parts, seed, config.rank, config.lora_alpha, config.lora_layers, config.gradient_checkpointing,
         dropout=config.lora_dropout, init=config.init_lora_weights, use_dora=config.use_dora,
-        use_rslora=config.use_rslora)
+        use_rslora=config.use_rslora, adapter=config.adapter)
     if config.init_lora: initialize_lora_from(*three, config.init_lora)
     texts = [] if config.optimizer.lower() == "prodigy" else text_encoder_rates(config) # Prodigy has one step size
     groups = parameter_groups(named, config.learning_rate*scale, [rate*scale for rate in texts] or None,
         config.loraplus_lr_ratio, config.adam_weight_decay, config.adam_weight_decay_text_encoder,
         block_rates(components.unet, config.block_lr, scale))
-    publish = lambda folder: _publish_lora(folder, parts, PRECISIONS[config.save_precision], config.output_kohya_format)
-    return Trained(named, groups, lambda folder: save_lora(folder, **parts),
-        lambda folder: load_lora_into(*three, folder),
-        publish, lora_card(config), config.train_text_encoder)
+    kind = PRECISIONS[config.save_precision], config.output_kohya_format, config.adapter != "lora"
+    save, load = lambda folder: save_lora(folder, **parts), lambda folder: load_lora_into(*three, folder)
+    if config.adapter != "lora": # the product says nothing of its factors
+        save = lambda folder: _publish_lora(folder, parts, torch.float32, False, True)
+        load = lambda folder: load_factors(folder, parts)
+    return Trained(named, groups, save, load, lambda folder: _publish_lora(folder, parts, *kind), lora_card(config),
+        config.train_text_encoder)
 
 # %% ../../nbs/library/train_weights.ipynb #15c4b7ce
 def token_weights(

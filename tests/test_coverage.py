@@ -1,0 +1,84 @@
+"""What the document promised, and where the course keeps it: one row for each section, concept, table, example, method and result.
+
+A row names a page and words that stand in one of its cells, prose or code. It fails when they are gone; that the cells run is another test's
+matter, which runs every page."""
+import re
+
+import pytest
+
+from course import NBS, read
+
+COVERED = """
+results: old book illustrations, the style | 40_text_to_image | old book illustration
+results: my green chair, the object | 41_dreambooth | sks chair
+architecture: positive and negative prompt | 50_inference | negative prompt
+architecture: two text encoders | 10_components | text_encoder_2
+architecture: embeddings are joined | 11_conditioning | penultimate
+architecture: seed and noise | 01_draw | seed
+architecture: the UNet, down and up again | 10_components | UNet
+architecture: its transformers | 10_components | transformer
+architecture: the scheduler | 17_diffusers | scheduler
+architecture: VAE decoder | 10_components | VAE
+methodology: seven steps in one figure | 04_seven_steps | HTML(drawing())
+methodology: 1, load a trained model | 04_seven_steps | load_components("tiny")
+methodology: 2, resize, crop and flip | 04_seven_steps | prepare_image
+methodology: 2, encode text | 04_seven_steps | encode_prompts
+methodology: 2, encode pictures | 04_seven_steps | posterior(model.vae
+methodology: 2, encode before training | 22_cache | Why encode twice?
+methodology: 3, hyperparameters | 04_seven_steps | learning_rate, batch_size, updates
+methodology: 4a, sample noise | 04_seven_steps | step-4a
+methodology: 4b, sample a timestep | 04_seven_steps | step-4b
+methodology: 4c, add the noise | 04_seven_steps | step-4c
+methodology: 4d, predict the noise | 04_seven_steps | step-4d
+methodology: 4e, the loss | 04_seven_steps | step-4e
+methodology: 4f, backpropagate | 04_seven_steps | step-4f
+methodology: 4g, repeat and validate | 04_seven_steps | step-4g
+LoRA: frozen weights | 15_lora | never moves
+LoRA: injectable modules | 15_lora | inject_adapter_in_model
+LoRA: low-rank update matrices | 15_lora | rank
+LoRA: fewer trained parameters | 04_seven_steps | parameters learn
+LoRA: less memory | 81_cloud | to train
+LoRA: the projections of attention | 80_arguments | attention
+LoRA: the other layers may learn as well | 80_arguments | attention+feedforward+convolution
+DreamBooth: a rare word and its class | 41_dreambooth | sks chair
+DreamBooth: prior preservation | 41_dreambooth | prior
+DreamBooth: the loss of prior preservation | 30_objective | prior_preservation
+DreamBooth: applications, measured | 52_study | What did it learn
+diffusers: pipelines | 17_diffusers | One: the pipeline
+diffusers: models | 17_diffusers | Two: the models
+diffusers: noise schedulers | 17_diffusers | Three: the scheduler
+diffusers: discrete and continuous timesteps | 17_diffusers | is_floating_point
+diffusers: piece by piece | 17_diffusers | piece by piece
+diffusers: training scripts | 80_arguments | the document's command
+arguments: the table of the text-to-image script | 80_arguments | argument_table(known.values())
+arguments: what is new in the DreamBooth script | 80_arguments | other defaults in DreamBooth
+arguments: what the DreamBooth script is said to lack | 80_arguments | removed = (
+arguments: errors of the tables | 80_arguments | What does the document say wrongly?
+examples: the text-to-image command | 80_arguments | AdamLucek/oldbookillustrations-small
+examples: its breakdown | 80_arguments | breakdown(old_books)
+examples: the DreamBooth command | 80_arguments | AdamLucek/green-chair
+examples: its breakdown, too | 80_arguments | breakdown(green_chair)
+set-up: providers for one person | 81_cloud | Runpod
+set-up: providers for teams and clouds | 81_cloud | CoreWeave
+set-up: which GPU | 81_cloud | memory of the card
+set-up: options that save memory | 81_cloud | gradient_checkpointing
+set-up: step 1, connect | 81_cloud | Open a terminal
+set-up: step 2, install | 81_cloud | pip install sdxl_course
+set-up: step 3, log in | 81_cloud | hf auth login
+set-up: step 4, accelerate | 81_cloud | accelerate config default
+set-up: step 5, run | 81_cloud | accelerate launch -m sdxl_course.text_to_image
+set-up: load and use it | 50_inference | load_pipeline
+"""
+ROWS = [tuple(part.strip() for part in line.split(" | ", 2)) for line in COVERED.strip().split("\n")]
+
+
+@pytest.mark.parametrize("item, page, words", ROWS, ids=[row[0] for row in ROWS])
+def test_what_was_promised_has_its_place(item, page, words):
+    path = NBS / f"{page}.ipynb"
+    assert path.exists(), f"{item}: there is no page {page}"
+    plain = lambda text: re.sub(r"\s+", " ", text).lower()
+    assert any(plain(words) in plain(cell.source) for cell in read(path).cells), f"{item}: no cell of {page} says {words!r}"
+
+
+def test_every_row_is_another_item():
+    assert len({row[0] for row in ROWS}) == len(ROWS) and all(len(row) == 3 for row in ROWS)
