@@ -20,7 +20,7 @@ from .devices import provenance
 from .model.lora_files import LORA_WEIGHT_NAME_SAFE, attach_lora
 from .train.checkpoint import list_checkpoints
 from .train.results import in_markdown
-from .inference import adapter_names, load_pipeline, set_lora_scale
+from .inference import load_pipeline, set_lora_scale
 from .measure.towers import load_clip, load_dino
 from .measure.pictures import read_drawn, says
 from .measure.scores import LIKENESS, copy_scores, grouped_interval, look_at, moved, nearness, own_cosines

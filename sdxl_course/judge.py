@@ -8,15 +8,12 @@ __all__ = ['OUTPUTS', 'MOST', 'JudgeOptions', 'is_general', 'check_output', 'che
            'comparison_sheet', 'general_report', 'judge_pictures', 'write_general']
 
 # %% ../nbs/library/judge.ipynb #22a307a0
-import numpy as np
 import tempfile
-import torch
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, seeded, write_atomic, write_json
 from .devices import provenance
 from .options import option, writable_folder
-from .model.components import load_components
 from .model.sampling import generate, save_picture
 from .data.files import read_file
 from .data.metadata import decode_text
@@ -79,6 +76,7 @@ def is_general(
     return any(getattr(config, name) for name in ("references", "base_images", "trigger", "clip", "dino", "prompts",
         "validation_data_dir", "markdown", "html", "sweep"))
 
+# %% ../nbs/library/judge.ipynb #285b0ed6
 def check_output(
     path, # file or folder that will be written, or None
     flag:str, # that named it
@@ -143,6 +141,7 @@ def drawing_options(config)->dict: # arguments of `generate`
     return dict(num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         batch_size=config.batch_size)
 
+# %% ../nbs/library/judge.ipynb #dd7701aa
 def draw_both(
     config, # with prompts, model, lora
     folder, # gets after/ and, with a LoRA, before/
@@ -168,6 +167,7 @@ class Judged:
     sets:dict # from `set_scores`
     power:dict # from `detail_ratios`
 
+# %% ../nbs/library/judge.ipynb #6ff8424b
 def _columns(view, clip, references, training): # scores of single pictures
     found, prompts = {}, [one.prompt for one in view.drawn]
     if all(prompts): found["clip_t"] = own_cosines(view.clip.embeds, clip.texts(prompts))

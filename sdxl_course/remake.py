@@ -33,6 +33,7 @@ def file_hash(
         while part := file.read(2**22): digest.update(part)
     return digest.hexdigest()
 
+# %% ../nbs/library/remake.ipynb #6b07d173
 def lora_hash(
     path, # .safetensors file
 )->str: # 12 hexadecimal digits
@@ -51,6 +52,7 @@ def seen_from(
     except ValueError: return None # two drives
     return None if shared == os.path.dirname(shared) else Path(os.path.relpath(path, folder)).as_posix()
 
+# %% ../nbs/library/remake.ipynb #de33c656
 def used_file(
     option:str, # that named it
     where, # a path, or what is no path here: tiny, a hub id

@@ -341,8 +341,10 @@ def test_what_is_missing_or_has_changed_is_told(toy_model, loras, tmp_path, caps
     again, _ = run(tmp_path / "again", "--from", first)
     assert gap(again, pictures) == 0 and "to the last bit" in capsys.readouterr().out
     away = moved.rename(tmp_path / "away.safetensors")
+    shutil.copy(loras["subject"], moved)  # of the same name, and not the one
     assert main(["--from", str(first), "--output_dir", str(tmp_path / "x")]) == 2
     told = capsys.readouterr().err
+    moved.unlink()
     assert f"mine.safetensors (sha256 {record['files'][1]['sha256'][:12]})" in told and "say where it is with --lora" in told
     again, _ = run(tmp_path / "given", "--from", first, "--lora", away)
     assert gap(again, pictures) == 0

@@ -112,6 +112,12 @@ def test_a_weight_of_one_changes_no_bit(pipeline, clip_skip):
     assert not torch.equal(heavy[0], plain["prompt_embeds"][0]) and torch.equal(heavy[1], plain["prompt_embeds"][1])
 
 
+def test_a_weight_goes_on_from_what_is_said_of_no_words(pipeline):
+    with torch.no_grad(): none, plain, off, double = (weighted_prompts(pipeline, [prompt])[0] for prompt in ("", "b", "(b:0)", "(b:2)"))
+    assert torch.allclose(off[:, 1], none[:, 1], atol=1e-6) and torch.allclose(double[:, 1] - none[:, 1], 2*(plain[:, 1] - none[:, 1]), atol=1e-5)
+    assert torch.equal(off[:, 2:], plain[:, 2:])
+
+
 def test_a_long_prompt_is_heard_to_its_end(pipeline):
     long = "a red house " * 12  # one token for each letter
     pictures = {n: [generate(pipeline, long + end, 3, max_token_length=n, **QUICK)[0] for end in ("cat", "dog")] for n in (75, 225)}

@@ -9,7 +9,6 @@ __all__ = ['Drawn', 'read_parameters', 'read_notes', 'read_drawn', 'pair_up', 's
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from PIL import Image
 from ..core import CourseError
 from ..data.files import read_file, wanted_files
 from ..data.records import open_header
@@ -35,6 +34,7 @@ def read_parameters(
     seed = re.search(r"\bSeed: (\d+)", text)
     return prompt, seed[1] if seed else ""
 
+# %% ../../nbs/library/measure_pictures.ipynb #4511273a
 def read_notes(
     path, # a picture file
 )->tuple: # (prompt, seed), each "" where the file does not say it

@@ -29,6 +29,7 @@ def interval_words(score:Score)->str:
     if not (math.isfinite(score.low) and math.isfinite(score.high)): return "-"
     return f"[{spelled(score.low)}, {spelled(score.high)}]"
 
+# %% ../../nbs/library/measure_report.ipynb #92a4c89c
 def terminal_table(
     scores:list, # of Score
 )->str: # lines
@@ -98,6 +99,7 @@ def score_bar(score:Score)->str: # SVG, 180 x 16
         for end in (low, high))
         + f'{whisker}<circle cx="{place(score.value):.1f}" cy="8" r="4"/></svg>')
 
+# %% ../../nbs/library/measure_report.ipynb #370af366
 def score_rows(
     scores:list, # of Score
 )->str: # rows of an HTML table

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from PIL import Image, ImageOps
 from ..core import seeded
-from .metrics import memorized, nearest_neighbours, normalized, thumbnail_embeds, to_pixels
+from .metrics import nearest_neighbours, normalized, thumbnail_embeds, to_pixels
 from .distributions import frechet_by_size, frechet_limit, kernel_distance, octaves, power_ratios
 from .towers import Seen, fit_square
 from .pictures import pair_up, says
@@ -35,6 +35,7 @@ class View:
         "Some of the pictures."
         return View([self.drawn[k] for k in rows], self.clip.pick(rows), self.dino.pick(rows), self.small[list(rows)])
 
+# %% ../../nbs/library/measure_scores.ipynb #51749968
 def look_at(
     drawn, # Drawn
     clip, # ClipTower

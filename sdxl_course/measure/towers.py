@@ -98,6 +98,7 @@ def look_clip(network, pixels): # vision model with a projection behind it
     embeds = project(seen.pooler_output)
     return embeds, embeds, early[:, 1:].transpose(1, 2)
 
+# %% ../../nbs/library/measure_towers.ipynb #f8b66cf5
 def look_instance(network, pixels): # the course's InstanceJudge
     "Its direction, its last layer before that, and its first stage."
     seen = network.body(pixels, output_hidden_states=True)
@@ -118,6 +119,7 @@ def neutral_pixels(
         clouds.append(torch.tanh(sum(layers) + torch.randn(1, 3, 1, 1, generator=generator)))
     return torch.cat(clouds)
 
+# %% ../../nbs/library/measure_towers.ipynb #cca3494c
 def in_neutral_units(tower): # Tower -> Tower
     "The same tower, with styles in units of neutral pictures."
     style = tower.parts(neutral_pixels(tower.side))[2]

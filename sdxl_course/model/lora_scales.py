@@ -158,6 +158,7 @@ def split_strength(
     bare = not where or not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", number) or Path(text).expanduser().exists()
     return (text, None) if bare else (where, float(number))
 
+# %% ../../nbs/library/model_lora_scales.ipynb #af524770
 def read_tags(
     prompt:str, # such as a red house <lora:style:0.8>
 )->tuple: # (the prompt without them, name -> strength)

@@ -10,7 +10,6 @@ import re
 import torch
 from dataclasses import dataclass
 from itertools import groupby
-from ..core import CourseError
 from ..options import option
 from .conditioning import encode_prompts, encode_windows, token_windows, wrap_windows
 

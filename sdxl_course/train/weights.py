@@ -16,7 +16,8 @@ from ..core import load_tensors, save_tensors
 from ..model.components import save_components
 from ..model.adapters import block_rates, enable_gradient_checkpointing, inject_lora, lora_modules
 from ..model.adapters import parameter_groups, text_encoder_rates
-from ..model.lora_files import initialize_lora_from, load_factors, load_lora_into, save_factors, save_kohya
+from ..model.lora_files import initialize_lora_from, load_lora_into, save_kohya
+from ..model.lora_factors import load_factors, save_factors
 from ..model.lora_files import save_lora
 from ..model.words import LearnedTokens, placeholder_map, save_embeddings
 from .loop import copy_into
