@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'WAYS', 'RATES', 'TASKS', 'KEY', 'MEASURES', 'COSTS', 'S
            'read_rows', 'best_rate', 'trainings_of', 'seconds_needed', 'judge_row', 'next_row', 'gather', 'run_sweep',
            'hours_of_whole', 'read_sweep', 'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
 
-# %% ../nbs/library/sweep.ipynb #e2a86a92
+# %% ../nbs/library/sweep.ipynb #dce06012
 import json
 import numpy as np
 import shutil
@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from .core import CourseError, nearest, seeded, to_jsonable, write_json
 from .devices import provenance
 from .options import check_limits, option, run_command
@@ -133,7 +134,7 @@ def watched_memory(
     alone = gpu or reset.exists() # elsewhere the peak of the whole process says nothing about one training
     found["peak_memory"] = (torch.cuda.max_memory_allocated() if gpu else peak_memory_bytes()) if alone else None
 
-# %% ../nbs/library/sweep.ipynb #006203c5
+# %% ../nbs/library/sweep.ipynb #19db2654
 def train_one(
     task:str, # one of TASKS
     way:str, # a key of WAYS
@@ -145,10 +146,14 @@ def train_one(
     training, found = training_of(task, way, rate, seed, config), dict(task=task, way=way, rate=rate, seed=seed)
     shutil.rmtree(training.output_dir, ignore_errors=True) # half a training of a sweep that was stopped
     train = train_text_to_image if task == "style" else train_dreambooth
-    components, began = load_components(config.model), time.perf_counter()
-    with watched_memory(found): result = train(training, components, log=lambda text: None)
+    components, began, ends = load_components(config.model), time.perf_counter(), []
+    clock = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    try:
+        with watched_memory(found): result = train(training, components, log=lambda text: None)
+    finally: clock.remove()
     smallest = min(path.stat().st_size for path in result.output_dir.glob("*.safetensors")) # of a LoHa, its factors
-    return found | dict(seconds=time.perf_counter() - began, validation_loss=result.validation_loss_after,
+    per_update = float(np.median(np.diff(ends))) if len(ends) > 1 else None
+    return found | dict(seconds=time.perf_counter() - began, update_seconds=per_update, validation_loss=result.validation_loss_after,
         validation_loss_before=result.validation_loss_before, bytes=smallest,
         losses=result.losses)
 
@@ -223,7 +228,7 @@ def best_rate(
     loss = lambda row: row["validation_loss"] if row["validation_loss"] is not None else np.inf
     return min(tried, key=loss)["rate"] if tried else None
 
-# %% ../nbs/library/sweep.ipynb #110634ab
+# %% ../nbs/library/sweep.ipynb #ed715ddf
 def trainings_of(
     config:SweepConfig,
     rows:list, # that are there
@@ -239,13 +244,15 @@ def seconds_needed(
     config:SweepConfig, # the one that is asked about
 )->float: # None without rows
     "How long all trainings and pictures of a sweep take, by what rows of the same machine took."
-    if not (judged := [row for row in rows if "measured" in row]): return None
-    per_update = np.median([row["seconds"]/len(row["losses"])/row["settings"]["train_batch_size"] for row in rows])
+    judged, timed = ([row for row in rows if row.get(key)] for key in ("measured", "update_seconds"))
+    if not (judged and timed): return None
+    per_picture = np.median([row["update_seconds"]/row["settings"]["train_batch_size"] for row in timed])
+    around = np.median([row["seconds"] - row["update_seconds"]*len(row["losses"]) for row in timed])
     per_glance = np.median([row["drawing_seconds"]/row["settings"]["num_inference_steps"] for row in judged])
     pairs = len(TASKS)*len(selected_ways(config))
     trainings = pairs*(len(config.rates) + config.seeds - 1) # the best rate has been trained with the first seed
-    return float(trainings*config.max_train_steps*config.train_batch_size*per_update
-        + pairs*config.seeds*config.num_inference_steps*per_glance)
+    training = around + config.max_train_steps*config.train_batch_size*per_picture
+    return float(trainings*training + pairs*config.seeds*config.num_inference_steps*per_glance)
 
 # %% ../nbs/library/sweep.ipynb #5b8bbd0a
 def judge_row(
