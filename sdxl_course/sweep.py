@@ -133,7 +133,7 @@ def watched_memory(
     alone = gpu or reset.exists() # elsewhere the peak of the whole process says nothing about one training
     found["peak_memory"] = (torch.cuda.max_memory_allocated() if gpu else peak_memory_bytes()) if alone else None
 
-# %% ../nbs/library/sweep.ipynb #ff12ab76
+# %% ../nbs/library/sweep.ipynb #732c3a15
 def train_one(
     task:str, # one of TASKS
     way:str, # a key of WAYS
@@ -151,11 +151,9 @@ def train_one(
         with watched_memory(found): result = train(training, components, log=lambda text: None)
     finally: clock.remove()
     smallest = min(path.stat().st_size for path in result.output_dir.glob("*.safetensors")) # of a LoHa, its factors
-    per_update = float(np.median(np.diff(ends))) if len(ends) > 1 else None
-    return found | dict(seconds=time.perf_counter() - began, update_seconds=per_update,
-        validation_loss=result.validation_loss_after,
-        validation_loss_before=result.validation_loss_before, bytes=smallest,
-        losses=result.losses)
+    return found | dict(seconds=time.perf_counter() - began, losses=result.losses, bytes=smallest,
+        update_seconds=float(np.median(np.diff(ends))) if len(ends) > 1 else None,
+        validation_loss=result.validation_loss_after, validation_loss_before=result.validation_loss_before)
 
 # %% ../nbs/library/sweep.ipynb #ffd15c1e
 def draw_task(
