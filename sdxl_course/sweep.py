@@ -6,9 +6,9 @@
 __all__ = ['ATTENTION', 'WAYS', 'RATES', 'TASKS', 'KEY', 'MEASURES', 'COSTS', 'SweepConfig', 'selected_ways', 'held_out_chairs',
            'training_of', 'watched_memory', 'train_one', 'draw_task', 'Judges', 'measure_task', 'sweep_settings',
            'read_rows', 'best_rate', 'trainings_of', 'seconds_needed', 'judge_row', 'next_row', 'gather', 'run_sweep',
-           'hours_of_whole', 'read_sweep', 'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
+           'read_sweep', 'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
 
-# %% ../nbs/library/sweep.ipynb #e2a86a92
+# %% ../nbs/library/sweep.ipynb #c2977d2c
 import json
 import numpy as np
 import shutil
@@ -17,14 +17,14 @@ import time
 import torch
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from .core import CourseError, nearest, seeded, to_jsonable, write_json
 from .devices import provenance
 from .options import check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
-from .model.components import load_components
+from .model.components import load_components, tiny_path
 from .model.latents import native_resolution
 from .model.sampling import generate
 from .data.cache import fingerprint
@@ -133,7 +133,7 @@ def watched_memory(
     alone = gpu or reset.exists() # elsewhere the peak of the whole process says nothing about one training
     found["peak_memory"] = (torch.cuda.max_memory_allocated() if gpu else peak_memory_bytes()) if alone else None
 
-# %% ../nbs/library/sweep.ipynb #006203c5
+# %% ../nbs/library/sweep.ipynb #732c3a15
 def train_one(
     task:str, # one of TASKS
     way:str, # a key of WAYS
@@ -145,12 +145,15 @@ def train_one(
     training, found = training_of(task, way, rate, seed, config), dict(task=task, way=way, rate=rate, seed=seed)
     shutil.rmtree(training.output_dir, ignore_errors=True) # half a training of a sweep that was stopped
     train = train_text_to_image if task == "style" else train_dreambooth
-    components, began = load_components(config.model), time.perf_counter()
-    with watched_memory(found): result = train(training, components, log=lambda text: None)
+    components, began, ends = load_components(config.model), time.perf_counter(), []
+    clock = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    try:
+        with watched_memory(found): result = train(training, components, log=lambda text: None)
+    finally: clock.remove()
     smallest = min(path.stat().st_size for path in result.output_dir.glob("*.safetensors")) # of a LoHa, its factors
-    return found | dict(seconds=time.perf_counter() - began, validation_loss=result.validation_loss_after,
-        validation_loss_before=result.validation_loss_before, bytes=smallest,
-        losses=result.losses)
+    return found | dict(seconds=time.perf_counter() - began, losses=result.losses, bytes=smallest,
+        update_seconds=float(np.median(np.diff(ends))) if len(ends) > 1 else None,
+        validation_loss=result.validation_loss_after, validation_loss_before=result.validation_loss_before)
 
 # %% ../nbs/library/sweep.ipynb #ffd15c1e
 def draw_task(
@@ -223,7 +226,7 @@ def best_rate(
     loss = lambda row: row["validation_loss"] if row["validation_loss"] is not None else np.inf
     return min(tried, key=loss)["rate"] if tried else None
 
-# %% ../nbs/library/sweep.ipynb #110634ab
+# %% ../nbs/library/sweep.ipynb #ed715ddf
 def trainings_of(
     config:SweepConfig,
     rows:list, # that are there
@@ -239,13 +242,15 @@ def seconds_needed(
     config:SweepConfig, # the one that is asked about
 )->float: # None without rows
     "How long all trainings and pictures of a sweep take, by what rows of the same machine took."
-    if not (judged := [row for row in rows if "measured" in row]): return None
-    per_update = np.median([row["seconds"]/len(row["losses"])/row["settings"]["train_batch_size"] for row in rows])
+    judged, timed = ([row for row in rows if row.get(key)] for key in ("measured", "update_seconds"))
+    if not (judged and timed): return None
+    per_picture = np.median([row["update_seconds"]/row["settings"]["train_batch_size"] for row in timed])
+    around = np.median([row["seconds"] - row["update_seconds"]*len(row["losses"]) for row in timed])
     per_glance = np.median([row["drawing_seconds"]/row["settings"]["num_inference_steps"] for row in judged])
     pairs = len(TASKS)*len(selected_ways(config))
     trainings = pairs*(len(config.rates) + config.seeds - 1) # the best rate has been trained with the first seed
-    return float(trainings*config.max_train_steps*config.train_batch_size*per_update
-        + pairs*config.seeds*config.num_inference_steps*per_glance)
+    training = around + config.max_train_steps*config.train_batch_size*per_picture
+    return float(trainings*training + pairs*config.seeds*config.num_inference_steps*per_glance)
 
 # %% ../nbs/library/sweep.ipynb #5b8bbd0a
 def judge_row(
@@ -300,7 +305,7 @@ def gather(
     write_json(Path(folder)/"sweep.json", sweep)
     return sweep
 
-# %% ../nbs/library/sweep.ipynb #f20bfb0e
+# %% ../nbs/library/sweep.ipynb #50a546db
 def run_sweep(
     config:SweepConfig,
     log=print, # gets a sentence for every training
@@ -320,22 +325,16 @@ def run_sweep(
                 score = f", score {np.mean(row['measured']['score']):.2f}" if "measured" in row else ""
                 log(f"{row['task']}, {row['way']}, rate {row['rate']:g}, seed {row['seed']}: held-out loss "
                     f"{row['validation_loss']}{score}, {row['seconds']:.0f} s")
-        log(f"the whole sweep, {len(WAYS)} ways and {len(RATES)} rates, takes {hours_of_whole(rows):.1f} hours here")
+        hours = (seconds_needed(rows, SweepConfig()) or np.nan)/3600
+        log(f"the whole sweep, {len(WAYS)} ways and {len(RATES)} rates, takes {hours:.1f} hours here")
         return gather(folder, settings, rows)
 
-# %% ../nbs/library/sweep.ipynb #5a4100fa
-def hours_of_whole(
-    rows:list, # of a sweep, perhaps of a short one
-)->float:
-    "How long the sweep takes that the command makes when nothing else is asked for."
-    return (seconds_needed(rows, SweepConfig()) or 0)/3600
-
-# %% ../nbs/library/sweep.ipynb #c10df561
+# %% ../nbs/library/sweep.ipynb #73b59932
 def read_sweep(
     path=None, # sweep.json; None: the one that ships with the course
 )->dict: # see `gather`
     "Open a sweep that was made before; CourseError for a file that holds none."
-    path = Path(path or Path(str(files("sdxl_course")))/"studies"/"sweep.json")
+    path = Path(path or tiny_path().parent/"studies"/"sweep.json")
     try: sweep = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CourseError(f"{path} is no sweep ({error}): "
@@ -344,7 +343,7 @@ def read_sweep(
         raise CourseError(f"{path} is no sweep: wanted a sweep.json with settings and rows")
     return sweep
 
-# %% ../nbs/library/sweep.ipynb #3873ee40
+# %% ../nbs/library/sweep.ipynb #406d9b93
 MEASURES, COSTS = ("score", "content", "drift"), ("bytes", "seconds", "peak_memory")
 
 def judged_rows(
@@ -356,7 +355,7 @@ def judged_rows(
     place = (task, way, best_rate(rows, task, way))
     return [row for row in rows if (row["task"], row["way"], row["rate"]) == place and "measured" in row]
 
-# %% ../nbs/library/sweep.ipynb #a1bea961
+# %% ../nbs/library/sweep.ipynb #4cac5cc8
 def summary(
     sweep:dict, # of `run_sweep`
     task:str, # one of TASKS
@@ -373,7 +372,7 @@ def summary(
             **{key: mean(key) for key in COSTS}, **{key: interval(key) for key in MEASURES}))
     return found
 
-# %% ../nbs/library/sweep.ipynb #91455f7c
+# %% ../nbs/library/sweep.ipynb #fc333478
 def pareto_front(
     costs:list, # numbers, the lower the better
     gains:list, # numbers of the same, the higher the better
@@ -398,7 +397,7 @@ def sweep_table(
             f"{row['bytes']/1e3:>6.0f}{row['seconds']:>6.0f}{row['peak_memory']/1e6:>9.0f}")
     return "\n".join(lines)
 
-# %% ../nbs/library/sweep.ipynb #bd5a0db4
+# %% ../nbs/library/sweep.ipynb #1841acfe
 def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
@@ -406,5 +405,5 @@ def main(
     again = "the same command goes on with the training that was stopped"
     return run_command(SweepConfig, run_sweep, argv, "sweep", again)
 
-# %% ../nbs/library/sweep.ipynb #a9e275c4
+# %% ../nbs/library/sweep.ipynb #f7723f0c
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

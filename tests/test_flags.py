@@ -202,7 +202,7 @@ TABLE = [  # model
     ("use_dora", True, {}, lambda a, b: any("lora_magnitude_vector" in n for n in tensors(a)) and differ(a, b)), ("use_rslora", True, {}, lambda a, b: note(a)["use_rslora"] and differ(a, b)),
     *[("init_lora_weights", name, {}, lambda a, b: differ(a, b) and a.result.validation_loss_before == pytest.approx(b.result.validation_loss_before, rel=1e-4))
         for name in ("default", "pissa", "pissa_niter_4", "olora", "orthogonal")],
-    *[("adapter", name, {}, lambda a, b: differ(a, b) and any(sign in n for n in load_tensors(a.folder / "lycoris.safetensors")[0])) for name, sign in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"))],
+    *[("adapter", name, {}, lambda a, b, sign=sign: differ(a, b) and any(sign in n for n in load_tensors(a.folder / "lycoris.safetensors")[0])) for name, sign in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"))],
     ("train_text_encoder", True, {}, lambda a, b: {n.split(".")[0] for n in tensors(a)} == {"unet", "text_encoder", "text_encoder_2"} and {n.split(".")[0] for n in tensors(b)} == {"unet"}),
     ("debug_loss", True, {}, lambda a, b: "loss_of" in a.log[0].keys() - b.log[0].keys() and all(len(row["loss_of"]) in (1, 2) for row in a.log)),
     # machine and sharing

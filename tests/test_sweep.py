@@ -6,7 +6,7 @@ import pytest
 from sdxl_course import sweep
 from sdxl_course.sweep import SweepConfig, TASKS, WAYS, best_rate, main, run_sweep, seconds_needed, summary, trainings_of, training_of
 
-SHORT = dict(ways="rank_1", learning_rates=[1e-3, 2e-3], seeds=2, max_train_steps=1, train_batch_size=1, num_prompts=2, num_inference_steps=1)
+SHORT = dict(ways="rank_1", learning_rates=[1e-3, 2e-3], seeds=2, max_train_steps=2, train_batch_size=1, num_prompts=2, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -50,7 +50,7 @@ def test_a_sweep_goes_on_where_it_was_and_ends_with_the_same_numbers(tmp_path, m
     monkeypatch.setattr(sweep, "train_one", lambda *args: count.append(args) or train(*args))
     again = run_sweep(stopped, said.append)
     assert len(count) == 6                                                     # nothing was trained twice
-    free = ("seconds", "drawing_seconds", "peak_memory")
+    free = ("seconds", "update_seconds", "drawing_seconds", "peak_memory")
     bare = lambda rows: [{key: value for key, value in row.items() if key not in free} for row in rows]
     assert bare(again["rows"]) == bare(whole["rows"]) == bare(json.loads((tmp_path / "b" / "sweep.json").read_text())["rows"])
     seen = len(said)
