@@ -128,7 +128,7 @@ def watched_memory(
     gpu, reset = torch.cuda.is_available(), Path("/proc/self/clear_refs")
     if gpu: torch.cuda.reset_peak_memory_stats()
     else:
-        with suppress(OSError): reset.write_text("5") # Linux forgets the peak so far
+        with suppress(OSError): reset.write_text("5", "utf-8") # Linux forgets the peak so far
     yield
     alone = gpu or reset.exists() # elsewhere the peak of the whole process says nothing about one training
     found["peak_memory"] = (torch.cuda.max_memory_allocated() if gpu else peak_memory_bytes()) if alone else None
