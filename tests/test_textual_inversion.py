@@ -145,12 +145,13 @@ def test_encoders_that_look_for_the_largest_id_find_the_end_all_the_same(tmp_pat
         folder = run.finish().output_dir
     finally: run.close()
     pooled = lambda pipeline: pipeline.encode_prompt("a <my-chair> b", do_classifier_free_guidance=False)[2][0]
-    pipeline = StableDiffusionXLPipeline.from_pretrained(str(model))
     usage = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    lines = usage.replace('"this folder"', repr(str(folder))).strip().splitlines()
-    exec("\n".join(lines[:-1]), dict(pipeline=pipeline))
-    assert (pooled(pipeline) - want).abs().max() > 1e-3
-    exec(lines[-1], dict(pipeline=pipeline))
+    *lines, mend, draw = usage.replace('"this folder"', repr(str(folder))).replace('"the folder of model"', repr(str(model))).strip().splitlines()
+    names = {}
+    exec("\n".join(lines), names)
+    pipeline = names["pipeline"]
+    assert (pooled(pipeline) - want).abs().max() > 1e-3 and draw.startswith("picture = pipeline(")
+    exec(mend, names)
     assert (pooled(pipeline) - want).abs().max() < 1e-5 and (pooled(stock(folder)) - want).abs().max() < 1e-5
 
 
