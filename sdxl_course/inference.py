@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import ClassVar
 from .core import CourseError, image_grid, is_interactive, run_guarded
 from .devices import pick_device, weight_dtype
-from .options import SEEDS, check_limits, fields_of, option, parse_config, rules_of, writable_folder
+from .options import SEEDS, check_constraints, check_limits, fields_of, option, parse_config
+from .options import writable_folder
 from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
@@ -156,8 +157,7 @@ def _check_config(config):
     "CourseError for options out of range, for those that do not go together, and where nothing is asked for."
     if isinstance(config.negative_prompt, str): object.__setattr__(config, "negative_prompt", [config.negative_prompt])
     check_limits(config)
-    for forbids, sentence in rules_of(config, "constraints"):
-        if forbids(config): raise CourseError(sentence)
+    check_constraints(config)
     if not config.prompt: raise CourseError('no prompt was given: wanted --prompt "a photo of a red house"')
 
 # %% ../nbs/library/inference.ipynb #000c0935

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESUME', 'SEEDS', 'PATHS', 'MARK', 'STOPS', 'RESUMABLE', 'option', 'check_range', 'check_limits', 'not_among',
-           'rules_of', 'names_path', 'resolve_texts', 'check_options', 'unused_options', 'is_set', 'fields_of',
-           'resume_kinds', 'config_dict', 'is_within', 'would_be_read', 'writable_folder', 'read_config_file',
-           'file_flags', 'NamedOptions', 'without_secrets', 'parse_config', 'signal_handler', 'run_command']
+           'rules_of', 'names_path', 'resolve_texts', 'check_constraints', 'check_options', 'unused_options', 'is_set',
+           'fields_of', 'resume_kinds', 'config_dict', 'is_within', 'would_be_read', 'writable_folder',
+           'read_config_file', 'file_flags', 'NamedOptions', 'without_secrets', 'parse_config', 'signal_handler',
+           'run_command']
 
 # %% ../nbs/library/options.ipynb #60971450
 import copy
@@ -126,6 +127,13 @@ def resolve_texts(
         if value != getattr(config, f.name): object.__setattr__(config, f.name, value)
 
 # %% ../nbs/library/options.ipynb #b35200a9
+def check_constraints(
+    config, # a config dataclass, made of option classes
+):
+    "Raise CourseError for a combination that a rule among `constraints` forbids."
+    for forbids, sentence in rules_of(config, "constraints"):
+        if forbids(config): raise CourseError(sentence)
+
 def check_options(
     config, # a config dataclass, made of option classes
 ):
@@ -135,8 +143,7 @@ def check_options(
         if f.metadata.get("limit") and isinstance(value := getattr(config, f.name), list) and len(value) == 1:
             object.__setattr__(config, f.name, value[0])
     check_limits(config)
-    for forbids, sentence in rules_of(config, "constraints"):
-        if forbids(config): raise CourseError(sentence)
+    check_constraints(config)
 
 # %% ../nbs/library/options.ipynb #52e96103
 def unused_options(
