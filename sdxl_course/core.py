@@ -249,7 +249,7 @@ def sync_folder(
 # %% ../nbs/library/core.ipynb #0f29b841
 def write_atomic(
     path,       # file to write; its folder is made
-    data:bytes, # everything that it will hold
+    data, # everything that it will hold: bytes, or a function that writes into the open file
 )->Path: # the file
     "Write a file whole or not at all; raises CourseError where it cannot be written."
     path = Path(path)
@@ -258,7 +258,7 @@ def write_atomic(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(neighbour, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(neighbour, target)

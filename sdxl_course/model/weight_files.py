@@ -8,17 +8,14 @@ __all__ = ['STORED_TYPES', 'stream_tensors', 'weight_files', 'open_weights', 'ne
 
 # %% ../../nbs/library/model_weight_files.ipynb #ff0ebd35
 import json
-import os
 import re
 import torch
-import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig
-from ..core import CourseError, check_finite, sync_folder, write_atomic
+from ..core import CourseError, check_finite, write_atomic
 from .architecture import sdxl_architecture
 from .components import NETWORKS, TEXT_ENCODERS, read_index, resolve_folder
 from .folders import named_class, read_json, require_safetensors
@@ -50,27 +47,14 @@ def stream_tensors(
     metadata=None, # notes: word -> words
 )->Path: # the file
     "Write a safetensors file whole or not at all, a tensor at a time; CourseError where it cannot be written."
-    path = Path(path)
-    target = Path(os.path.realpath(path))
-    neighbour = target.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(neighbour, "wb") as file:
-            file.write(_header(plan, metadata))
-            for name, (shape, dtype) in plan.items():
-                tensor = read(name).detach().to("cpu", dtype).contiguous()
-                if tensor.shape != torch.Size(shape):
-                    raise ValueError(f"{name} is {tuple(tensor.shape)}, the header says {tuple(shape)}")
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(neighbour, target)
-        sync_folder(target.parent)
-    except OSError as error: raise CourseError(f"{path} could not be written ({error.strerror}); "
-        "choose a folder with write permission and free space") from error
-    finally:
-        with suppress(OSError): neighbour.unlink()
-    return path
+    def write(file):
+        file.write(_header(plan, metadata))
+        for name, (shape, dtype) in plan.items():
+            tensor = read(name).detach().to("cpu", dtype).contiguous()
+            if tensor.shape != torch.Size(shape):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, the header says {tuple(shape)}")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return write_atomic(path, write)
 
 # %% ../../nbs/library/model_weight_files.ipynb #c220352b
 def weight_files(
