@@ -22,11 +22,11 @@ extras = {
 }
 
 
-def package_files(folder):
-    "Files below the package that are not modules: weights, configurations, vocabularies."
+def package_files():
+    "Files of the package that are not modules: weights, configurations, vocabularies, texts of commands."
     root = here / cfg["lib_path"]
     wanted = {".safetensors", ".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".jpg"}
-    found = (root / folder).rglob("*")
+    found = root.rglob("*")
     return [str(path.relative_to(root)) for path in sorted(found) if path.is_file() and path.suffix in wanted]
 
 
@@ -50,7 +50,7 @@ setup(
         *[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: package_files("tiny") + package_files("studies")},
+    package_data={cfg["lib_path"]: package_files()},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

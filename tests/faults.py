@@ -155,9 +155,9 @@ def writes(bench, number):
 
 
 def errors(bench, number):
-    for name, stays in ERRORS.items():
+    for place, (name, stays) in enumerate(ERRORS.items()):
         reads = name == "EIO"
-        for moment in spread(bench.operations[reads], max(1, number // len(ERRORS)), name):
+        for moment in spread(bench.operations[reads], (number + place) // len(ERRORS), name):
             folder = bench.home / f"{name}-{moment}"
             code, told = bench.run(folder, prepare=lambda: sys.addaudithook(Strike(folder, moment, fail(name), stays, reads, REMOVES if name == "ENOSPC" else ())))
             wrong = f"ended with {code}: {told[-300:]}" if code not in (0, 2) or "Traceback" in told else ""

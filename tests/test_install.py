@@ -46,7 +46,7 @@ def bare(wheel, tmp_path_factory):
 
 def test_wheel_holds_modules_and_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = [path for path in LIB.rglob("*") if path.suffix in (".py", ".safetensors", ".json", ".txt") and "__pycache__" not in path.parts]
+    data = [path for path in LIB.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {f"{LIB.name}/{path.relative_to(LIB).as_posix()}" for path in data} <= names
     assert not [name for name in names if name.startswith(("tests/", "nbs/", "data_samples/"))]
 
