@@ -267,7 +267,7 @@ def functions(
     "A method as two functions and a command."
     def open(config, components=None, log=print, live=False): return open_run(method, config, components, log, live)
     def train(config, components=None, log=print, live=False): return open(config, components, log, live).run()
-    def main(argv=None): return run_command(method.config, train, argv, method.name)
+    def main(argv=None): return run_command(method.config, train, argv, f"sdxl-course {method.name}")
     name = method.name.replace("-", "_")
     open.__name__, open.__doc__ = f"open_{name}", f"A run of {method.name} that is ready to train: see `open_run`."
     train.__name__, train.__doc__ = f"train_{name}", f"{method.config.__doc__} Gives a Result."
