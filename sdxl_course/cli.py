@@ -23,6 +23,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "pretrain": ("pretraining.export", "make the small model again from nothing"),
     "dreambooth": ("dreambooth", "train a LoRA on one particular thing"),
     "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
+    "custom-diffusion": ("custom_diffusion", "learn things by new words and the keys and values of attention"),
     "full": ("full", "train every weight of the UNet on captioned pictures"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "explain": ("explain", "say what an option means, when to change it and what that costs"),

@@ -25,10 +25,12 @@ from .options import option, parse_config
 from .dreambooth import DREAMBOOTH
 from .full import FULL
 from .text_to_image import TEXT_TO_IMAGE
+from .custom_diffusion import CUSTOM_DIFFUSION
 from .textual_inversion import TEXTUAL_INVERSION
 
 # %% ../nbs/library/explain.ipynb #c2a524bb
-TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION)}
+TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION,
+    CUSTOM_DIFFUSION)}
 PACKAGE = Path(sys.modules[CourseError.__module__].__file__).parent
 
 @lru_cache

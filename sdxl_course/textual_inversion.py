@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECT', 'STYLE', 'TEMPLATES', 'USAGE', 'TEXTUAL_INVERSION', 'open_textual_inversion', 'train_textual_inversion',
            'main', 'TextualInversionConfig', 'read_pictures', 'validation_pictures', 'publish_tokens',
-           'publish_when_due', 'check_placeholder', 'new_token']
+           'publish_when_due', 'new_token']
 
 # %% ../nbs/library/textual_inversion.ipynb #2b82a6c1
 import sys
@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from .core import CourseError
 from .model.components import quiet
-from .model.words import TABLES, LearnedTokens, add_tokens, save_embeddings, save_learned_embeds
+from .model.words import TABLES, LearnedTokens, add_tokens, check_new_words, save_embeddings, save_learned_embeds
 from .options import option
 from .train.build import functions
 from .train.class_images import uncaptioned_pictures
@@ -116,16 +116,6 @@ def publish_when_due(
     with eval_weights(state): save_learned_embeds(tokens, folder, f"-steps-{state.step}")
 
 # %% ../nbs/library/textual_inversion.ipynb #7e06313b
-def check_placeholder(
-    config, # TextualInversionConfig
-    components, # SDXLComponents
-):
-    "Raise CourseError for a placeholder that the tokenizers know already."
-    vocabularies = [getattr(components, part).get_vocab() for part in ("tokenizer", "tokenizer_2")]
-    if any(config.placeholder_token in vocabulary for vocabulary in vocabularies):
-        raise CourseError(f"--placeholder_token {config.placeholder_token!r} is a word that the tokenizer knows: "
-            "wanted a new one, such as <my-chair>")
-
 USAGE = """pipeline.load_textual_inversion("this folder", weight_name="learned_embeds.safetensors",
     text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
 pipeline.load_textual_inversion("this folder", weight_name="learned_embeds_2.safetensors",
@@ -141,7 +131,7 @@ def new_token(
     scale:float=1, # of the learning rate
 ): # Trained
     "The new word, in both text encoders."
-    check_placeholder(config, components)
+    check_new_words(components, [config.placeholder_token], "placeholder_token")
     placeholders = {config.placeholder_token: "".join(f"<s{k}>" for k in range(config.num_vectors))}
     tokens = add_tokens(components, placeholders, seed, config.initializer_token)
     card = CardText("SDXL textual inversion", f"The word `{config.placeholder_token}`", USAGE, ("textual_inversion",),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKEN_OPTIONS', 'TABLES', 'TokenOptions', 'replace_placeholders', 'placeholder_map', 'PlaceholderTokenizer',
-           'ExtendedEmbedding', 'fix_eos', 'initial_embeddings', 'extend_embedding', 'LearnedTokens', 'save_embeddings',
-           'save_learned_embeds', 'add_tokens', 'load_learned_tokens', 'words_beside', 'learned_placeholders']
+           'ExtendedEmbedding', 'fix_eos', 'initial_embeddings', 'initial_token', 'extend_embedding', 'LearnedTokens',
+           'check_new_words', 'save_embeddings', 'save_learned_embeds', 'add_tokens', 'load_learned_tokens',
+           'words_beside', 'learned_placeholders']
 
 # %% ../../nbs/library/model_words.ipynb #a342e3fc
 import copy
@@ -119,12 +120,22 @@ def initial_embeddings(
     number:int, # of new rows
     seed:int, # draws random ones
     name:str, # of the table
-    token:int=None, # id of a known token to begin with; None: random, as large as a usual row
+    tokens:list=None, # ids of known tokens to begin with; None: random, as large as a usual row
 )->torch.Tensor: # (number, d) float32
     "The first values of new tokens."
-    if token is not None: return base.weight.detach().float()[token].expand(number, -1).clone()
+    if tokens is not None: return base.weight.detach().float()[tokens].clone()
     drawn = torch.randn(number, base.embedding_dim, generator=seeded("new words", seed, name))
     return (drawn*base.weight.detach().float().std().cpu()).to(base.weight.device)
+
+# %% ../../nbs/library/model_words.ipynb #e269d105
+def initial_token(
+    tokenizer, # that knows the word
+    word:str, # to begin with
+)->int:
+    "The id of a word that is one token; CourseError for any other."
+    ids = tokenizer(word).input_ids[1:-1]
+    if len(ids) == 1: return ids[0]
+    raise CourseError(f"--initializer_token {word!r} is {len(ids)} tokens: wanted a word that the tokenizer knows as one")
 
 # %% ../../nbs/library/model_words.ipynb #9d30c18b
 def extend_embedding(
@@ -132,17 +143,13 @@ def extend_embedding(
     tokenizer, # PlaceholderTokenizer
     seed:int, # draws the first values
     name:str, # of this table
-    initializer:str=None, # a known word to begin with; None: random
+    initializer=None, # a known word to begin with, or one for each row; None: random
 )->ExtendedEmbedding:
     "Give a text encoder rows for the new tokens; CourseError for an initializer of several tokens."
-    base, token = encoder.get_input_embeddings(), None
-    if initializer is not None:
-        ids = tokenizer(initializer).input_ids[1:-1]
-        if len(ids) != 1:
-            raise CourseError(f"--initializer_token {initializer!r} is {len(ids)} tokens: wanted a word that the "
-                "tokenizer knows as one")
-        token = ids[0]
-    new = initial_embeddings(base, len(tokenizer) - tokenizer.first, seed, name, token)
+    base, number = encoder.get_input_embeddings(), len(tokenizer) - tokenizer.first
+    words = [initializer]*number if isinstance(initializer, str) else initializer
+    tokens = words and [initial_token(tokenizer, word) for word in words]
+    new = initial_embeddings(base, number, seed, name, tokens)
     extended = ExtendedEmbedding(base, tokenizer.first, new)
     home = next(module for module in encoder.modules() if any(child is base for child in module.children()))
     setattr(home, next(name for name, child in home.named_children() if child is base), extended)
@@ -180,6 +187,18 @@ class LearnedTokens:
         with torch.no_grad():
             for name, table in self.tables.items(): table.new.copy_(values[name])
 
+# %% ../../nbs/library/model_words.ipynb #7095d266
+def check_new_words(
+    components, # SDXLComponents, before they learn the words
+    words:list, # that shall be learnt
+    flag:str, # the option that names them
+):
+    "Raise CourseError for a word that a tokenizer knows already, as a word or as a piece of one."
+    vocabularies = [getattr(components, f"tokenizer{part}").get_vocab() for part in TABLES.values()]
+    for word in words:
+        if any(piece in vocabulary for vocabulary in vocabularies for piece in (word, f"{word}</w>")):
+            raise CourseError(f"--{flag} {word!r} is a word that the tokenizer knows: wanted a new one, such as <my-chair>")
+
 # %% ../../nbs/library/model_words.ipynb #0dcc65d4
 def save_embeddings(
     tokens:LearnedTokens,
@@ -212,7 +231,7 @@ def add_tokens(
     components, # SDXLComponents; tokenizers and text encoders are changed in place
     placeholders:dict, # from `placeholder_map`
     seed:int, # draws the first values
-    initializer:str=None, # a known word to begin with; None: random
+    initializer=None, # a known word to begin with, or one for each new token; None: random
 )->LearnedTokens:
     "Give both tokenizers and both text encoders new tokens."
     tables = {}

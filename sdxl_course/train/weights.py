@@ -19,7 +19,7 @@ from ..model.adapters import parameter_groups, text_encoder_rates
 from ..model.lora_files import initialize_lora_from, load_lora_into, save_kohya
 from ..model.lora_factors import load_factors, save_factors
 from ..model.lora_files import save_lora
-from ..model.words import LearnedTokens, placeholder_map, save_embeddings
+from ..model.words import LearnedTokens, save_embeddings
 from .loop import copy_into
 from .results import CardText
 
@@ -50,11 +50,12 @@ def together(
         first.after_update + second.after_update)
 
 # %% ../../nbs/library/train_weights.ipynb #43b514b2
-def words_usage(config)->str:
+def words_usage(
+    name:str, # of the folder, and so of the file
+    tokens:list, # what the new tokens are called, in the order of their rows
+    said:str="", # for which word of a prompt they stand
+)->str:
     "Lines of Python for a card that load the learnt words into a stock pipeline, and their names in other programs."
-    name, words = Path(config.output_dir).name, placeholder_map(config.token_abstraction,
-        config.num_new_tokens_per_abstraction)
-    tokens = re.findall(r"<s\d+>", "".join(words.values()))
     return f"""
 
 from safetensors.torch import load_file
@@ -64,7 +65,7 @@ for key, tokenizer, encoder in (("clip_l", pipeline.tokenizer, pipeline.text_enc
     pipeline.load_textual_inversion(words[key], token={tokens}, tokenizer=tokenizer, text_encoder=encoder)
     for module in encoder.modules(): # a prompt ends at its end token, not at the largest number
         if getattr(module, "eos_token_id", None) == 2: module.eos_token_id = tokenizer.eos_token_id
-# prompts say {", ".join(f"{new} for {word}" for word, new in words.items())}
+# prompts say {said or ", ".join(tokens)}
 # A1111: put {name}_emb.safetensors among the embeddings and say {name}_emb; ComfyUI: embedding:{name}_emb"""
 
 # %% ../../nbs/library/train_weights.ipynb #8fb16263
@@ -86,7 +87,10 @@ def lora_card(config)->CardText:
         *["dora"]*config.use_dora)
     usage = 'pipeline.load_lora_weights("this folder", weight_name="pytorch_lora_weights.safetensors")'
     if config.clip_skip: usage += f"\n# draw with pipeline(prompt, clip_skip={config.clip_skip})"
-    if getattr(config, "train_text_encoder_ti", False): usage += words_usage(config)
+    if getattr(config, "train_text_encoder_ti", False):
+        words = config.placeholders
+        usage += words_usage(Path(config.output_dir).name, re.findall(r"<s\d+>", "".join(words.values())),
+            ", ".join(f"{new} for {word}" for word, new in words.items()))
     return CardText("SDXL LoRA", f"A rank-{config.rank} {kind}", usage, tags, config.train_text_encoder)
 
 # %% ../../nbs/library/train_weights.ipynb #18d5b561

@@ -1,0 +1,142 @@
+"The command that learns things by words and the keys and values of cross-attention, on a toy model."
+import json
+from dataclasses import MISSING, fields
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from sdxl_course.cli import main as command
+from sdxl_course.core import CourseError
+from sdxl_course.custom_diffusion import CustomDiffusionConfig, main, train_custom_diffusion
+from sdxl_course.model.key_values import KEY_VALUE_FILE, key_values, load_concepts
+from test_trainer import REFERENCE
+from toy import files_of
+
+LACKS = ("pretrained_vae_model_name_or_path", "variant", "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "max_train_samples", "cache_dir",
+    "image_interpolation_mode", "random_flip", "snr_gamma", "prediction_type", "noise_offset", "rank", "train_text_encoder", "debug_loss", "validation_epochs", "enable_npu_flash_attention",
+    "center_crop", "lr_num_cycles", "lr_power", "tracker_project_name", "mixed_precision")
+UPSTREAM = {name: flag for name, flag in REFERENCE.items() if name not in LACKS} | dict(  # the flags of train_custom_diffusion.py: (type, default)
+    modifier_token=(str, MISSING), initializer_token=(str, "ktn+pll+ucd"), freeze_model=(str, "crossattn_kv"), real_prior=(bool, False), with_prior_preservation=(bool, False),
+    class_data_dir=(str, None), class_prompt=(str, None), prior_loss_weight=(float, 1.0), instance_data_dir=(str, None), instance_prompt=(str, MISSING), resolution=(int, 512),
+    output_dir=(str, "custom-diffusion-model"), train_batch_size=(int, 4), num_train_epochs=(int, 1), learning_rate=(float, 1e-5), sample_batch_size=(int, 4))
+
+
+@pytest.fixture
+def options(tmp_path, toy_model, make_pictures, monkeypatch):
+    "What every run here has in common; the pictures of the thing have no captions."
+    monkeypatch.setattr("sdxl_course.train.run.save_curve", lambda path, *points: path)
+    thing = make_pictures(3, "thing")
+    (thing / "metadata.jsonl").unlink()
+    usual = dict(pretrained_model_name_or_path=str(toy_model), instance_data_dir=str(thing), instance_prompt="a <new1> c", initializer_token="c", resolution=64, train_batch_size=2,
+        max_train_steps=3, learning_rate=0.01, seed=0, report_to="none", checkpointing_steps=1000)
+    return lambda name="run", **more: CustomDiffusionConfig(**{**usual, "output_dir": str(tmp_path / name), **more})
+
+
+@pytest.fixture
+def learn(options, toy): return lambda name="run", log=lambda text: None, components=None, **more: train_custom_diffusion(options(name, **more), components or toy(), log)
+
+
+def test_every_upstream_flag_has_its_name_type_and_default():
+    have, kinds = {f.name: f for f in fields(CustomDiffusionConfig)}, get_type_hints(CustomDiffusionConfig)
+    for name, (kind, default) in UPSTREAM.items():
+        if default is not MISSING: assert have[name].default == default, name
+        assert kind is kinds[name] or kind in get_args(kinds[name]), name
+    assert not {"rank", "prior_teacher", "train_text_encoder_ti"} & have.keys()
+
+
+def test_the_command_line_takes_them_all(capsys):
+    argv = [word for name, (kind, default) in UPSTREAM.items() if default not in (None, MISSING) and kind is not bool for word in (f"--{name}", str(default))]
+    given = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "a <new1> c", "--modifier_token", "<new1>", *argv, "--print_config"]
+    assert command(["custom-diffusion", *given]) == 0
+    assert json.loads(capsys.readouterr().out)["freeze_model"] == "crossattn_kv"
+
+
+def lasting(folder):
+    "What must be equal to the last byte."
+    kept = {name: data for name, data in files_of(folder).items() if name == "training_log.jsonl" or name.endswith("_custom_diffusion_weights.safetensors")
+        or name.startswith("checkpoint-4/") and name.endswith(".safetensors")}
+    assert {KEY_VALUE_FILE, "checkpoint-4/key_values.safetensors", "checkpoint-4/words.safetensors", "checkpoint-4/optimizer.safetensors"} <= kept.keys()
+    return kept
+
+
+@pytest.mark.parametrize("more", [dict(), dict(freeze_model="crossattn", gradient_checkpointing=True, use_ema=True), dict(with_prior_preservation=True, real_prior=True, class_prompt="a house")],
+    ids=["plain", "all of attention", "real class pictures"])
+def test_resume_is_exact(learn, make_pictures, more):
+    if "real_prior" in more: more = dict(more, class_data_dir=str(make_pictures(4, "class")), num_class_images=3)
+    more = dict(more, max_train_steps=4, checkpointing_steps=2, lr_scheduler="cosine")
+    folder = learn("straight", **more).output_dir
+    assert lasting(learn("resumed", **more, resume_from_checkpoint=str(folder / "checkpoint-2")).output_dir) == lasting(folder)
+
+
+def stock(model, folder, words):
+    "diffusers' pipeline with the files loaded as the card says."
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(model))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.load_attn_procs(str(folder), weight_name=KEY_VALUE_FILE, _pipeline=pipeline)
+    rows = load_file(folder / f"{folder.name}_emb.safetensors")
+    for key, part in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = getattr(pipeline, f"text_encoder{part}"), getattr(pipeline, f"tokenizer{part}")
+        pipeline.load_textual_inversion(rows[key], token=words, tokenizer=tokenizer, text_encoder=encoder)
+        for module in encoder.modules():
+            if getattr(module, "eos_token_id", None) == 2: module.eos_token_id = tokenizer.eos_token_id
+    return pipeline
+
+
+@pytest.mark.parametrize("freeze", ["crossattn_kv", "crossattn"])
+def test_stock_diffusers_draws_our_picture(learn, toy, toy_model, freeze):
+    live = toy()
+    folder = learn(components=live, freeze_model=freeze).output_dir
+    ours = live.pipeline()
+    ours.set_progress_bar_config(disable=True)
+    for part in (live.unet, live.text_encoder, live.text_encoder_2): part.eval()
+    from sdxl_course.model.conditioning import encode_prompts
+    with torch.no_grad(): embeds, pooled = encode_prompts(live, ["a <new1> c"])
+    theirs = stock(toy_model, folder, ["<new1>"])
+    found, _, found_pooled, _ = theirs.encode_prompt("a <new1> c", do_classifier_free_guidance=False)
+    assert (embeds - found).abs().max() < 1e-5 and (pooled - found_pooled).abs().max() < 1e-5
+    base = toy().pipeline()
+    base.set_progress_bar_config(disable=True)
+    told = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled, num_inference_steps=2, height=64, width=64, output_type="np", guidance_scale=1.0)
+    a, b, c = (pipeline(**told, generator=torch.Generator().manual_seed(3)).images for pipeline in (ours, theirs, base))
+    assert abs(a - b).max() < 1e-4 < abs(b - c).max()
+
+
+def test_only_keys_values_and_words_change(learn, toy):
+    live, base = toy(), toy()
+    folder = learn(components=live).output_dir
+    now, before = live.unet.state_dict(), base.unet.state_dict()
+    assert all(torch.equal(now[name], before[name]) for name in before) and now.keys() - before.keys() == key_values(live.unet).keys()
+    added = load_file(folder / KEY_VALUE_FILE)
+    for name, value in added.items():
+        if not value.numel(): continue
+        layer, kind = name.split(".processor.to_")[0], name.split(".processor.to_")[1][0]
+        assert not torch.equal(value, before[f"{layer}.to_{kind}.weight"]), name
+    again = load_concepts(toy(), folder)
+    assert all(torch.equal(p, key_values(live.unet)[name]) for name, p in key_values(again.unet).items())
+
+
+def test_two_things_in_one_run(options, toy, make_pictures, tmp_path):
+    other = make_pictures(2, "other")
+    (other / "metadata.jsonl").unlink()
+    file = tmp_path / "things.json"
+    file.write_text(json.dumps([dict(instance_data_dir=options().instance_data_dir, instance_prompt="a <new1> c"), dict(instance_data_dir=str(other), instance_prompt="a <new2> d")]))
+    more = dict(concepts=str(file), instance_data_dir=None, instance_prompt="", modifier_token="<new1>+<new2>", initializer_token="c+d")
+    folder = train_custom_diffusion(options(**more), toy(), lambda text: None).output_dir
+    assert load_file(folder / "run_emb.safetensors")["clip_l"].shape[0] == 2
+    with pytest.raises(CourseError, match="no prompt says the new word <new3>"):
+        train_custom_diffusion(options("no", **{**more, "modifier_token": "<new1>+<new3>"}), toy(), lambda text: None)
+
+
+@pytest.mark.parametrize("words, sentence", [(["--modifier_token", "<a>+<a>"], "all different"), (["--freeze_model", "all"], "invalid choice"), (["--initializer_token", "c+"], "is 0 tokens"),
+    (["--modifier_token", "c"], "word that the tokenizer knows"), (["--real_prior"], "add that"), (["--cache_text_embeds"], "leave it out")])
+def test_mistakes_get_one_sentence(options, capsys, words, sentence):
+    config = options()
+    given = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--instance_data_dir", config.instance_data_dir, "--instance_prompt", "a <new1> c", "--initializer_token", "c",
+        "--resolution", "64", "--max_train_steps", "1", "--report_to", "none", "--output_dir", config.output_dir]
+    if words[:2] == ["--modifier_token", "c"]: given[5] = "a c"
+    if "c+" in words: words, given[5] = ["--modifier_token", "<new1>+<new2>", *words], "a <new1> <new2>"
+    assert main([*given, *words]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and "Traceback" not in told
