@@ -32,6 +32,17 @@ from .train.run import Method
 from .train.weights import PRECISIONS, Trained, together, token_weights, words_usage
 
 # %% ../nbs/library/custom_diffusion.ipynb #d4acf5ad
+_RULES = (
+    (lambda c: len(set(c.modifiers)) < len(c.modifiers) or not all(len(word.split()) == 1 for word in c.modifiers),
+        "--modifier_token must be one word for each thing, all different, with + between, as in <new1>+<new2>"),
+    (lambda c: len(c.initializers) < len(c.modifiers),
+        "--initializer_token has fewer words than --modifier_token: wanted one for each, with + between"),
+    (lambda c: c.real_prior and not c.with_prior_preservation,
+        "--real_prior says which class pictures --with_prior_preservation learns from: add that, or leave it out"),
+    (lambda c: c.cache_text_embeds,
+        "--cache_text_embeds keeps what the new words change in every step: leave it out"))
+
+# %% ../nbs/library/custom_diffusion.ipynb #17d1b9a9
 @dataclass(frozen=True, kw_only=True)
 class CustomDiffusionConfig(ClassOptions, ConceptOptions, SubjectOptions, TrainConfig):
     "Teach SDXL things through new words and the keys and values of cross-attention (Kumari et al., 2023)."
@@ -52,15 +63,7 @@ class CustomDiffusionConfig(ClassOptions, ConceptOptions, SubjectOptions, TrainC
         "beside them", "1 ..", "free")
     learning_rate: float = option(1e-5, "step size", "0 ..", "free")
 
-    constraints: ClassVar = (
-        (lambda c: len(set(c.modifiers)) < len(c.modifiers) or not all(len(word.split()) == 1 for word in c.modifiers),
-            "--modifier_token must be one word for each thing, all different, with + between, as in <new1>+<new2>"),
-        (lambda c: len(c.initializers) < len(c.modifiers),
-            "--initializer_token has fewer words than --modifier_token: wanted one for each, with + between"),
-        (lambda c: c.real_prior and not c.with_prior_preservation,
-            "--real_prior says which class pictures --with_prior_preservation learns from: add that, or leave it out"),
-        (lambda c: c.cache_text_embeds,
-            "--cache_text_embeds keeps what the new words change in every step: leave it out"))
+    constraints: ClassVar = _RULES
 
     @property
     def modifiers(self)->list: return [word.strip() for word in self.modifier_token.split("+")]

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from .core import CourseError
 from .model.components import quiet
-from .model.words import TABLES, LearnedTokens, add_tokens, check_new_words, save_embeddings, save_learned_embeds
+from .model.words import TABLES, LearnedTokens, add_tokens, check_new_words
+from .model.words import save_embeddings, save_learned_embeds
 from .options import option
 from .train.build import functions
 from .train.class_images import uncaptioned_pictures

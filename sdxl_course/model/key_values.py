@@ -71,7 +71,8 @@ def load_key_values(
     named = key_values(unet) or add_key_values(unet, any("to_q_" in name for name in values))
     odd = [name for name in named.keys() | values.keys()
         if name not in named or name not in values or named[name].shape != values[name].shape]
-    if odd: raise CourseError(f"{path} does not fit this model at {min(odd)}: wanted a file made for the same base model")
+    if odd:
+        raise CourseError(f"{path} does not fit this model at {min(odd)}: wanted a file made for the same base model")
     with torch.no_grad():
         for name, p in named.items(): p.copy_(values[name])
     return named
@@ -86,7 +87,7 @@ def merged_weight(
     "The least changed matrix that answers the targets as wanted (Kumari et al., 2023, equation 4)."
     W, C, V, R = (one.double() for one in (base, targets, wanted, others))
     gram = R.T @ R
-    gram += 1e-6*gram.diagonal().mean()*torch.eye(len(gram), dtype=gram.dtype, device=gram.device) # few others: not singular
+    gram.diagonal().add_(1e-6*gram.diagonal().mean()) # not singular, however few the others are
     d = torch.linalg.solve(gram, C.T).T
     v = (V - C @ W.T).T @ torch.linalg.pinv(d @ C.T, hermitian=True)
     return (W + v @ d).to(base.dtype)
@@ -101,7 +102,8 @@ def load_words(
         for file in files]
     words = [word for names, _ in found for word in names]
     if doubled := [word for word in words if words.count(word) > 1]:
-        raise CourseError(f"several files have a word {doubled[0]}: train each thing with a --modifier_token of its own")
+        raise CourseError(f"several files have a word {doubled[0]}: train each thing with a --modifier_token "
+            "of its own")
     tokens = add_tokens(components, {word: f"<s{k}>" for k, word in enumerate(words)}, 0)
     with torch.no_grad():
         for name, table in tokens.tables.items(): table.new.copy_(torch.cat([values[name] for _, values in found]))
@@ -135,6 +137,7 @@ def word_embeddings(
         rows.append(embeds[first:len(ids)])
     return torch.cat(rows)
 
+# %% ../../nbs/library/model_key_values.ipynb #24440ff9
 def merge_concepts(
     components, # freshly loaded SDXLComponents of the base model; receive the merged weights
     folders:list, # of finished runs, each with words of its own

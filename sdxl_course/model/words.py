@@ -135,7 +135,8 @@ def initial_token(
     "The id of a word that is one token; CourseError for any other."
     ids = tokenizer(word).input_ids[1:-1]
     if len(ids) == 1: return ids[0]
-    raise CourseError(f"--initializer_token {word!r} is {len(ids)} tokens: wanted a word that the tokenizer knows as one")
+    raise CourseError(f"--initializer_token {word!r} is {len(ids)} tokens: wanted a word that the tokenizer knows "
+        "as one")
 
 # %% ../../nbs/library/model_words.ipynb #9d30c18b
 def extend_embedding(
@@ -197,7 +198,8 @@ def check_new_words(
     vocabularies = [getattr(components, f"tokenizer{part}").get_vocab() for part in TABLES.values()]
     for word in words:
         if any(piece in vocabulary for vocabulary in vocabularies for piece in (word, f"{word}</w>")):
-            raise CourseError(f"--{flag} {word!r} is a word that the tokenizer knows: wanted a new one, such as <my-chair>")
+            raise CourseError(f"--{flag} {word!r} is a word that the tokenizer knows: wanted a new one, "
+                "such as <my-chair>")
 
 # %% ../../nbs/library/model_words.ipynb #0dcc65d4
 def save_embeddings(

@@ -65,8 +65,8 @@ class ClassOptions:
             "(words for it, such as 'a photo of a chair')"),
         (lambda c: c.with_prior_preservation and folders_overlap(c.class_data_dir,
                 c.instance_data_dir or c.dataset_name),
-            "--class_data_dir and the folder with pictures of the thing lie in one another, so that each would be taken "
-            "for the other: wanted two separate folders"))
+            "--class_data_dir and the folder with pictures of the thing lie in one another, so that each would be "
+            "taken for the other: wanted two separate folders"))
 
 # %% ../../nbs/library/train_class_images.ipynb #a8166e7a
 _TEACHER_CONSTRAINTS = (
