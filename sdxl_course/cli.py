@@ -24,6 +24,8 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "dreambooth": ("dreambooth", "train a LoRA on one particular thing"),
     "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
     "full": ("full", "train every weight of the UNet on captioned pictures"),
+    "controlnet": ("controlnet", "train a copy of the UNet's encoder to follow edges, depth and the like"),
+    "t2i-adapter": ("t2i_adapter", "train a small network to follow edges, depth and the like"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "explain": ("explain", "say what an option means, when to change it and what that costs"),
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),
