@@ -25,6 +25,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
     "full": ("full", "train every weight of the UNet on captioned pictures"),
     "controlnet": ("controlnet", "train a copy of the UNet's encoder to follow edges, depth and the like"),
+    "instruct-pix2pix": ("instruct_pix2pix", "train a UNet that changes pictures as it is told"),
     "t2i-adapter": ("t2i_adapter", "train a small network to follow edges, depth and the like"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "explain": ("explain", "say what an option means, when to change it and what that costs"),

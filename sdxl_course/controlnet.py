@@ -51,5 +51,5 @@ CONTROLNET = Method("controlnet", ControlNetConfig, read_conditioned, controlnet
 
 open_controlnet, train_controlnet, main = functions(CONTROLNET)
 
-# %% ../nbs/library/controlnet.ipynb #3413e432
+# %% ../nbs/library/controlnet.ipynb #1875d921
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

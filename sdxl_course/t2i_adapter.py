@@ -57,5 +57,5 @@ T2I_ADAPTER = Method("t2i-adapter", T2IAdapterConfig, read_conditioned, adapter_
 
 open_t2i_adapter, train_t2i_adapter, main = functions(T2I_ADAPTER)
 
-# %% ../nbs/library/t2i_adapter.ipynb #cf37e792
+# %% ../nbs/library/t2i_adapter.ipynb #3fd7df97
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__
