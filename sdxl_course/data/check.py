@@ -153,17 +153,17 @@ def _paired(folder, pictures, there, captions, caption_column):
 # %% ../../nbs/library/data_check.ipynb #6094786a
 def _companions(folder, names, image_column, columns):
     "Companions that metadata names: file -> {name: path}, problems, and the files that are nothing else."
-    found, problems, there = {}, [], {normalize_name(name): name for name in names}
+    found, problems, alone, there = {}, [], set(), {normalize_name(name): name for name in names}
     for name in [name for name in names if PurePosixPath(name).name in METADATA]:
         beside = lambda file: normalize_name((PurePosixPath(name).parent / file).as_posix())
-        rows, wrong = read_companions(Path(folder, name), columns, image_column)
+        rows, further, wrong = read_companions(Path(folder, name), columns, image_column)
+        alone |= {beside(file) for file in further} # maps of other kinds as well
         for file, others in rows.items():
             found[beside(file)] = {one: beside(other) for one, other in others.items()}
         problems += [(beside(file) if file else name, reason) for file, reason in wrong]
-    alone = {other for others in found.values() for other in others.values()} - found.keys()
     paths = {file: {one: Path(folder, there.get(other, other)) for one, other in others.items()}
         for file, others in found.items()}
-    return paths, problems, alone
+    return paths, problems, alone - found.keys()
 
 # %% ../../nbs/library/data_check.ipynb #b5cc145d
 def find_examples(

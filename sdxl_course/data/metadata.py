@@ -16,7 +16,7 @@ import re
 import torch
 from pathlib import Path, PurePosixPath
 from ..core import CourseError, nearest
-from .files import normalize_name, read_file
+from .files import is_picture, normalize_name, read_file
 
 # %% ../../nbs/library/data_metadata.ipynb #3bf9ec11
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -179,10 +179,10 @@ def read_companions(
     path, # metadata.jsonl, metadata.csv or metadata.parquet
     columns:dict, # name of a `Companion` -> column that names its file, with or without _file_name at its end
     image_column:str="image", # another name for the column file_name
-)->tuple: # {file: {companion: file}}, relative to the folder of the metadata; problems [(file, reason)]
+)->tuple: # {file: {companion: file}}, relative to the folder of the metadata; other files named; problems
     "Further pictures that the rows of a metadata file name."
     try: rows = read_rows(path)[0]
-    except CourseError: return {}, [] # `read_metadata` says why
+    except CourseError: return {}, set(), [] # `read_metadata` says why
     known, found, problems = list(rows[0]) if rows else [], {}, []
     file_column = next((c for c in ("file_name", f"{image_column}_file_name", image_column) if c in known), None)
     there = {name: [c for c in (column, f"{column}_file_name") if c in known] for name, column in columns.items()}
@@ -193,7 +193,8 @@ def read_companions(
             files = {name: row_name(row[c]) for name, cs in there.items() for c in cs if row.get(c) is not None}
             found[normalize_name(row_name(row[file_column]))] = files
         except CourseError as error: problems.append((str(row[file_column]), str(error)))
-    return found, problems
+    named = {text.replace("\\", "/") for row in rows for text in row.values() if isinstance(text, str)}
+    return found, {normalize_name(name) for name in named if is_picture(name)} - found.keys(), problems
 
 # %% ../../nbs/library/data_metadata.ipynb #318c0128
 SIDECARS = (".txt", ".caption", ".json") # the first that is there counts
