@@ -48,9 +48,11 @@ class InstructPix2PixConfig(TrainConfig):
     constraints: ClassVar = (NO_DATA,
         (lambda c: is_set(c, "image_column", "caption_column"), "--image_column and --caption_column have other names "
             "here: wanted --edited_image_column and --edit_prompt_column"),
-        (lambda c: bool(c.prompts()) != bool(c.val_image_url_or_path), "--validation_prompt and --val_image_url_or_path "
+        (lambda c: bool(c.prompts()) != bool(c.val_image_url_or_path),
+        "--validation_prompt and --val_image_url_or_path "
             "belong together: wanted both, since an instruction needs a picture"),
-        (lambda c: 3*(c.conditioning_dropout_prob or 0) > 1, "--conditioning_dropout_prob is taken three times, so that "
+        (lambda c: 3*(c.conditioning_dropout_prob or 0) > 1,
+        "--conditioning_dropout_prob is taken three times, so that "
             "nothing would be left to learn from: wanted at most 0.33"))
 
 # %% ../nbs/library/instruct_pix2pix.ipynb #e7a8a4fa
@@ -98,7 +100,8 @@ def edit_weights(
     trained = unet_weights(components, config.learning_rate*scale, config.adam_weight_decay,
         config.gradient_checkpointing)
     usage = f'pipeline = {kind}.from_pretrained("this folder")\nfrom diffusers.utils import load_image'
-    card = replace(trained.card, title="SDXL InstructPix2Pix", sentence="A UNet that changes pictures, all its weights,",
+    card = replace(trained.card, title="SDXL InstructPix2Pix",
+        sentence="A UNet that changes pictures, all its weights,",
         usage=usage, tags=("stable-diffusion-xl", "instruct-pix2pix"), call=', image=load_image("before.png")')
     return replace(trained, publish=lambda folder: save_components(components, folder, dtype, kind), card=card)
 

@@ -46,7 +46,8 @@ def adapter_weights(
     given = config.adapter_model_name_or_path
     control = load_control(T2IAdapter, given, components.unet) if given else new_adapter(components, seed)
     if config.resolution % (step := control.total_downscale_factor):
-        raise CourseError(f"--resolution is {config.resolution}: wanted a multiple of {step}, in which the adapter sees")
+        raise CourseError(f"--resolution is {config.resolution}: wanted a multiple of {step}, in which the adapter "
+            "sees")
     card = control_card("T2IAdapter", "StableDiffusionXLAdapterPipeline", "adapter",
         "A T2I-Adapter, which steers the frozen UNet by a picture,")
     return control_weights(config, components, control, card, scale)

@@ -45,5 +45,6 @@ def segment_agreement(
         which = (mark*torch.tensor([[65536], [256], [1]])).sum(0).unique(return_inverse=True)[1]
         onehot = F.one_hot(which).float()
         means = colors @ onehot / onehot.sum(0)
-        found.append(1 - (colors - means[:, which]).square().sum()/(colors - colors.mean(1, keepdim=True)).square().sum().clamp(min=1e-9))
+        found.append(1 - (colors - means[:, which]).square().sum()/(colors - colors.mean(1,
+            keepdim=True)).square().sum().clamp(min=1e-9))
     return torch.stack(found)

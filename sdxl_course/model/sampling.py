@@ -78,7 +78,8 @@ def sample_pictures(
             batch = slice(i, i + batch_size)
             drawn = pipeline(**{name: rows if rows is None else rows[batch] for name, rows in prompts.items()},
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
-                num_inference_steps=steps, guidance_scale=guidance, **({} if clip_skip is None else dict(clip_skip=clip_skip)),
+                num_inference_steps=steps, guidance_scale=guidance,
+                **({} if clip_skip is None else dict(clip_skip=clip_skip)),
                 output_type="latent" if decode_singly else "pil", **size, **more).images
             pictures += decode_latents(pipeline.vae, drawn) if decode_singly else drawn
     return pictures
