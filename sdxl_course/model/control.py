@@ -89,7 +89,8 @@ def generate_controlled(
 )->list: # PIL images
     "Draw prompts, each by its picture; CourseError unless there is one of each."
     if not len(prompts) == len(pictures) == len(seeds):
-        raise CourseError(f"got {len(prompts)} prompts, {len(pictures)} pictures and {len(seeds)} seeds: wanted one of each")
+        raise CourseError(f"got {len(prompts)} prompts, {len(pictures)} pictures and {len(seeds)} seeds: wanted one "
+            "of each")
     several = any(isinstance(one, (list, tuple)) for one in pictures) # diffusers takes one picture at a time then
     drawn, size, step = [], picture_size(pipeline), 1 if several else batch_size
     for part in (slice(i, i + step) for i in range(0, len(seeds), step)):
@@ -121,7 +122,8 @@ def load_control(
     "Open a network that steers a UNet; CourseError where there is none, or where it was made for another UNet."
     path = Path(where).expanduser()
     try:
-        with quiet(): control = kind.from_pretrained(str(path if path.is_dir() else where), use_safetensors=True).float()
+        with quiet(): control = kind.from_pretrained(str(path if path.is_dir() else where),
+            use_safetensors=True).float()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CourseError(f"{where} does not load as a {kind.__name__} ({reason}): wanted a folder with config.json "
@@ -129,6 +131,7 @@ def load_control(
     check_finite(control.named_parameters(), where)
     widths = list(control.config.get("block_out_channels") or control.config.channels)
     if widths[:len(unet.config.block_out_channels)] != list(unet.config.block_out_channels):
-        raise CourseError(f"{where} has levels of {widths} channels, the UNet of {list(unet.config.block_out_channels)}: "
+        raise CourseError(f"{where} has levels of {widths} channels, the UNet of "
+            f"{list(unet.config.block_out_channels)}: "
             "wanted one made for this base model")
     return control

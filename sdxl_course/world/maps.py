@@ -50,7 +50,8 @@ def with_maps(
     b = trace(stage, size)
     grey = {name: np.uint8(halve(one(b))*255 + .5) for name, one in dict(edges=edge_map, depth=depth_map).items()}
     drawn = {name: np.repeat(a[..., None], 3, -1) for name, a in grey.items()}
-    drawn = dict(picture=painted(b, stage, scene.style), **drawn, segments=np.uint8(PALETTE)[segment_labels(b)[::2, ::2]])
+    drawn = dict(picture=painted(b, stage, scene.style), **drawn,
+        segments=np.uint8(PALETTE)[segment_labels(b)[::2, ::2]])
     return {name: Image.fromarray(a) for name, a in drawn.items()}
 
 # %% ../../nbs/library/world_maps.ipynb #a2d98193
@@ -119,5 +120,6 @@ def write_edits(
         for attribute in attributes:
             after, words = edit_scene(scene, attribute)
             draw(after).save(folder/"after"/f"{i:04d}-{attribute}.png")
-            rows.append(dict(edited_image=f"after/{i:04d}-{attribute}.png", input_image=f"before/{i:04d}.png", edit_prompt=words))
+            rows.append(dict(edited_image=f"after/{i:04d}-{attribute}.png", input_image=f"before/{i:04d}.png",
+                edit_prompt=words))
     return _write(folder, rows)
