@@ -81,6 +81,12 @@ _table({
     "reg_data_dir": "--class_data_dir with --with_prior_preservation",
     "in_json": "metadata.jsonl, metadata.csv and .txt files in --train_data_dir are found by themselves",
     "dataset_config": "--concepts, a list in YAML or JSON", "dataset_class": "there is no data set class to choose",
+    "set_grads_to_none": ALWAYS, "tokenizer_name": "the tokenizers are those of the base model: leave it out",
+    "vae_precision": "the VAE computes in a format that it can bear: leave it out",
+    "crops_coords_top_left_h crops_coords_top_left_w": "the model is told where each picture was really cut: leave it "
+        "out",
+    "detection_resolution": "pictures that steer are taken as they are, at --resolution: leave it out",
+    "non_ema_revision": "--revision", "tracker_project_name": "trackers are told the name of the method: leave it out",
     "debug_dataset": "sdxl-course check-data shows what a run would read",
     "alpha_mask": "--masked_loss", "conditioning_data_dir": "--mask_data_dir",
     "caption_extension caption_extention": ".txt and .caption files are found by themselves: leave it out",

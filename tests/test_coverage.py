@@ -68,6 +68,9 @@ set-up: step 3, log in | 81_cloud | hf auth login
 set-up: step 4, accelerate | 81_cloud | accelerate config default
 set-up: step 5, run | 81_cloud | accelerate launch -m sdxl_course.text_to_image
 set-up: load and use it | 50_inference | load_pipeline
+methods: ControlNet | 60_controlnet | zero convolution
+methods: T2I-Adapter | 61_adapter | what does an adapter add
+methods: InstructPix2Pix | 62_instruct | what are two guidances
 """
 ROWS = [tuple(part.strip() for part in line.split(" | ", 2)) for line in COVERED.strip().split("\n")]
 

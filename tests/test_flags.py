@@ -18,7 +18,10 @@ from sdxl_course.core import CourseError, load_tensors
 from sdxl_course.demo import DemoConfig
 from sdxl_course.dreambooth import DreamBoothConfig
 from sdxl_course.evaluate import EvaluateConfig
+from sdxl_course.controlnet import ControlNetConfig
 from sdxl_course.full import FullConfig
+from sdxl_course.instruct_pix2pix import InstructPix2PixConfig
+from sdxl_course.t2i_adapter import T2IAdapterConfig
 from sdxl_course.inference import GenerateConfig
 from sdxl_course.model.lora_files import read_lora
 from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
@@ -192,7 +195,7 @@ TABLE = [  # model
     # loss
     ("prediction_type", "v_prediction", {}, differ), ("snr_gamma", 0.01, {}, lambda a, b: a.losses[0] < b.losses[0]), ("debiased_estimation_loss", True, {}, differ), ("noise_offset", 0.2, {}, differ),
     ("rescale_betas_zero_snr", True, dict(prediction_type="v_prediction"), differ), ("do_edm_style_training", True, {}, differ),
-    ("timestep_bias_strategy", "later", dict(timestep_bias_multiplier=1e6), differ), ("timestep_bias_strategy", "earlier", dict(timestep_bias_multiplier=1e6), differ),
+    ("timestep_bias_strategy", "later", dict(timestep_bias_multiplier=1e6), differ), ("timestep_bias_strategy", "cubic", {}, differ), ("timestep_bias_strategy", "earlier", dict(timestep_bias_multiplier=1e6), differ),
     ("timestep_bias_multiplier", 1e6, dict(timestep_bias_strategy="later"), differ), ("timestep_bias_portion", 0.01, dict(timestep_bias_strategy="later", timestep_bias_multiplier=1e6), differ),
     ("timestep_bias_begin", 900, dict(timestep_bias_strategy="range", timestep_bias_multiplier=1e6), differ), ("timestep_bias_end", 50, dict(timestep_bias_strategy="range", timestep_bias_multiplier=1e6), differ),
     # LoRA
@@ -520,7 +523,8 @@ def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
 
 CONFIGS = dict(  # every command that trains, and what it cannot do without
     text=(TextToImageConfig, dict(train_data_dir="d")), subject=(DreamBoothConfig, dict(instance_data_dir="d", instance_prompt="a photo of TOK chair")), full=(FullConfig, dict(train_data_dir="d")),
-    word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")))
+    word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")), steer=(ControlNetConfig, dict(train_data_dir="d")),
+    adapter=(T2IAdapterConfig, dict(train_data_dir="d")), edit=(InstructPix2PixConfig, dict(train_data_dir="d")))
 
 
 def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_name_or_path": "m", **CONFIGS[command][1], **options})
@@ -565,7 +569,8 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
-    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts""".split())
+    max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts
+    conditioning_image_column conditioning_data_dir validation_image controlnet_model_name_or_path adapter_model_name_or_path original_image_column edited_image_column edit_prompt_column val_image_url_or_path""".split())
 MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 
@@ -620,6 +625,12 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(train_text_encoder_ti=True, cache_text_embeds=True), dict(train_text_encoder_ti=True, cache_text_embeds=False)),
     (dict(train_text_encoder_ti=True, ti_lr=1e-3, optimizer="prodigy"), dict(train_text_encoder_ti=True, ti_lr=1e-3))],
     full=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n"))],
+    steer=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(validation_prompt=["a"]), dict(validation_prompt=["a"], validation_image=["i.png"])),
+    (dict(validation_prompt=["a", "b"], validation_image=["i.png"]*3), dict(validation_prompt=["a", "b"], validation_image=["i.png"]))],
+    adapter=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(validation_image=["i.png"]), dict(validation_prompt=["a"], validation_image=["i.png"])),
+    (dict(validation_prompt=["a", "b"], validation_image=["i.png"]*3), dict(validation_prompt=["a"], validation_image=["i.png"]*3))],
+    edit=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(caption_column="words"), dict(edit_prompt_column="words")),
+    (dict(validation_prompt="a"), dict(validation_prompt="a", val_image_url_or_path="i.png")), (dict(conditioning_dropout_prob=0.4), dict(conditioning_dropout_prob=0.3))],
     word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))])
 
 
@@ -637,7 +648,7 @@ def test_every_rule_is_struck_once_and_its_neighbour_is_allowed(command):
 
 
 def test_rules_of_common_options_hold_for_every_command():
-    for command in ("subject", "full", "word"):
+    for command in ("subject", "full", "word", "steer", "adapter", "edit"):
         known = {f.name for f in fields(CONFIGS[command][0])}
         for wrong, _ in STRUCK["text"]:
             if not wrong.keys() <= known or wrong.keys() & {"train_data_dir", "cache_text_embeds"}: continue

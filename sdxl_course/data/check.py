@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from ..core import CourseError, is_interactive, run_guarded, write_json
 from .files import ARCHIVES, SPOKEN, folder_repeats, is_picture, list_files, list_folder
 from .files import natural_key, normalize_name, train_split, wanted_files, why_unread
-from .metadata import METADATA, SIDECARS, read_metadata, read_sidecar
-from .records import inspect_picture
+from .metadata import METADATA, SIDECARS, read_companions, read_metadata, read_sidecar
+from .records import accompanied, inspect_picture
 from .preprocess import bucket_sizes
 from .report import DataReport, FitReport, at_resolution, caption_remarks
-from .tables import choose_samples, table_examples
+from .tables import choose_samples, table_companions, table_examples
 from ..options import option, parse_config
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 # %% ../../nbs/library/data_check.ipynb #20eeb0ae
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,16 @@ def check_candidates(
     max_token_length:int=75,    # tokens that are read, see `token_windows`
     bar=None,                   # (list, words) -> the same list, while showing how far it is
     repeats:dict={},            # of files in folders that say it, see `folder_repeats`
+    companions:dict={},         # file -> {name of a `Companion`: its file}
+    columns:dict={},            # name of each companion that is wanted -> the column that names it
 )->DataReport: # everything that was found
     "Open every candidate and report on all of them."
     usable, problems, remarks, seen = [], list(problems), list(remarks), {}
     reported = {file for file, reason in problems}
     for file, path, captions in bar(list(candidates), "reading pictures") if bar else candidates:
-        try: record, found = inspect_picture(path, captions)
+        try:
+            record, found = inspect_picture(path, captions)
+            record = accompanied(record, companions.get(normalize_name(file), {}), columns)
         except CourseError as error: problems.append((file, str(error))); continue
         first = seen.setdefault(record.key, file)
         if first != file: found.append(f"the same picture as another: {first}")
@@ -122,6 +126,7 @@ class Examples:
     problems: list   # (file, reason)
     others: list = () # files that are no pictures
     remarks: list = () # (file, remark)
+    companions: dict = field(default_factory=dict) # file -> {name of a `Companion`: its file}
 
     def repeats(self,
         wanted=None, # see `folder_repeats`
@@ -130,10 +135,10 @@ class Examples:
         return folder_repeats([file for file, path, captions in self.candidates], wanted)
 
 # %% ../../nbs/library/data_check.ipynb #b59dc97f
-def _paired(folder, names, captions, caption_column):
+def _paired(folder, pictures, there, captions, caption_column):
     "Candidates with their captions, and what is to be said of them."
-    there, candidates, problems, remarks = set(names), [], [], []
-    for name in filter(is_picture, names):
+    candidates, problems, remarks = [], [], []
+    for name in pictures:
         if reason := why_unread(name):
             problems.append((name, reason))
             continue
@@ -145,27 +150,44 @@ def _paired(folder, names, captions, caption_column):
         candidates.append((name, Path(folder, name), texts))
     return candidates, problems, remarks
 
+# %% ../../nbs/library/data_check.ipynb #6094786a
+def _companions(folder, names, image_column, columns):
+    "Companions that metadata names: file -> {name: path}, problems, and the files that are nothing else."
+    found, problems, alone, there = {}, [], set(), {normalize_name(name): name for name in names}
+    for name in [name for name in names if PurePosixPath(name).name in METADATA]:
+        beside = lambda file: normalize_name((PurePosixPath(name).parent / file).as_posix())
+        rows, further, wrong = read_companions(Path(folder, name), columns, image_column)
+        alone |= {beside(file) for file in further} # maps of other kinds as well
+        for file, others in rows.items():
+            found[beside(file)] = {one: beside(other) for one, other in others.items()}
+        problems += [(beside(file) if file else name, reason) for file, reason in wrong]
+    paths = {file: {one: Path(folder, there.get(other, other)) for one, other in others.items()}
+        for file, others in found.items()}
+    return paths, problems, alone - found.keys()
+
 # %% ../../nbs/library/data_check.ipynb #b5cc145d
 def find_examples(
     folder, # a dataset's folder
     image_column:str="image",  # another name for the column file_name
     caption_column:str="text", # which metadata column is the caption
     split:bool=False,          # leave out what folders named test or validation hold
+    columns:dict={},           # name of a `Companion` -> metadata column that names its file
 )->Examples:
     "Pair the pictures of a folder with their captions; no picture is opened yet."
     listing = list_folder(folder)
     names, remarks = train_split(listing.names) if split else (listing.names, [])
     captions, problems = _metadata(folder, names, image_column, caption_column)
-    pictures = [name for name in names if is_picture(name)]
+    companions, unnamed, alone = _companions(folder, names, image_column, columns) if columns else ({}, [], set())
+    pictures = [name for name in names if is_picture(name) and normalize_name(name) not in alone]
     left_out = {normalize_name(name) for name in set(listing.names) - set(names)}
-    problems = listing.problems + problems + _missing(captions.keys() - left_out, pictures)
-    candidates, more, told = _paired(folder, names, captions, caption_column)
+    problems = listing.problems + problems + unnamed + _missing(captions.keys() - left_out, pictures)
+    candidates, more, told = _paired(folder, pictures, set(names), captions, caption_column)
     sidecars = {PurePosixPath(name).with_suffix(end).as_posix() for name in pictures for end in SIDECARS}
     meant = lambda name: name in sidecars or PurePosixPath(name).name in METADATA
     refused = [(name, reason) for name, reason in listing.refused.items() if meant(name)]
     others = [name for name in [*names, *listing.refused] if not meant(name) and not is_picture(name)]
     remarks = remarks + listing.remarks + told + _unread(others, pictures)
-    return Examples(candidates, problems + more + refused, others, remarks)
+    return Examples(candidates, problems + more + refused, others, remarks, companions)
 
 # %% ../../nbs/library/data_check.ipynb #c8fd7862
 def existing_folder(
@@ -228,10 +250,10 @@ def _no_captions(folder, found):
 
 # %% ../../nbs/library/data_check.ipynb #a05f5e0a
 def _folder_examples(folder, flag, image_column, caption_column, max_samples, seed, require_captions,
-                     repeats_from_folders, split):
+                     repeats_from_folders, split, columns):
     "Examples from a folder of picture files, and how often its folders say that they are shown."
     folder = existing_folder(folder, flag)
-    try: found = find_examples(folder, image_column, caption_column, split)
+    try: found = find_examples(folder, image_column, caption_column, split, columns)
     except CourseError as error: raise CourseError(f"dataset {str(folder)!r}: {error}")
     if not found.candidates and not found.problems:
         raise CourseError(f"no pictures in {str(folder)!r}: {wanted_files(found.others)}")
@@ -265,6 +287,7 @@ def check_dataset(
     seed:int=None,                # decides which
     require_captions:bool=True,   # is a picture without caption a problem?
     repeats_from_folders:bool=None, # see `folder_repeats`
+    columns:dict={},              # name of a `Companion` that every picture must have -> column that holds or names it
     **options,                    # tokenizer, max_token_length, bar: see `check_candidates`
 )->DataReport: # of what a trainer was told to train on
     "Read a dataset completely and report on it; CourseError where nothing can be read."
@@ -275,11 +298,14 @@ def check_dataset(
     kept = (image_column, caption_column)
     if dataset_name is None or holds_pictures(dataset_name):
         found, repeats = _folder_examples(folder, "train_data_dir", *kept, max_train_samples, seed, require_captions,
-            repeats_from_folders, dataset_name is not None)
+            repeats_from_folders, dataset_name is not None, columns)
     else:
         found, repeats = Examples(*table_examples(dataset_name, dataset_config_name, train_data_dir, *kept, cache_dir,
             max_train_samples, seed, require_captions)), {}
-    return check_candidates(folder, **vars(found), require_captions=require_captions, repeats=repeats, **options)
+        if columns: found = replace(found, companions=table_companions(dataset_name, columns, dataset_config_name,
+            train_data_dir, cache_dir, max_train_samples, seed))
+    return check_candidates(folder, **vars(found), require_captions=require_captions, repeats=repeats, columns=columns,
+        **options)
 
 # %% ../../nbs/library/data_check.ipynb #fc7c032c
 def read_dataset(

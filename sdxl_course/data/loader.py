@@ -267,7 +267,9 @@ def cache_bytes(self:BatchLoader, latents:bool, texts:bool)->int:
     windows, width = self.max_token_length//75, self.components.unet.config.cross_attention_dim
     captions = len({caption for r in self.all for caption in r.captions})
     pictures = len(self.all)*views*2*4*4*side**2 # float32: mean and std of four channels
-    return latents*pictures + texts*captions*4*(77*windows + 1)*width
+    kept = dict(pixels=4*3*self.resolution**2, latents=2*4*4*side**2, mask=4*side**2)
+    others = len(self.records)*views*sum(kept[companion.keep] for companion in self.companions)
+    return latents*(pictures + others) + texts*captions*4*(77*windows + 1)*width
 
 # %% ../../nbs/library/data_loader.ipynb #c2ecf420
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'FILE_COLUMNS', 'SIDECARS', 'decode_text', 'read_csv', 'read_rows', 'row_name', 'caption_list',
-           'read_metadata', 'read_sidecar', 'shuffle_tags']
+           'read_metadata', 'read_companions', 'read_sidecar', 'shuffle_tags']
 
 # %% ../../nbs/library/data_metadata.ipynb #a5e3d52e
 import codecs
@@ -16,7 +16,7 @@ import re
 import torch
 from pathlib import Path, PurePosixPath
 from ..core import CourseError, nearest
-from .files import normalize_name, read_file
+from .files import is_picture, normalize_name, read_file
 
 # %% ../../nbs/library/data_metadata.ipynb #3bf9ec11
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -173,6 +173,28 @@ def read_metadata(
             if row.get(caption_column) is not None: captions[name] = before + caption_list(row[caption_column])
         except CourseError as error: problems.append((str(row.get(column)), str(error)))
     return captions, problems
+
+# %% ../../nbs/library/data_metadata.ipynb #09c8d77f
+def read_companions(
+    path, # metadata.jsonl, metadata.csv or metadata.parquet
+    columns:dict, # name of a `Companion` -> column that names its file, with or without _file_name at its end
+    image_column:str="image", # another name for the column file_name
+)->tuple: # {file: {companion: file}}, relative to the folder of the metadata; other files named; problems
+    "Further pictures that the rows of a metadata file name."
+    try: rows = read_rows(path)[0]
+    except CourseError: return {}, set(), [] # `read_metadata` says why
+    known, found, problems = list(rows[0]) if rows else [], {}, []
+    file_column = next((c for c in ("file_name", f"{image_column}_file_name", image_column) if c in known), None)
+    there = {name: [c for c in (column, f"{column}_file_name") if c in known] for name, column in columns.items()}
+    for name in (name for name, found_as in there.items() if rows and not found_as):
+        problems.append(("", f"it has no column {columns[name]!r}: its columns are {', '.join(known)}"))
+    for row in rows if file_column else ():
+        try:
+            files = {name: row_name(row[c]) for name, cs in there.items() for c in cs if row.get(c) is not None}
+            found[normalize_name(row_name(row[file_column]))] = files
+        except CourseError as error: problems.append((str(row[file_column]), str(error)))
+    named = {text.replace("\\", "/") for row in rows for text in row.values() if isinstance(text, str)}
+    return found, {normalize_name(name) for name in named if is_picture(name)} - found.keys(), problems
 
 # %% ../../nbs/library/data_metadata.ipynb #318c0128
 SIDECARS = (".txt", ".caption", ".json") # the first that is there counts

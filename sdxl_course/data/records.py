@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_NOTES', 'KEEP', 'MASK', 'to_rgb', 'open_header', 'decode',
            'open_image', 'Companion', 'ImageRecord', 'content_key', 'inspect_picture', 'split_records',
-           'with_companions', 'with_masks', 'companions_of', 'read_companion', 'open_companion', 'open_mask']
+           'with_companions', 'accompanied', 'with_masks', 'companions_of', 'read_companion', 'open_companion',
+           'open_mask']
 
 # %% ../../nbs/library/data_records.ipynb #13ae2c98
 import hashlib
@@ -203,6 +204,23 @@ def with_companions(
         raise CourseError(f"{folder} has no {_noun(name)} for {len(lacking)} of {len(records)} pictures, "
                           f"for instance {lacking[0].name}: wanted {lacking[0].stem}.png")
     return [replace(record, companions=record.companions | {name: path}) for record, path in zip(records, found)]
+
+# %% ../../nbs/library/data_records.ipynb #89ef91e7
+def accompanied(
+    record,       # ImageRecord
+    found:dict,   # name -> its file
+    columns:dict, # name of each `Companion` that is wanted -> the column that names its file
+)->ImageRecord: # the same with its companions
+    "Look at a picture's companions; CourseError where one is missing, damaged or of another size."
+    for name, column in columns.items():
+        if name not in found: raise CourseError(f"it has no {_noun(name)}: wanted a file named in column {column}")
+        file, own = Path(found[name]), (record.width, record.height)
+        try: other = inspect_picture(file)[0]
+        except CourseError as error: raise CourseError(f"its {_noun(name)} {file.name}: {error}") from error
+        if (other.width, other.height) != own:
+            raise CourseError(f"its {_noun(name)} {file.name} is {other.width} x {other.height}, the picture "
+                              f"{own[0]} x {own[1]}: wanted the same size")
+    return replace(record, companions=record.companions | found)
 
 # %% ../../nbs/library/data_records.ipynb #ea317175
 def with_masks(

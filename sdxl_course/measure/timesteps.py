@@ -36,7 +36,7 @@ def encode_examples(
     "Pictures and captions, encoded once for all models of one base; CourseError as for `validation_set`."
     if not records: raise CourseError("no pictures were given to measure the loss on: wanted at least one")
     loader = SimpleNamespace(components=components, resolution=resolution or native_resolution(components),
-        use_aspect_ratio_buckets=False, image_interpolation_mode="lanczos")
+        use_aspect_ratio_buckets=False, image_interpolation_mode="lanczos", companions=())
     found = []
     for record, mean, std, sizes in validation_set(records, loader):
         embeds, pooled = (x[0].cpu() for x in encode_prompts(components, [record.captions[0]]))

@@ -71,6 +71,7 @@ class SDXLComponents:
     scheduler: object # the noise schedule and sampler settings
     name: str = "" # what `load_components` was asked for
     force_zeros_for_empty_prompt: bool = True # SDXL 1.0: no negative prompt means zeros, not an encoded ""
+    control: object = None # ControlNetModel or T2IAdapter in training, which steers the UNet by a picture
 
     def __repr__(self):
         return f"SDXLComponents({self.name!r}: {', '.join(part for part in PARTS if getattr(self, part) is not None)})"
@@ -377,11 +378,12 @@ def save_components(
     components:SDXLComponents, # with tokenizers
     folder, # becomes a pipeline folder in diffusers' layout
     dtype=torch.float16, # of the stored weights
+    kind="StableDiffusionXLPipeline", # class of diffusers that the folder is for
 )->Path: # the folder
     "Write a pipeline folder for stock diffusers, equal bytes for equal weights; CourseError if it would not load."
     _check_savable(components)
     folder = Path(folder)
-    index = dict(_class_name="StableDiffusionXLPipeline", _diffusers_version=diffusers.__version__,
+    index = dict(_class_name=kind, _diffusers_version=diffusers.__version__,
         force_zeros_for_empty_prompt=components.force_zeros_for_empty_prompt)
     for part in PARTS:
         thing, where = getattr(components, part), folder / part

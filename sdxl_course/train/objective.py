@@ -155,12 +155,13 @@ def predict(
     noisy, # x_t (b, 4, h, w)
     timesteps, # (b,)
     batch, # has prompt_embeds (b, 77, d), pooled_prompt_embeds (b, p), time_ids (b, 6)
+    **residuals, # that another network adds to the UNet's blocks, named as its forward pass does
 ): # the network's answer (b, 4, h, w)
     "One forward pass of SDXL's UNet, in the dtype of its weights."
     dtype = next(unet.parameters()).dtype
     conditions = dict(text_embeds=batch.pooled_prompt_embeds.to(dtype), time_ids=batch.time_ids)
     return unet(noisy.to(dtype), timesteps, batch.prompt_embeds.to(dtype), added_cond_kwargs=conditions,
-        return_dict=False)[0]
+        return_dict=False, **residuals)[0]
 
 # %% ../../nbs/library/train_objective.ipynb #5fe667cb
 def denoising_loss(
@@ -171,9 +172,10 @@ def denoising_loss(
     timesteps, # (b,)
     weighting=None, # from `make_weighting`; None: every noise level counts the same
     unmasked_weight:float=0.0, # weight outside the batch's mask
+    answer=predict, # function of (unet, noisy, timesteps, batch), for networks that see more than a UNet does
 ): # loss of each sample (b,)
     "The denoising loss, sample by sample (Ho et al., 2020); weighted by the schedule (EDM) or by the weighting."
-    network = lambda noisy, time: predict(unet, noisy, time, batch)
+    network = lambda noisy, time: answer(unet, noisy, time, batch)
     prediction, target = schedule.predict_and_target(network, batch.latents, noise, timesteps)
     mask = batch.extra.get("mask")
     loss = per_sample_mse(prediction, target) if mask is None else masked_mse(prediction, target, mask, unmasked_weight)
@@ -195,6 +197,8 @@ def prior_preservation(
 # %% ../../nbs/library/train_objective.ipynb #dd3f32df
 class DenoisingLoss(torch.nn.Module):
     "The module that accelerate prepares: batch in, loss of each sample out."
+    answer = staticmethod(predict) # see `denoising_loss`
+
     def __init__(self,
         components, # SDXLComponents
         schedule, # NoiseSchedule
@@ -215,7 +219,8 @@ class DenoisingLoss(torch.nn.Module):
 
     def forward(self, batch, noise, timesteps, captions=None): # -> (b,), or half as many with class pictures
         if captions is not None: batch = self.with_text(batch, captions)
-        losses = denoising_loss(self.unet, batch, self.schedule, noise, timesteps, self.weighting, self.unmasked_weight)
+        losses = denoising_loss(self.unet, batch, self.schedule, noise, timesteps, self.weighting, self.unmasked_weight,
+            self.answer)
         return losses if self.prior_loss_weight is None else prior_preservation(losses, self.prior_loss_weight)
 
     def with_text(self, batch, captions): # the batch with embeddings of these captions

@@ -101,6 +101,7 @@ class CardText:
     tags: tuple = () # of the hub
     text_encoders: bool = False # whether they were trained
     files: tuple = () # patterns of files to upload, besides those of every run
+    call: str = "" # what the pipeline is given beside the prompt, such as , image=picture
 
 # %% ../../nbs/library/train_results.ipynb #7c733cad
 TAGS = ("text-to-image", "diffusers", "diffusers-training")
@@ -131,16 +132,18 @@ def diffusers_lines(
     settings, # the run's configuration, as `config_dict` gives it
     usage:str, # lines of Python that load what was trained
     prompt:str="", # to draw; "": none is known
+    call:str="", # what the pipeline is given beside it
 )->str: # Python
     "How stock diffusers draws with the result."
-    model, whole = settings["pretrained_model_name_or_path"], usage.startswith("pipeline = ")
+    model, whole = settings["pretrained_model_name_or_path"], re.match(r"pipeline = (\w+)", usage)
     named = model if is_hub_id(model) else f"the folder of {Path(model).name}"
     place = "tiny_path()" if model == "tiny" else json.dumps(in_markdown(named, code=True), ensure_ascii=False)
     imports = ["from sdxl_course.model.components import tiny_path"] if model == "tiny" and not whole else []
     base = [] if whole else [f"pipeline = StableDiffusionXLPipeline.from_pretrained({place})"]
     said = json.dumps(in_markdown(prompt or "...", code=True), ensure_ascii=False)
-    return "\n".join(["from diffusers import StableDiffusionXLPipeline", *imports, "", *base, usage,
-        f"picture = pipeline({said}).images[0]"])
+    kind = whole[1] if whole else "StableDiffusionXLPipeline"
+    return "\n".join([f"from diffusers import {kind}", *imports, "", *base, usage,
+        f"picture = pipeline({said}{call}).images[0]"])
 
 def other_programs(
     settings, # the run's configuration, as `config_dict` gives it
@@ -190,7 +193,7 @@ at {settings["resolution"]} pixels. Text encoders trained: {learnt}. Loss on {re
 {'<Gallery />' if result.image_paths else ''}
 
 ```python
-{diffusers_lines(settings, text.usage, next(iter(prompts), trigger))}
+{diffusers_lines(settings, text.usage, next(iter(prompts), trigger), text.call)}
 ```
 """
     more = f"\n{other_programs(settings)}\n" if "lora" in text.tags else ""

@@ -50,6 +50,8 @@ class Method:
     trigger: object = lambda config: "" # function of (config): words that call up what was learnt, for the model card
     texts: object = lambda config: {} # function of (config): option -> further text whose length is checked
     companions: tuple = () # Companion: further pictures of each sample, which land in Batch.extra
+    # function of (config, components): for each validation prompt, what else `draw_pictures` is given; (): nothing
+    drawn_with: object = lambda config, components: ()
     full_precision: tuple = () # networks whose own weights train
     unused_gradients: object = lambda config: False # function of (config): may a trainable tensor get no gradient?
     project: str = "" # of the tracker; empty: the name
@@ -109,7 +111,8 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
 def measure(self:Run)->float: # validation loss
     "The validation loss of the weights that count as the result."
     with eval_weights(self.state):
-        return validation_loss(self.validation, self.components.unet, self.schedule.unweighted(), self.embed)
+        return validation_loss(self.validation, self.components.unet, self.schedule.unweighted(), self.embed,
+            answer=self.accelerator.unwrap_model(self.loss).answer)
 
 # %% ../../nbs/library/train_run.ipynb #23875362
 def compared_options(config)->dict: # option -> plain value
@@ -183,8 +186,8 @@ def validate(self:Run,
     seeds = [1000*self.state.seed + i for i in range(config.num_validation_images)]
     with eval_weights(self.state):
         images, files, prompts = draw_validation(self.components, config.prompts(), seeds, self.embed,
-            self.loader.empty_embeds,
-            config.resolution, folder, stem)
+            self.loader.empty_embeds, config.resolution, folder, stem,
+            self.method.drawn_with(config, self.components))
     def send(tracker):
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": torch.stack([to_tensor(image)/2 + 0.5 for image in images])}, step=step)

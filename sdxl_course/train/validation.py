@@ -12,14 +12,14 @@ from typing import ClassVar
 
 import torch
 from ..core import CourseError, progress, seeded
-from ..data.cache import CacheEntry
+from ..data.cache import CacheEntry, companion_tensors
 from ..data.loader import NOT_FINITE, SIZES, collate
 from ..data.preprocess import bucket_sizes, check_record, nearest_bucket, prepare_image
-from ..data.records import open_image, split_records
+from ..data.records import open_companion, open_image, split_records
 from ..model.latents import posterior
 from ..model.sampling import draw_pictures, eval_mode
 from ..options import is_set, option
-from .objective import denoising_loss
+from .objective import denoising_loss, predict
 
 # %% ../../nbs/library/train_validation.ipynb #96ccfec4
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +74,20 @@ def hold_out(
 def validation_set(
     records:list, # ImageRecord
     loader, # BatchLoader: knows the VAE and how pictures are cut
-)->list: # (record, latent_mean, latent_std, sizes)
+)->list: # (record, latent_mean, latent_std, sizes and companions as `CacheEntry` names them)
     "The pictures that the loss is measured on, cut in the middle and encoded; CourseError for bad latents."
-    encoded, side = [], loader.resolution
+    encoded, side, vae = [], loader.resolution, loader.components.vae
     sizes = bucket_sizes(side) if loader.use_aspect_ratio_buckets else [(side,)*2]
     for record in records[:MOST]:
         target = nearest_bucket((record.height, record.width), sizes)
         check_record(record, target)
+        others = {companion.name: open_companion(record, companion) for companion in loader.companions}
         prepared = prepare_image(open_image(record.path), side, True, False, loader.image_interpolation_mode,
-            target_size=target)
-        mean, std = (x[0].cpu() for x in posterior(loader.components.vae, prepared.pixels[None]))
+            target_size=target, companions=others)
+        mean, std = (x[0].cpu() for x in posterior(vae, prepared.pixels[None]))
         if not (mean.isfinite().all() and std.isfinite().all()): raise CourseError(f"{record.path}: {NOT_FINITE}")
-        encoded.append((record, mean, std, {name: getattr(prepared, name) for name in SIZES}))
+        extra = companion_tensors(record, prepared, loader.companions, vae, mean.shape[-2:])
+        encoded.append((record, mean, std, {name: getattr(prepared, name) for name in SIZES} | dict(extra=extra)))
     return encoded
 
 # %% ../../nbs/library/train_validation.ipynb #835149e7
@@ -96,17 +98,18 @@ def validation_loss(
     schedule, # NoiseSchedule
     embed, # function of a caption: (n, d) and (p,)
     times:int=4, # noise levels per picture, spread evenly
+    answer=predict, # see `denoising_loss`
 )->float: # unweighted mean squared error
     "The loss on the same pictures, noise and noise levels, whenever it is asked for."
     losses, device = [], next(unet.parameters()).device
     with eval_mode(unet):
-        for i, (record, mean, std, sizes) in enumerate(encoded):
+        for i, (record, mean, std, rest) in enumerate(encoded):
             text = dict(zip(("prompt_embeds", "pooled_prompt_embeds"), embed(record.captions[0])))
-            entry = CacheEntry(mean, std, **text, **sizes, key="")
+            entry = CacheEntry(mean, std, **text, **rest, key="")
             draws = [torch.randn(mean.shape, generator=seeded("validation", record.key, j)) for j in range(times)]
             levels = torch.tensor([int((j + (i + 0.5)/len(encoded))*len(schedule)/times) for j in range(times)])
             batch, noise = collate([entry]*times).to(device), torch.stack(draws).to(device)
-            losses.append(denoising_loss(unet, batch, schedule, noise, levels.to(device)).mean())
+            losses.append(denoising_loss(unet, batch, schedule, noise, levels.to(device), answer=answer).mean())
     return float(torch.stack(losses).mean())
 
 # %% ../../nbs/library/train_validation.ipynb #b1050ed7
@@ -119,10 +122,12 @@ def draw_validation(
     resolution:int, # side in pixels
     folder, # where the pictures go
     stem:str, # begins their names
+    given=(), # for each prompt, what else `draw_pictures` is given; (): nothing
 )->tuple: # (pictures, files, prompts), one of each for every picture
     "Draw the validation prompts; picture i of a prompt has the same seed every time."
-    drawn = [(image, prompt) for prompt in progress(False)(prompts, "validating")
-        for image in draw_pictures(components, embed(prompt), empty, seeds, resolution)]
+    pairs = list(zip(prompts, given or [{}]*len(prompts)))
+    drawn = [(image, prompt) for prompt, more in progress(False)(pairs, "validating")
+        for image in draw_pictures(components, embed(prompt), empty, seeds, resolution, **more)]
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = [Path(folder)/f"{stem}{i}.png" for i in range(len(drawn))]
     for (image, _), file in zip(drawn, files): image.save(file)

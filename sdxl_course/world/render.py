@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAINTERS', 'soften', 'halve', 'spread', 'ink_lines', 'photo', 'tone', 'watercolour', 'blueprint', 'hatch', 'pencil',
-           'old_book', 'render_styles', 'render_array', 'render']
+           'old_book', 'painted', 'render_styles', 'render_array', 'render']
 
 # %% ../../nbs/library/world_render.ipynb #50a0f853
 import math
@@ -165,6 +165,15 @@ def old_book(
 PAINTERS = {"photo": photo, "watercolour": watercolour, "blueprint": blueprint, "pencil": pencil,
             HELD_OUT_STYLE: old_book} # style -> its function
 
+def painted(
+    b,     # `Buffers` of the scene
+    stage, # `Stage`
+    style, # a key of `PAINTERS`
+): # uint8 (size, size, 3)
+    "What was traced, as a picture in a style."
+    drawn = halve(np.clip(PAINTERS[style](b, stage), 0, 1))
+    return np.uint8(np.clip(np.floor(drawn*255 + .5), 0, 255))
+
 def render_styles(
     scene,    # `Scene`; its own style does not matter
     styles,   # keys of `PAINTERS`
@@ -173,8 +182,7 @@ def render_styles(
     "One scene in several styles, traced once."
     stage = set_stage(scene)
     b = trace(stage, size)
-    drawn = {style: halve(np.clip(PAINTERS[style](b, stage), 0, 1)) for style in styles}
-    return {style: np.uint8(np.clip(np.floor(a*255 + .5), 0, 255)) for style, a in drawn.items()}
+    return {style: painted(b, stage, style) for style in styles}
 
 def render_array(
     scene,    # `Scene`

@@ -1,0 +1,193 @@
+"The commands that steer a UNet by pictures, on a toy model: what they take, what they change, what they leave."
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionXLAdapterPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, T2IAdapter
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from sdxl_course.cli import main as command
+from sdxl_course.controlnet import ControlNetConfig, main as controlnet_main, open_controlnet, train_controlnet
+from sdxl_course.core import CourseError, seeded
+from sdxl_course.t2i_adapter import T2IAdapterConfig, main as adapter_main, train_t2i_adapter
+from test_trainer import REFERENCE
+from toy import files_of
+
+SHARED = {name: flag for name, flag in REFERENCE.items() if name not in ("rank", "train_text_encoder", "debug_loss", "center_crop", "random_flip", "snr_gamma", "prediction_type", "noise_offset",
+    "validation_epochs", "local_rank", "enable_npu_flash_attention", "image_interpolation_mode")} | dict(  # what both scripts of diffusers have: (type, default)
+    conditioning_image_column=(str, "conditioning_image"), proportion_empty_prompts=(float, 0), validation_image=(str, None), validation_steps=(int, 100), learning_rate=(float, 5e-6),
+    train_batch_size=(int, 4), num_train_epochs=(int, 1), lr_num_cycles=(int, 1), lr_power=(float, 1.0))
+UPSTREAM = dict(
+    controlnet=(ControlNetConfig, controlnet_main, SHARED | dict(controlnet_model_name_or_path=(str, None), output_dir=(str, "controlnet-model"), resolution=(int, 512), image_interpolation_mode=(str, "lanczos"))),
+    adapter=(T2IAdapterConfig, adapter_main, SHARED | dict(adapter_model_name_or_path=(str, None), output_dir=(str, "t2iadapter-model"), resolution=(int, 1024), checkpoints_total_limit=(int, 3), dataloader_num_workers=(int, 1))))
+TRAIN = dict(controlnet=(ControlNetConfig, train_controlnet, ControlNetModel), adapter=(T2IAdapterConfig, train_t2i_adapter, T2IAdapter))
+
+
+def add_maps(folder, column="conditioning_image"):
+    "A map for each picture of a folder: its negative, in maps/, named by the metadata."
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "maps").mkdir()
+    for row in rows:
+        row[column] = f"maps/{row['file_name']}"
+        ImageOps.invert(Image.open(folder / row["file_name"]).convert("RGB")).save(folder / row[column])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def mapped(make_pictures): return add_maps(make_pictures(5))
+
+
+@pytest.fixture
+def steered(tmp_path, toy, toy_model, mapped, monkeypatch):
+    "A function that trains a network of a kind on five toy pictures in tmp_path/NAME."
+    monkeypatch.setattr("sdxl_course.train.run.save_curve", lambda path, *points: Path(path).write_bytes(b""))
+    usual = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(mapped), resolution=64, train_batch_size=2, max_train_steps=3, learning_rate=1e-3, seed=0, report_to="none",
+        checkpointing_steps=1000)
+    def train(kind, name="run", log=lambda text: None, components=None, **options):
+        Config, run, _ = TRAIN[kind]
+        return run(Config(**{**usual, "output_dir": str(tmp_path / name), **options}), components or toy(), log)
+    return train
+
+
+def lasting(folder):
+    "What must be equal to the last byte: the published weights, the log, the last checkpoint."
+    kept = {name: data for name, data in files_of(folder).items() if name in ("training_log.jsonl", "diffusion_pytorch_model.safetensors", "config.json") or name.startswith("checkpoint-4/") and name.endswith(".safetensors")}
+    assert {"diffusion_pytorch_model.safetensors", "checkpoint-4/control.safetensors", "checkpoint-4/optimizer.safetensors"} <= kept.keys()
+    return kept
+
+
+@pytest.mark.parametrize("kind", UPSTREAM)
+def test_every_upstream_flag_has_its_name_type_and_default(kind, capsys):
+    Config, main, flags = UPSTREAM[kind]
+    have, kinds = {f.name: f for f in fields(Config)}, get_type_hints(Config)
+    for name, (type_, default) in flags.items():
+        assert have[name].default == default, name
+        assert type_ is kinds[name] or type_ in get_args(kinds[name]) or list[type_] in get_args(kinds[name]), name
+    argv = [word for name, (type_, default) in flags.items() if default not in (None, MISSING) for word in ([f"--{name}"] if type_ is bool else [f"--{name}", str(default)])]
+    given = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--report_to", "none", *argv, "--validation_prompt", "a house", "a car", "--validation_image", "a.png", "b.png", "--print_config"]
+    assert main(given) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["validation_image"] == ["a.png", "b.png"] and shown["validation_prompt"] == ["a house", "a car"]
+
+
+@pytest.mark.parametrize("kind, Pipeline", [("controlnet", StableDiffusionXLControlNetPipeline), ("adapter", StableDiffusionXLAdapterPipeline)])
+def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(steered, kind, Pipeline, toy, toy_model, mapped):
+    live = toy()
+    before = {name: [p.clone() for p in getattr(live, name).parameters()] for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    result = steered(kind, components=live, validation_prompt=["a house", "a car"], validation_image=[str(mapped / "maps" / f"{i}.png") for i in (0, 1)], num_validation_images=1, learning_rate=1e-2)
+    for name, old in before.items(): assert all(map(torch.equal, old, getattr(live, name).parameters())), name  # the base model is as it was
+    Kind = TRAIN[kind][2]
+    loaded = Kind.from_pretrained(str(result.output_dir))
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in live.control.state_dict().items())
+    pipeline = Pipeline.from_pipe(StableDiffusionXLPipeline.from_pretrained(str(toy_model)), **{"controlnet" if kind == "controlnet" else "adapter": loaded})
+    pipeline.set_progress_bar_config(disable=True)
+    draw = lambda prompt, file: 255*pipeline(prompt, image=Image.open(mapped / "maps" / file), generator=torch.Generator().manual_seed(0), num_inference_steps=25, height=64, width=64, output_type="np").images[0]
+    gap = lambda a, b: abs(a - np.asarray(b)).max()
+    own = [Image.open(result.output_dir / f"image_{i}.png") for i in range(2)]
+    assert gap(draw("a house", "0.png"), own[0]) <= 1 and gap(draw("a car", "1.png"), own[1]) <= 1
+    assert gap(draw("a house", "1.png"), draw("a house", "0.png")) > 1e-4  # the map makes a difference
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize("options", [dict(), dict(use_ema=True, gradient_accumulation_steps=2, gradient_checkpointing=True, proportion_empty_prompts=0.5), dict(cache_latents=False, random_flip=True, optimizer="adafactor")], ids=str)
+def test_resume_is_exact(steered, kind, options):
+    options = dict(options, max_train_steps=4, checkpointing_steps=1, lr_scheduler="cosine", lr_warmup_steps=1, checkpoints_total_limit=None)
+    folder = steered(kind, "straight", **options).output_dir
+    straight = lasting(folder)
+    for k in (1, 3): assert lasting(steered(kind, f"from-{k}", **options, resume_from_checkpoint=str(folder / f"checkpoint-{k}")).output_dir) == straight, k
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_every_weight_learns_and_the_validation_loss_sees_it(steered, kind, toy):
+    live, fresh = toy(), toy()
+    result = steered(kind, components=live, max_train_steps=4, learning_rate=1e-2)
+    start = steered(kind, "none", components=fresh, max_train_steps=1, learning_rate=0.0)
+    moved = [not torch.equal(a, b) for a, b in zip(live.control.state_dict().values(), fresh.control.state_dict().values())]
+    assert sum(moved) == len(moved) and start.validation_loss_after == start.validation_loss_before
+    assert result.validation_loss_before == start.validation_loss_before != result.validation_loss_after
+
+
+def test_the_map_is_cut_as_its_picture_is_and_the_cache_changes_nothing(steered, tmp_path, make_pictures, toy_model, toy):
+    "Cropped and mirrored alike: where the map is the negative, picture and map still add up to white."
+    wide = add_maps(make_pictures(3, name="wide", size=(64, 96)))
+    config = ControlNetConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(wide), resolution=64, train_batch_size=2, max_train_steps=2, random_flip=True, seed=0, report_to="none",
+        output_dir=str(tmp_path / "o"))
+    run = open_controlnet(config, toy(), log=lambda text: None)
+    try:
+        for micro in run.sampler.micro_steps(0, 2, 0):
+            for prepared in run.loader.prepare(micro): assert (prepared.pixels + prepared.extra["conditioning"]).abs().max() < 0.05
+            batch, *_ = run.loader.batch(micro, run.loader.prepare(micro))
+            assert batch.extra["conditioning"].shape == (len(batch.latents), 3, 64, 64)
+    finally: run.close()
+    square = dict(max_train_steps=3, random_flip=True)
+    logs = [steered("controlnet", name, **square, **more).losses for name, more in (("kept", {}), ("fresh", dict(cache_latents=False)), ("disk", dict(cache_latents_to_disk=True)))]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5) and logs[0] == logs[2]
+
+
+def test_maps_in_a_folder_of_their_own_and_in_a_table_train_alike(steered, mapped, tmp_path, make_pictures):
+    import datasets
+    datasets.disable_progress_bars()
+    wanted = steered("controlnet", "column").losses
+    plain = make_pictures(5, name="plain")
+    assert steered("controlnet", "folder", train_data_dir=str(plain), conditioning_data_dir=str(mapped / "maps")).losses == wanted
+    rows = dict(image=[str(mapped / f"{i}.png") for i in range(5)], text=[f"picture {i}" for i in range(5)], edges=[str(mapped / "maps" / f"{i}.png") for i in range(5)])
+    table = datasets.Dataset.from_dict(rows)
+    for name in ("image", "edges"): table = table.cast_column(name, datasets.Image())
+    table.save_to_disk(tmp_path / "table")
+    found = steered("controlnet", "table", train_data_dir=None, dataset_name=str(tmp_path / "table"), conditioning_image_column="edges", cache_dir=str(tmp_path / "cache")).losses
+    assert found == wanted
+
+
+def test_a_new_controlnet_begins_with_the_base_models_loss_and_a_trained_one_goes_on(steered, toy):
+    from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image
+    first = steered("controlnet", "first", learning_rate=1e-2)
+    then = steered("controlnet", "then", controlnet_model_name_or_path=str(first.output_dir))
+    assert then.validation_loss_before == pytest.approx(first.validation_loss_after, rel=1e-5)
+
+
+@pytest.mark.parametrize("words, message", [([], "no data was given"), (["--train_data_dir", "{plain}"], "no column 'conditioning_image'"), (["--train_data_dir", "{pictures}", "--conditioning_image_column", "depth"], "no column 'depth'"),
+    (["--train_data_dir", "{pictures}", "--rank", "4"], "rank"), (["--train_data_dir", "{pictures}", "--controlnet_model_name_or_path", "{plain}"], "does not load as a ControlNetModel"),
+    (["--train_data_dir", "{plain}", "--conditioning_data_dir", "{plain}/none"], "conditioning_data_dir"),
+    (["--train_data_dir", "{pictures}", "--validation_prompt", "a house"], "belong together"), (["--train_data_dir", "{pictures}", "--validation_prompt", "a", "b", "--validation_image", "a", "b", "c"], "differ in number"),
+    (["--train_data_dir", "{pictures}", "--validation_prompt", "a", "--validation_image", "{pictures}/metadata.jsonl"], "cannot be read as a picture")], ids=lambda one: one if isinstance(one, str) else None)
+def test_bad_input_is_one_clear_sentence(words, message, tmp_path, toy_model, mapped, make_pictures, capsys):
+    plain = make_pictures(2, name="plain")
+    argv = ["--pretrained_model_name_or_path", str(toy_model), "--resolution", "64", "--output_dir", str(tmp_path / "o"), "--report_to", "none", "--max_train_steps", "1"]
+    assert controlnet_main(argv + [word.format(pictures=mapped, plain=plain) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and told.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("spoil, message", [(lambda file: file.unlink(), "conditioning picture 1.png"), (lambda file: file.write_bytes(b""), "empty"), (lambda file: Image.new("RGB", (32, 64)).save(file), "32 x 64")])
+def test_a_broken_map_names_its_picture_and_may_be_skipped(spoil, message, steered, mapped):
+    spoil(mapped / "maps" / "1.png")
+    with pytest.raises(CourseError, match=message) as caught: steered("controlnet")
+    assert "1.png" in str(caught.value)
+    assert steered("controlnet", "skipped", on_problem="skip").report.records.__len__() == 4
+
+
+def test_an_adapter_says_which_resolutions_it_can_see(steered):
+    with pytest.raises(CourseError, match="multiple of 32"): steered("adapter", resolution=72)
+
+
+def test_the_cubic_law_is_that_of_the_reference_script():
+    from sdxl_course.model.noise import draw_timestep, timestep_weights
+    weights, uniform = timestep_weights(1000, "cubic"), torch.rand(20000, generator=seeded("cubic"), dtype=torch.float64)
+    ours = torch.tensor([draw_timestep(float(u), weights) for u in uniform[:2000]])
+    theirs = ((1 - uniform**3)*1000).long()
+    for share in (0.1, 0.25, 0.5, 0.75): assert abs(float(ours.double().quantile(share)) - float(theirs.double().quantile(share))) < 25
+    assert float(weights.sum()) == pytest.approx(1) and weights[999] > weights[500] > weights[0]
+
+
+def test_a_card_shows_how_the_result_is_used(steered, mapped):
+    folder = steered("controlnet", validation_prompt=["a house"], validation_image=[str(mapped / "maps" / "0.png")], num_validation_images=1).output_dir
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "StableDiffusionXLControlNetPipeline.from_pipe(pipeline, controlnet=controlnet)" in code and "image=load_image" in code
+    assert command(["--help"]) == 0
