@@ -24,11 +24,13 @@ from .foreign_flags import foreign_answer
 from .options import option, parse_config
 from .dreambooth import DREAMBOOTH
 from .full import FULL
+from .lcm import LCM
 from .text_to_image import TEXT_TO_IMAGE
 from .textual_inversion import TEXTUAL_INVERSION
 
 # %% ../nbs/library/explain.ipynb #c2a524bb
-TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION)}
+TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION,
+    LCM)}
 PACKAGE = Path(sys.modules[CourseError.__module__].__file__).parent
 
 @lru_cache

@@ -20,6 +20,7 @@ from sdxl_course.dreambooth import DreamBoothConfig
 from sdxl_course.evaluate import EvaluateConfig
 from sdxl_course.full import FullConfig
 from sdxl_course.inference import GenerateConfig
+from sdxl_course.lcm import LcmConfig
 from sdxl_course.model.lora_files import read_lora
 from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
 from sdxl_course.pretraining.export import PretrainConfig
@@ -520,7 +521,7 @@ def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
 
 CONFIGS = dict(  # every command that trains, and what it cannot do without
     text=(TextToImageConfig, dict(train_data_dir="d")), subject=(DreamBoothConfig, dict(instance_data_dir="d", instance_prompt="a photo of TOK chair")), full=(FullConfig, dict(train_data_dir="d")),
-    word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")))
+    word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")), lcm=(LcmConfig, dict(train_data_dir="d")))
 
 
 def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_name_or_path": "m", **CONFIGS[command][1], **options})
@@ -566,10 +567,10 @@ FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps ch
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
     max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts""".split())
-MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
+MACHINE = set("""cast_teacher_unet mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 
-NEVER = set("""adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
+NEVER = set("""whole_unet unet_time_cond_proj_dim adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
     train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors""".split())
 
 
@@ -620,7 +621,8 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(train_text_encoder_ti=True, cache_text_embeds=True), dict(train_text_encoder_ti=True, cache_text_embeds=False)),
     (dict(train_text_encoder_ti=True, ti_lr=1e-3, optimizer="prodigy"), dict(train_text_encoder_ti=True, ti_lr=1e-3))],
     full=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n"))],
-    word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))])
+    word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))],
+    lcm=[(dict(train_data_dir=None), dict()), (dict(w_min=16.0), dict(w_min=15.0)), (dict(unet_time_cond_proj_dim=7), dict(unet_time_cond_proj_dim=8)), (dict(train_text_encoder=True), dict()), (dict(masked_loss=True), dict())])
 
 
 @pytest.mark.parametrize("command", STRUCK)
@@ -637,7 +639,7 @@ def test_every_rule_is_struck_once_and_its_neighbour_is_allowed(command):
 
 
 def test_rules_of_common_options_hold_for_every_command():
-    for command in ("subject", "full", "word"):
+    for command in ("subject", "full", "word", "lcm"):
         known = {f.name for f in fields(CONFIGS[command][0])}
         for wrong, _ in STRUCK["text"]:
             if not wrong.keys() <= known or wrong.keys() & {"train_data_dir", "cache_text_embeds"}: continue
@@ -653,7 +655,7 @@ def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, b
 
 def test_every_sentence_about_an_idle_option_is_told_by_some_case():
     cases = [dict(use_dora=True, output_kohya_format=True), dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
-    told = {sentence for case in cases for sentence in unused_options(build("text", **case))}
+    told = {sentence for case in cases for sentence in unused_options(build("text", **case))} | {*unused_options(build("lcm", cast_teacher_unet=True))}
     for command in CONFIGS: assert {sentence for _, sentence in rules_of(build(command), "unused")} <= told
 
 

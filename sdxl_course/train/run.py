@@ -25,6 +25,7 @@ from .checkpoint import archive_earlier, checkpointing, latest_checkpoint, load_
 from .checkpoint import log_lines, logging_to, read_state, save_checkpoint
 from .loop import TrainState, defer_signals, eval_weights, fit
 from .machine import is_out_of_memory, optional
+from .objective import denoising_loss
 from .prepare import data_fingerprint, make_loss, make_noise_schedule, read_validation
 from .hub import PUBLIC, push_folder
 from .results import Result, describe_kohya, save_card, save_config, save_curve, save_sheet
@@ -52,6 +53,9 @@ class Method:
     companions: tuple = () # Companion: further pictures of each sample, which land in Batch.extra
     full_precision: tuple = () # networks whose own weights train
     unused_gradients: object = lambda config: False # function of (config): may a trainable tensor get no gradient?
+    # function of the loss module: what is measured on the validation set, like `denoising_loss`
+    measured: object = lambda loss: denoising_loss
+    drawing: object = lambda config: {} # function of (config): steps and guidance of validation pictures
     project: str = "" # of the tracker; empty: the name
 
 # %% ../../nbs/library/train_run.ipynb #74a74977
@@ -109,7 +113,8 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
 def measure(self:Run)->float: # validation loss
     "The validation loss of the weights that count as the result."
     with eval_weights(self.state):
-        return validation_loss(self.validation, self.components.unet, self.schedule.unweighted(), self.embed)
+        return validation_loss(self.validation, self.components.unet, self.schedule.unweighted(), self.embed,
+            loss=self.method.measured(self.accelerator.unwrap_model(self.loss)))
 
 # %% ../../nbs/library/train_run.ipynb #23875362
 def compared_options(config)->dict: # option -> plain value
@@ -183,8 +188,7 @@ def validate(self:Run,
     seeds = [1000*self.state.seed + i for i in range(config.num_validation_images)]
     with eval_weights(self.state):
         images, files, prompts = draw_validation(self.components, config.prompts(), seeds, self.embed,
-            self.loader.empty_embeds,
-            config.resolution, folder, stem)
+            self.loader.empty_embeds, config.resolution, folder, stem, **self.method.drawing(config))
     def send(tracker):
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": torch.stack([to_tensor(image)/2 + 0.5 for image in images])}, step=step)

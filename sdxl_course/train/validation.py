@@ -96,7 +96,8 @@ def validation_loss(
     schedule, # NoiseSchedule
     embed, # function of a caption: (n, d) and (p,)
     times:int=4, # noise levels per picture, spread evenly
-)->float: # unweighted mean squared error
+    loss=denoising_loss, # function of (unet, batch, schedule, noise, timesteps): (b,)
+)->float: # unweighted mean squared error, unless another loss is asked for
     "The loss on the same pictures, noise and noise levels, whenever it is asked for."
     losses, device = [], next(unet.parameters()).device
     with eval_mode(unet):
@@ -106,7 +107,7 @@ def validation_loss(
             draws = [torch.randn(mean.shape, generator=seeded("validation", record.key, j)) for j in range(times)]
             levels = torch.tensor([int((j + (i + 0.5)/len(encoded))*len(schedule)/times) for j in range(times)])
             batch, noise = collate([entry]*times).to(device), torch.stack(draws).to(device)
-            losses.append(denoising_loss(unet, batch, schedule, noise, levels.to(device)).mean())
+            losses.append(loss(unet, batch, schedule, noise, levels.to(device)).mean())
     return float(torch.stack(losses).mean())
 
 # %% ../../nbs/library/train_validation.ipynb #b1050ed7
@@ -119,10 +120,11 @@ def draw_validation(
     resolution:int, # side in pixels
     folder, # where the pictures go
     stem:str, # begins their names
+    **drawing, # for `draw_pictures`: steps, guidance
 )->tuple: # (pictures, files, prompts), one of each for every picture
     "Draw the validation prompts; picture i of a prompt has the same seed every time."
     drawn = [(image, prompt) for prompt in progress(False)(prompts, "validating")
-        for image in draw_pictures(components, embed(prompt), empty, seeds, resolution)]
+        for image in draw_pictures(components, embed(prompt), empty, seeds, resolution, **drawing)]
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = [Path(folder)/f"{stem}{i}.png" for i in range(len(drawn))]
     for (image, _), file in zip(drawn, files): image.save(file)
