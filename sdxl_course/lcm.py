@@ -27,7 +27,7 @@ from .train.build import open_run
 from .train.config import LoraConfig
 from .train.objective import DenoisingLoss, active_weightings, per_sample_mse, predict, without_adapters
 from .train.prepare import make_loss, make_noise_schedule
-from .train.run import Method
+from .train.run import Method, held_out_loss
 from .train.weights import PRECISIONS, lora_weights, unet_weights
 
 # %% ../nbs/library/lcm.ipynb #3357cb3d
@@ -190,8 +190,8 @@ def measured_distance(
         device=t.device))
 
 # %% ../nbs/library/lcm.ipynb #9394bda3
-LCM_LORA = Method("lcm", LcmConfig, read_data, distilled_weights, consistency_loss, measured=measured_distance,
-    drawing=drawing)
+LCM_LORA = Method("lcm", LcmConfig, read_data, distilled_weights, consistency_loss, drawing=drawing,
+    measure=lambda run: held_out_loss(run, measured_distance(run.accelerator.unwrap_model(run.loss))))
 LCM = replace(LCM_LORA, full_precision=("unet",))
 
 def open_lcm(config, components=None, log=print, live=False):
