@@ -25,6 +25,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
     "full": ("full", "train every weight of the UNet on captioned pictures"),
     "lcm": ("lcm", "distil a model into one that draws in four steps"),
+    "ddpo": ("ddpo", "train a LoRA on a reward"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "explain": ("explain", "say what an option means, when to change it and what that costs"),
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),

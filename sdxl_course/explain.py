@@ -22,6 +22,7 @@ import yaml
 from .core import CourseError, nearest, run_guarded
 from .foreign_flags import foreign_answer
 from .options import option, parse_config
+from .ddpo import ddpo_method
 from .dreambooth import DREAMBOOTH
 from .full import FULL
 from .lcm import LCM
@@ -30,7 +31,7 @@ from .textual_inversion import TEXTUAL_INVERSION
 
 # %% ../nbs/library/explain.ipynb #c2a524bb
 TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION,
-    LCM)}
+    LCM, ddpo_method())}
 PACKAGE = Path(sys.modules[CourseError.__module__].__file__).parent
 
 @lru_cache
