@@ -25,6 +25,8 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "textual-inversion": ("textual_inversion", "learn a new word, and change no weight of the model"),
     "full": ("full", "train every weight of the UNet on captioned pictures"),
     "lcm": ("lcm", "distil a model into one that draws in four steps"),
+    "unconditional": ("unconditional", "train a diffusion model of pixels that knows no words"),
+    "dpo": ("dpo", "train a LoRA on preferred pictures and rejected ones"),
     "ddpo": ("ddpo", "train a LoRA on a reward"),
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "explain": ("explain", "say what an option means, when to change it and what that costs"),

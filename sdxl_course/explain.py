@@ -23,15 +23,17 @@ from .core import CourseError, nearest, run_guarded
 from .foreign_flags import foreign_answer
 from .options import option, parse_config
 from .ddpo import ddpo_method
+from .dpo import DPO
 from .dreambooth import DREAMBOOTH
 from .full import FULL
 from .lcm import LCM
 from .text_to_image import TEXT_TO_IMAGE
 from .textual_inversion import TEXTUAL_INVERSION
+from .unconditional import UNCONDITIONAL
 
 # %% ../nbs/library/explain.ipynb #c2a524bb
 TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION,
-    LCM, ddpo_method())}
+    LCM, DPO, ddpo_method(), UNCONDITIONAL)}
 PACKAGE = Path(sys.modules[CourseError.__module__].__file__).parent
 
 @lru_cache

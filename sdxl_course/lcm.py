@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from .core import CourseError
 from .data.preprocess import INTERPOLATIONS
 from .devices import weight_dtype
+from .model.components import quiet
 from .model.conditioning import empty_prompt_embeds
 from .model.consistency import consistency_function, guidance_embedding, guided_step, solver_times
 from .model.consistency import with_guidance_input
@@ -27,7 +28,7 @@ from .train.build import open_run
 from .train.config import LoraConfig
 from .train.objective import DenoisingLoss, active_weightings, per_sample_mse, predict, without_adapters
 from .train.prepare import make_loss, make_noise_schedule
-from .train.run import Method, held_out_loss
+from .train.run import Method, draw_prompts, held_out_loss
 from .train.weights import PRECISIONS, lora_weights, unet_weights
 
 # %% ../nbs/library/lcm.ipynb #3357cb3d
@@ -150,8 +151,8 @@ def distilled_weights(
     own, steps = components.scheduler, config.num_ddim_timesteps
     if not hasattr(own, "alphas_cumprod"):
         raise CourseError(f"the teacher draws with {type(own).__name__}, which has no timesteps: wanted an SDXL 1.0")
-    components.scheduler = LCMScheduler.from_config(own.config, clip_sample=False, original_inference_steps=steps,
-        timestep_scaling=config.timestep_scaling_factor)
+    with quiet(): components.scheduler = LCMScheduler.from_config(own.config, clip_sample=False,
+        original_inference_steps=steps, timestep_scaling=config.timestep_scaling_factor)
     draw = f"# draw with pipeline(prompt, num_inference_steps=4, guidance_scale={drawing(config)['guidance']})"
     if not config.whole_unet:
         trained = lora_weights(config, components, seed, scale)
@@ -190,7 +191,8 @@ def measured_distance(
         device=t.device))
 
 # %% ../nbs/library/lcm.ipynb #9394bda3
-LCM_LORA = Method("lcm", LcmConfig, read_data, distilled_weights, consistency_loss, drawing=drawing,
+LCM_LORA = Method("lcm", LcmConfig, read_data, distilled_weights, consistency_loss,
+    draw=lambda run, *place: draw_prompts(run, *place, **drawing(run.config)),
     measure=lambda run: held_out_loss(run, measured_distance(run.accelerator.unwrap_model(run.loss))))
 LCM = replace(LCM_LORA, full_precision=("unet",))
 

@@ -31,15 +31,15 @@ model.lora_tools model.weight_files
 model.words
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
 train.machine train.objective train.policy train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
-train.weights train.hub train.run train.build train.rounds train.class_images train.concepts
-text_to_image dreambooth full textual_inversion lcm
+train.weights train.hub train.run train.build train.rounds train.pixels train.class_images train.concepts
+text_to_image dreambooth full textual_inversion lcm dpo unconditional
 remake inference lora measure.metrics measure.judges measure.distributions measure.subject measure.claims
 measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.export
 cli
 """.split()
-RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion", "lcm", "ddpo"}
+RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion", "lcm", "dpo", "ddpo", "unconditional"}
 
 
 # ---------------------------------------------------------------- reading

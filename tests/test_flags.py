@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sdxl_course.core import CourseError, load_tensors
 from sdxl_course.ddpo import DdpoConfig
 from sdxl_course.demo import DemoConfig
+from sdxl_course.dpo import DpoConfig
 from sdxl_course.dreambooth import DreamBoothConfig
 from sdxl_course.evaluate import EvaluateConfig
 from sdxl_course.full import FullConfig
@@ -29,6 +30,7 @@ from sdxl_course.study import StudyConfig
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
 from sdxl_course.textual_inversion import TextualInversionConfig
 from sdxl_course.train.objective import WEIGHTINGS
+from sdxl_course.unconditional import UnconditionalConfig
 from toy import files_of, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
@@ -523,7 +525,7 @@ def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
 CONFIGS = dict(  # every command that trains, and what it cannot do without
     text=(TextToImageConfig, dict(train_data_dir="d")), subject=(DreamBoothConfig, dict(instance_data_dir="d", instance_prompt="a photo of TOK chair")), full=(FullConfig, dict(train_data_dir="d")),
     word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")), lcm=(LcmConfig, dict(train_data_dir="d")),
-    ddpo=(DdpoConfig, dict(prompt_file="p", reward="jpeg_compressibility")))
+    dpo=(DpoConfig, dict(train_data_dir="d", rejected_data_dir="r")), pixels=(UnconditionalConfig, dict(train_data_dir="d")), ddpo=(DdpoConfig, dict(prompt_file="p", reward="jpeg_compressibility")))
 
 
 def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_name_or_path": "m", **CONFIGS[command][1], **options})
@@ -564,7 +566,7 @@ def test_every_number_of_the_other_commands_has_a_limit(command):
             with pytest.raises(CourseError, match=f"--{f.name} is .*wanted"): Config(**{**usual, f.name: [wrong] if several else wrong})
 
 
-FREE = set("""prompt_file output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
+FREE = set("""ddpm_num_inference_steps rejected_data_dir prompt_file output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
@@ -572,7 +574,7 @@ FREE = set("""prompt_file output_dir max_train_steps num_train_epochs checkpoint
 MACHINE = set("""cast_teacher_unet mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 
-NEVER = set("""reward whole_unet unet_time_cond_proj_dim adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
+NEVER = set("""ddpm_num_steps ddpm_beta_schedule reward whole_unet unet_time_cond_proj_dim adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
     train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors""".split())
 
 
@@ -625,6 +627,8 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     full=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n"))],
     word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))],
     lcm=[(dict(train_data_dir=None), dict()), (dict(w_min=16.0), dict(w_min=15.0)), (dict(unet_time_cond_proj_dim=7), dict(unet_time_cond_proj_dim=8)), (dict(train_text_encoder=True), dict()), (dict(masked_loss=True), dict())],
+    pixels=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(ddpm_num_inference_steps=1001), dict()), (dict(validation_prompt="x"), dict()), (dict(masked_loss=True), dict())],
+    dpo=[(dict(train_data_dir=None), dict()), (dict(masked_loss=True), dict())],
     ddpo=[(dict(train_data_dir="d"), dict()), (dict(shuffle_tags=True), dict()), (dict(lora_dropout=0.5), dict())])
 
 

@@ -24,7 +24,7 @@ from .loop import TrainState
 from .machine import accelerating, check_disk, check_machine, is_main_process, is_out_of_memory
 from .machine import open_output, output_lock, resolve_precision, tf32, unfailing, usable_tracker
 from .optimizer import Ema
-from .prepare import load_base, optimizer_and_schedule, report_data, report_lengths
+from .prepare import optimizer_and_schedule, report_data, report_lengths
 from .prepare import run_seed
 from .hub import open_repository
 from .results import LiveView
@@ -85,7 +85,7 @@ def build_run(
     "Everything up to the first update."
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
     records, others, measured_on = choose_validation(method, config, records, seed)
-    components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
+    components = method.base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
         method.full_precision)
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))
     loader = method.loader(config, records, components, seed, device, class_records, method.companions)

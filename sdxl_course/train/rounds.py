@@ -103,6 +103,9 @@ class PromptLoader(BatchLoader):
         self.records = [self.all[k % len(self.all)] for k in range(self.pictures)]
         self.names = [f"drawing {k + 1} of the round" for k in range(self.pictures)]
 
+    def describe(self):
+        return f"{len(self.all)} prompts; {self.pictures} pictures a round, each drawn in {self.steps} steps"
+
     def caches_latents(self, wanted=None): return False, "since the model draws them"
     def caches_text_embeds(self, trained, wanted=None): return True, "since the text encoders are frozen"
 
