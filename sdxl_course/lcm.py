@@ -135,9 +135,7 @@ def distance(self:ConsistencyLoss, batch, noise, timesteps, w): # (b,)
 # %% ../nbs/library/lcm.ipynb #1daf4821
 GUIDANCE = 8.0 # that a whole UNet is told when it draws; a LoRA has the guidance of its teacher inside
 
-def drawing(
-    config, # LcmConfig
-)->dict: # steps, guidance
+def drawing(config)->dict: # steps, guidance
     "How validation pictures are drawn."
     return dict(steps=4, guidance=GUIDANCE if config.whole_unet else 1.0)
 
@@ -182,9 +180,7 @@ def consistency_loss(
         timestep_scaling=config.timestep_scaling_factor, huber_c=config.huber_c if config.loss_type == "huber" else None)
 
 # %% ../nbs/library/lcm.ipynb #4a5a8703
-def measured_distance(
-    loss:ConsistencyLoss,
-): # function of (unet, batch, schedule, noise, timesteps): (b,)
+def measured_distance(loss:ConsistencyLoss): # function of (unet, batch, schedule, noise, timesteps): (b,)
     "The consistency loss in the middle of the range of guidance, as `validation_loss` wants it."
     middle = sum(loss.w_range)/2
     return lambda unet, batch, schedule, noise, t: loss.distance(batch, noise, t, torch.full(t.shape, middle,
