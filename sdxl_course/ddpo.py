@@ -67,7 +67,8 @@ class DdpoConfig(RewardOptions, LoraConfig):
         aliases=["--num_epochs"])
     gradient_accumulation_steps: int = option(1, "micro-steps per optimizer update", "1 ..",
         aliases=["--train_gradient_accumulation_steps"])
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to this", "> 0 ..", aliases=["--train_max_grad_norm"])
+    max_grad_norm: float = option(1.0, "longer gradients are shortened to this", "> 0 ..",
+        aliases=["--train_max_grad_norm"])
 
 # %% ../nbs/library/ddpo.ipynb #7f31ac34
 def read_prompts(
@@ -76,8 +77,9 @@ def read_prompts(
 )->list: # PromptRecord
     "The prompts of a file; CourseError where there are none."
     try: text = read_file(Path(config.prompt_file).expanduser()).decode("utf-8-sig", "replace")
-    except CourseError as error: raise CourseError(f"--prompt_file {config.prompt_file}: {error}; wanted a text file with one "
-        "prompt a line") from error
+    except CourseError as error:
+        raise CourseError(f"--prompt_file {config.prompt_file}: {error}; wanted a text file with one prompt a line"
+            ) from error
     lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
     if not lines: raise CourseError(f"--prompt_file {config.prompt_file} holds no prompt: wanted one a line")
     return [PromptRecord((line,), Path(line.replace("/", " ")), content_key(line.encode())) for line in lines]

@@ -177,7 +177,8 @@ def consistency_loss(
         teacher = teacher.to(weight_dtype(config.mixed_precision, components.unet.device))
     return make_loss(config, components, schedule, encode_text, ConsistencyLoss, teacher=teacher,
         w_range=(config.w_min, config.w_max), solver_steps=config.num_ddim_timesteps,
-        timestep_scaling=config.timestep_scaling_factor, huber_c=config.huber_c if config.loss_type == "huber" else None)
+        timestep_scaling=config.timestep_scaling_factor,
+        huber_c=config.huber_c if config.loss_type == "huber" else None)
 
 # %% ../nbs/library/lcm.ipynb #4a5a8703
 def measured_distance(loss:ConsistencyLoss): # function of (unet, batch, schedule, noise, timesteps): (b,)

@@ -33,7 +33,8 @@ def judged_probability(
     shares = {name: x.softmax(1) for name, x in judge(to_pixels(resize_for_judges(pictures))).items()}
     for k, scene in enumerate(scenes):
         words = dict(object=scene.object, place=scene.place, **(dict(color=scene.color) if is_colored(scene) else {}))
-        found.append(torch.stack([shares[name][k, ATTRIBUTES[name].index(word)] for name, word in words.items()]).prod())
+        sure = [shares[name][k, ATTRIBUTES[name].index(word)] for name, word in words.items()]
+        found.append(torch.stack(sure).prod())
     return torch.stack(found)
 
 REWARDS = dict(jpeg_compressibility=lambda pictures, prompts: -jpeg_kilobytes(pictures),

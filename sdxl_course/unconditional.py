@@ -49,9 +49,8 @@ class PixelOptions:
             "--proportion_empty_prompts out"),
         (lambda c: c.masked_loss or c.use_aspect_ratio_buckets or c.cached_crops or c.cache_latents
             or c.do_edm_style_training or c.rescale_betas_zero_snr or c.pretrained_vae_model_name_or_path,
-            "unconditional trains on the pixels of squares: leave --masked_loss, --use_aspect_ratio_buckets, "
-            "--cached_crops, --cache_latents, --do_edm_style_training, --rescale_betas_zero_snr and "
-            "--pretrained_vae_model_name_or_path out"))
+            "unconditional trains on the pixels of squares: leave --masked_loss, --use_aspect_ratio_buckets and what "
+            "belongs to latents, such as --cached_crops, --cache_latents and --do_edm_style_training, out"))
 
     def prompts(self): return [""] # pictures are drawn without one
 

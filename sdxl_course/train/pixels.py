@@ -52,13 +52,14 @@ def _read_unet(
     folder = Path(model).expanduser()
     folder = folder/"unet" if (folder/"unet"/"config.json").is_file() else folder
     if model != FRESH and not (folder/"config.json").is_file():
-        raise CourseError(f"--model_config_name_or_path {model} has no config.json: wanted the folder of a UNet2DModel, "
-            f"or {FRESH}")
+        raise CourseError(f"--model_config_name_or_path {model} has no config.json: wanted the folder of a "
+            f"UNet2DModel, or {FRESH}")
     with quiet(), seeded_rng(seed, "unet"):
         if model == FRESH: return reference_unet(side)
         if any(folder.glob("*.safetensors")): return UNet2DModel.from_pretrained(str(folder))
         return UNet2DModel.from_config({**UNet2DModel.load_config(str(folder)), "sample_size": side})
 
+# %% ../../nbs/library/train_pixels.ipynb #aa01bb02
 def load_pixel_model(
     config, # UnconditionalConfig
     device, # where to

@@ -121,7 +121,8 @@ def ask(self:PromptLoader,
     stack = lambda name: torch.stack([one[name] for one in kept])
     time_ids = make_time_ids(size, (0, 0), size).expand(len(prompts), -1)
     silent = dict(zip(("silent", "silent_pooled"), (e.expand(len(prompts), *e.shape) for e in self.empty_embeds)))
-    return Batch(latents, stack("prompt_embeds"), stack("pooled_prompt_embeds"), time_ids, silent | extra).to(self.device)
+    batch = Batch(latents, stack("prompt_embeds"), stack("pooled_prompt_embeds"), time_ids, silent | extra)
+    return batch.to(self.device)
 
 # %% ../../nbs/library/train_rounds.ipynb #18018fa9
 @patch
