@@ -35,8 +35,7 @@ class PixelOptions:
     prediction_type: str | None = option("epsilon", "what the UNet is asked for", resume="never",
         choices=("epsilon", "v_prediction", "sample"))
     ddpm_num_steps: int = option(1000, "timesteps from picture to noise", "2 ..", "never")
-    ddpm_beta_schedule: str = option("linear", "how the noise grows", choices=("linear", "squaredcos_cap_v2"),
-        resume="never")
+    ddpm_beta_schedule: str = option("linear", "growth of the noise", "", "never", choices=("linear", "squaredcos_cap_v2"))
     ddpm_num_inference_steps: int = option(1000, "steps of a drawing", "1 ..", "free")
 
     constraints: ClassVar = (
