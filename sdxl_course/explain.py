@@ -22,18 +22,22 @@ import yaml
 from .core import CourseError, nearest, run_guarded
 from .foreign_flags import foreign_answer
 from .options import option, parse_config
+from .ddpo import ddpo_method
+from .dpo import DPO
 from .dreambooth import DREAMBOOTH
 from .full import FULL
 from .controlnet import CONTROLNET
+from .custom_diffusion import CUSTOM_DIFFUSION
 from .instruct_pix2pix import INSTRUCT_PIX2PIX
+from .lcm import LCM
 from .t2i_adapter import T2I_ADAPTER
 from .text_to_image import TEXT_TO_IMAGE
-from .custom_diffusion import CUSTOM_DIFFUSION
 from .textual_inversion import TEXTUAL_INVERSION
+from .unconditional import UNCONDITIONAL
 
 # %% ../nbs/library/explain.ipynb #c2a524bb
 TRAINERS = {method.name: method.config for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION,
-    CUSTOM_DIFFUSION, CONTROLNET, T2I_ADAPTER, INSTRUCT_PIX2PIX)}
+    CUSTOM_DIFFUSION, CONTROLNET, T2I_ADAPTER, INSTRUCT_PIX2PIX, LCM, DPO, ddpo_method(), UNCONDITIONAL)}
 PACKAGE = Path(sys.modules[CourseError.__module__].__file__).parent
 
 @lru_cache

@@ -26,20 +26,20 @@ EXPORTS = {"export", "exports", "exporti"}
 ROOMS = """
 core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples world.maps
-model.folders model.components model.architecture model.conditioning model.noise model.latents model.samplers model.prompts model.sampling model.attention model.rank model.subspace model.lora model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
+model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.attention model.rank model.subspace model.lora model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
 model.lora_tools model.weight_files
 model.words model.key_values model.control
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
-train.machine train.objective train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
-train.weights train.control train.hub train.run train.build train.class_images train.concepts
-text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix
-explain remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
-measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate study demo sweep app
+train.machine train.objective train.policy train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
+train.weights train.control train.hub train.run train.build train.rounds train.pixels train.class_images train.concepts
+text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix lcm dpo unconditional
+remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
+measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.export
 cli
 """.split()
-RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion", "custom_diffusion", "controlnet", "t2i_adapter", "instruct_pix2pix"}
+RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion", "custom_diffusion", "controlnet", "t2i_adapter", "instruct_pix2pix", "lcm", "dpo", "ddpo", "unconditional"}
 
 
 # ---------------------------------------------------------------- reading

@@ -14,15 +14,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sdxl_course.controlnet import ControlNetConfig
 from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.custom_diffusion import CustomDiffusionConfig
+from sdxl_course.ddpo import DdpoConfig
 from sdxl_course.demo import DemoConfig
+from sdxl_course.dpo import DpoConfig
 from sdxl_course.dreambooth import DreamBoothConfig
 from sdxl_course.evaluate import EvaluateConfig
-from sdxl_course.controlnet import ControlNetConfig
 from sdxl_course.full import FullConfig
 from sdxl_course.instruct_pix2pix import InstructPix2PixConfig
 from sdxl_course.t2i_adapter import T2IAdapterConfig
 from sdxl_course.inference import GenerateConfig
+from sdxl_course.lcm import LcmConfig
 from sdxl_course.model.lora_files import read_lora
 from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
 from sdxl_course.pretraining.export import PretrainConfig
@@ -30,6 +34,7 @@ from sdxl_course.study import StudyConfig
 from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image, train_text_to_image
 from sdxl_course.textual_inversion import TextualInversionConfig
 from sdxl_course.train.objective import WEIGHTINGS
+from sdxl_course.unconditional import UnconditionalConfig
 from toy import files_of, make_pictures, make_toy_model
 
 SHOWN = set()  # options whose effect some test below shows
@@ -524,7 +529,9 @@ def test_a_run_in_a_notebook_shows_itself(train, toy, toy_model, tmp_path):
 CONFIGS = dict(  # every command that trains, and what it cannot do without
     text=(TextToImageConfig, dict(train_data_dir="d")), subject=(DreamBoothConfig, dict(instance_data_dir="d", instance_prompt="a photo of TOK chair")), full=(FullConfig, dict(train_data_dir="d")),
     word=(TextualInversionConfig, dict(train_data_dir="d", placeholder_token="<s>", initializer_token="chair")), steer=(ControlNetConfig, dict(train_data_dir="d")),
-    adapter=(T2IAdapterConfig, dict(train_data_dir="d")), edit=(InstructPix2PixConfig, dict(train_data_dir="d")))
+    adapter=(T2IAdapterConfig, dict(train_data_dir="d")), edit=(InstructPix2PixConfig, dict(train_data_dir="d")), lcm=(LcmConfig, dict(train_data_dir="d")),
+    dpo=(DpoConfig, dict(train_data_dir="d", rejected_data_dir="r")), pixels=(UnconditionalConfig, dict(train_data_dir="d")), ddpo=(DdpoConfig, dict(prompt_file="p", reward="jpeg_compressibility")),
+    words=(CustomDiffusionConfig, dict(instance_data_dir="d", instance_prompt="a <new1> chair")))
 
 
 def build(command, **options): return CONFIGS[command][0](**{"pretrained_model_name_or_path": "m", **CONFIGS[command][1], **options})
@@ -565,17 +572,17 @@ def test_every_number_of_the_other_commands_has_a_limit(command):
             with pytest.raises(CourseError, match=f"--{f.name} is .*wanted"): Config(**{**usual, f.name: [wrong] if several else wrong})
 
 
-FREE = set("""output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
+FREE = set("""ddpm_num_inference_steps rejected_data_dir prompt_file output_dir max_train_steps num_train_epochs checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint
     dataloader_num_workers local_rank train_batch_size validation_prompt validation_prompts num_validation_images validation_epochs cache_dir logging_dir
     validation_data_dir validation_loss_steps skip_final_inference save_precision output_kohya_format init_lora cache_latents_to_disk mask_data_dir report_to push_to_hub
     hub_model_id debug_loss pretrained_model_name_or_path pretrained_vae_model_name_or_path train_data_dir dataset_name dataset_config_name image_column caption_column
     max_train_samples repeats_from_folders on_problem instance_data_dir class_data_dir num_class_images sample_batch_size prior_generation_precision save_as_full_pipeline validation_steps save_steps resume_with_changes concepts
     conditioning_image_column conditioning_data_dir validation_image controlnet_model_name_or_path adapter_model_name_or_path original_image_column edited_image_column edit_prompt_column val_image_url_or_path""".split())
-MACHINE = set("""mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
+MACHINE = set("""cast_teacher_unet mixed_precision gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention enable_npu_flash_attention
     cache_latents cache_text_embeds revision variant""".split())
 
-NEVER = set("""adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
-    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors""".split())
+NEVER = set("""ddpm_num_steps ddpm_beta_schedule reward whole_unet unet_time_cond_proj_dim adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
+    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors modifier_token freeze_model""".split())
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -631,7 +638,17 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(validation_prompt=["a", "b"], validation_image=["i.png"]*3), dict(validation_prompt=["a"], validation_image=["i.png"]*3))],
     edit=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(caption_column="words"), dict(edit_prompt_column="words")),
     (dict(validation_prompt="a"), dict(validation_prompt="a", val_image_url_or_path="i.png")), (dict(conditioning_dropout_prob=0.4), dict(conditioning_dropout_prob=0.3))],
-    word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))])
+    word=[(dict(train_data_dir=None), dict()), (dict(dataset_name="n"), dict()), (dict(placeholder_token="my chair"), dict(placeholder_token="my-chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False))],
+    words=[(dict(modifier_token="<a>+<a>", initializer_token="b+c"), dict(modifier_token="<a>+<b>")), (dict(initializer_token="a", modifier_token="<a>+<b>"), dict(initializer_token="a")),
+    (dict(real_prior=True), dict(real_prior=True, with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")), (dict(cache_text_embeds=True), dict(cache_text_embeds=False)),
+    (dict(with_prior_preservation=True), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
+    (dict(with_prior_preservation=True, class_data_dir="d/c", class_prompt="a chair"), dict(with_prior_preservation=True, class_data_dir="c", class_prompt="a chair")),
+    (dict(train_data_dir="d"), dict()), (dict(instance_data_dir=None), dict(instance_data_dir=None, dataset_name="n")), (dict(dataset_name="n"), dict()), (dict(instance_prompt=" "), dict()),
+    (dict(concepts="f"), dict(concepts="f", instance_data_dir=None, instance_prompt="")), (dict(concepts="f", instance_data_dir=None, instance_prompt="", validation_data_dir="v"), dict(validation_data_dir="v"))],
+    lcm=[(dict(train_data_dir=None), dict()), (dict(w_min=16.0), dict(w_min=15.0)), (dict(unet_time_cond_proj_dim=7), dict(unet_time_cond_proj_dim=8)), (dict(train_text_encoder=True), dict()), (dict(masked_loss=True), dict())],
+    pixels=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(ddpm_num_inference_steps=1001), dict()), (dict(validation_prompt="x"), dict()), (dict(masked_loss=True), dict())],
+    dpo=[(dict(train_data_dir=None), dict()), (dict(masked_loss=True), dict())],
+    ddpo=[(dict(train_data_dir="d"), dict()), (dict(shuffle_tags=True), dict()), (dict(lora_dropout=0.5), dict())])
 
 
 @pytest.mark.parametrize("command", STRUCK)
@@ -648,7 +665,7 @@ def test_every_rule_is_struck_once_and_its_neighbour_is_allowed(command):
 
 
 def test_rules_of_common_options_hold_for_every_command():
-    for command in ("subject", "full", "word", "steer", "adapter", "edit"):
+    for command in ("subject", "full", "word", "steer", "adapter", "edit", "lcm", "words"):
         known = {f.name for f in fields(CONFIGS[command][0])}
         for wrong, _ in STRUCK["text"]:
             if not wrong.keys() <= known or wrong.keys() & {"train_data_dir", "cache_text_embeds"}: continue
@@ -664,7 +681,7 @@ def test_idle_options_of_the_reference_scripts_are_told_and_harm_nothing(idle, b
 
 def test_every_sentence_about_an_idle_option_is_told_by_some_case():
     cases = [dict(use_dora=True, output_kohya_format=True), dict(text_encoder_lr=1e-5), dict(text_encoder_lr=1e-5, optimizer="Prodigy", train_text_encoder=True), dict(prodigy_beta3=0.5)]
-    told = {sentence for case in cases for sentence in unused_options(build("text", **case))}
+    told = {sentence for case in cases for sentence in unused_options(build("text", **case))} | {*unused_options(build("lcm", cast_teacher_unet=True))}
     for command in CONFIGS: assert {sentence for _, sentence in rules_of(build(command), "unused")} <= told
 
 

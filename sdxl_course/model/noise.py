@@ -158,6 +158,19 @@ def predict_x0(self:NoiseSchedule,
     if self.prediction_type == "v_prediction": return signal*xt - static*model_output
     return model_output
 
+# %% ../../nbs/library/model_noise.ipynb #147f0361
+@patch
+def predict_noise(self:NoiseSchedule,
+    model_output, # (b, ...) in the schedule's prediction type
+    xt, # (b, ...) the noisy input
+    t, # (b,) int64 timesteps
+): # (b, ...) the noise that the output implies
+    "The noise that a network's answer implies."
+    signal, static = self._amplitudes(t, xt)
+    if self.prediction_type == "epsilon": return model_output
+    if self.prediction_type == "v_prediction": return static*xt + signal*model_output
+    return (xt - signal*model_output) / static
+
 # %% ../../nbs/library/model_noise.ipynb #d4ec4b2b
 @patch
 def model_input(self:NoiseSchedule,

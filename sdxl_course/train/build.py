@@ -24,7 +24,7 @@ from .loop import TrainState
 from .machine import accelerating, check_disk, check_machine, is_main_process, is_out_of_memory
 from .machine import open_output, output_lock, resolve_precision, tf32, unfailing, usable_tracker
 from .optimizer import Ema
-from .prepare import load_base, make_loader, optimizer_and_schedule, report_data, report_lengths
+from .prepare import optimizer_and_schedule, report_data, report_lengths
 from .prepare import run_seed
 from .hub import open_repository
 from .results import LiveView
@@ -85,10 +85,10 @@ def build_run(
     "Everything up to the first update."
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
     records, others, measured_on = choose_validation(method, config, records, seed)
-    components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
+    components = method.base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
         method.full_precision)
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))
-    loader = make_loader(config, records, components, seed, device, class_records, method.companions)
+    loader = method.loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     sampler = make_sampler(config, loader, seed, processes)
     updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
@@ -99,7 +99,7 @@ def build_run(
     state = TrainState(trained.named, accelerator.prepare(optimizer), lr_scheduler, seed,
         ema=Ema(trained.named, config.ema_decay) if config.use_ema else None)
     check_disk(disk_needs(config, loader, trained, updates, checkpoint))
-    validation = fill_cache(loader, config, others, encode_text, accelerator)
+    validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
     return Run(method, config, Path(config.output_dir).expanduser(), components, accelerator, loader, sampler,
         schedule, trained, loss, state, updates, log, validation, measured_on)
 
@@ -161,12 +161,13 @@ def fill_cache(
     others, # ImageRecord of the validation set
     encode_text:bool, # captions are encoded in every step
     accelerator, # accelerate.Accelerator
+    validation=validation_set, # function of (records, loader)
 )->list: # the validation set, encoded
     "Encode once whatever does not change."
     prompts = config.prompts() + [record.captions[0] for record in others]
     bar = progress(not accelerator.is_main_process)
     loader.encode_once(loader.caches_latents(config.cache_latents)[0], not encode_text, prompts, bar)
-    encoded = validation_set(others, loader)
+    encoded = validation(others, loader)
     if loader.text_keys: # their work is done
         for encoder in (loader.components.text_encoder, loader.components.text_encoder_2): encoder.to("cpu")
     return encoded

@@ -155,13 +155,13 @@ def predict(
     noisy, # x_t (b, 4, h, w)
     timesteps, # (b,)
     batch, # has prompt_embeds (b, 77, d), pooled_prompt_embeds (b, p), time_ids (b, 6)
-    **residuals, # that another network adds to the UNet's blocks, named as its forward pass does
+    **more, # for the UNet: what another network adds to its blocks, or timestep_cond
 ): # the network's answer (b, 4, h, w)
     "One forward pass of SDXL's UNet, in the dtype of its weights."
     dtype = next(unet.parameters()).dtype
     conditions = dict(text_embeds=batch.pooled_prompt_embeds.to(dtype), time_ids=batch.time_ids)
     return unet(noisy.to(dtype), timesteps, batch.prompt_embeds.to(dtype), added_cond_kwargs=conditions,
-        return_dict=False, **residuals)[0]
+        return_dict=False, **more)[0]
 
 # %% ../../nbs/library/train_objective.ipynb #5fe667cb
 def denoising_loss(

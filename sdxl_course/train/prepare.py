@@ -107,13 +107,14 @@ def make_loader(
     device, # where batches go
     class_records=(), # ImageRecord of class pictures
     companions=(), # Companion, further pictures of each sample
+    kind=BatchLoader, # class of the loader
 )->BatchLoader:
     "The BatchLoader that the options ask for."
     place = config.cache_dir or (config.output_dir if config.cache_latents_to_disk else None)
     cache = LatentCache(place and Path(place).expanduser()/"encoded")
     bias = {name.removeprefix("timestep_bias_"): value for name, value in fields_of(config, TimestepOptions).items()}
     weights = timestep_weights(components.scheduler.config.num_train_timesteps, **bias)
-    return BatchLoader(records, components, seed, device, cache, class_records, companions, weights,
+    return kind(records, components, seed, device, cache, class_records, companions, weights,
         cached_crops=config.cached_crops,
         noise_offset=config.noise_offset, **fields_of(config, ImageOptions, CaptionOptions))
 
@@ -125,6 +126,7 @@ def report_data(
     log, # gets the sentences
 ):
     "Say what was found, and what is cached and why."
+    if hasattr(loader, "describe"): log(loader.describe()); return
     captions = [caption for r in loader.records for caption in r.captions]
     how = lambda answer, other: f"{'encoded once and kept' if answer[0] else other}, {answer[1]}"
     log(f"{len(loader.records)} pictures with {len(captions)} captions; "
@@ -146,7 +148,8 @@ def report_lengths(
     log, # gets the sentence
 ):
     "Say which captions lose their end."
-    cut = [caption for caption in dict.fromkeys(captions) if removed_text(tokenizer, caption, max_token_length)]
+    cut = [caption for caption in dict.fromkeys(captions)
+        if caption and removed_text(tokenizer, caption, max_token_length)]
     if not cut: return
     log(f"{len(cut)} captions are longer than {max_token_length + 2} tokens and lose their end; the first of them "
         "loses "

@@ -136,12 +136,12 @@ def diffusers_lines(
 )->str: # Python
     "How stock diffusers draws with the result."
     model, whole = settings["pretrained_model_name_or_path"], re.match(r"pipeline = (\w+)", usage)
+    kind = whole[1] if whole else "StableDiffusionXLPipeline"
     named = model if is_hub_id(model) else f"the folder of {Path(model).name}"
     place = "tiny_path()" if model == "tiny" else json.dumps(in_markdown(named, code=True), ensure_ascii=False)
     imports = ["from sdxl_course.model.components import tiny_path"] if model == "tiny" and not whole else []
     base = [] if whole else [f"pipeline = StableDiffusionXLPipeline.from_pretrained({place})"]
-    said = json.dumps(in_markdown(prompt or "...", code=True), ensure_ascii=False)
-    kind = whole[1] if whole else "StableDiffusionXLPipeline"
+    said = json.dumps(in_markdown(prompt or "...", code=True), ensure_ascii=False) if "XL" in kind else ""
     return "\n".join([f"from diffusers import {kind}", *imports, "", *base, usage,
         f"picture = pipeline({said}{call}).images[0]"])
 

@@ -98,8 +98,8 @@ def validation_loss(
     schedule, # NoiseSchedule
     embed, # function of a caption: (n, d) and (p,)
     times:int=4, # noise levels per picture, spread evenly
-    answer=predict, # see `denoising_loss`
-)->float: # unweighted mean squared error
+    loss=denoising_loss, # function of (unet, batch, schedule, noise, timesteps): (b,)
+)->float: # unweighted mean squared error, unless another loss is asked for
     "The loss on the same pictures, noise and noise levels, whenever it is asked for."
     losses, device = [], next(unet.parameters()).device
     with eval_mode(unet):
@@ -109,7 +109,7 @@ def validation_loss(
             draws = [torch.randn(mean.shape, generator=seeded("validation", record.key, j)) for j in range(times)]
             levels = torch.tensor([int((j + (i + 0.5)/len(encoded))*len(schedule)/times) for j in range(times)])
             batch, noise = collate([entry]*times).to(device), torch.stack(draws).to(device)
-            losses.append(denoising_loss(unet, batch, schedule, noise, levels.to(device), answer=answer).mean())
+            losses.append(loss(unet, batch, schedule, noise, levels.to(device)).mean())
     return float(torch.stack(losses).mean())
 
 # %% ../../nbs/library/train_validation.ipynb #b1050ed7
@@ -123,11 +123,12 @@ def draw_validation(
     folder, # where the pictures go
     stem:str, # begins their names
     given=(), # for each prompt, what else `draw_pictures` is given; (): nothing
+    **drawing, # for `draw_pictures`: steps, guidance
 )->tuple: # (pictures, files, prompts), one of each for every picture
     "Draw the validation prompts; picture i of a prompt has the same seed every time."
     pairs = list(zip(prompts, given or [{}]*len(prompts)))
     drawn = [(image, prompt) for prompt, more in progress(False)(pairs, "validating")
-        for image in draw_pictures(components, embed(prompt), empty, seeds, resolution, **more)]
+        for image in draw_pictures(components, embed(prompt), empty, seeds, resolution, **drawing, **more)]
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = [Path(folder)/f"{stem}{i}.png" for i in range(len(drawn))]
     for (image, _), file in zip(drawn, files): image.save(file)
