@@ -59,13 +59,15 @@ def choose_validation(
     config, # TrainConfig
     records, # ImageRecord
     seed:int, # of the run
+    beside:int=0, # class pictures that an epoch shows
 )->tuple: # (ImageRecords to learn from, validation set, what to call it)
     "Split off the validation set; find masks, and repeat the pictures, where that is asked for."
     others = method.read_validation(config) or None
     records, others, name = hold_out(records, seed, config.validation_split, others)
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
-    often = [record for record in records for _ in range(record.repeats)]
-    return often*getattr(config, "repeats", 1), others, name
+    often = [record for record in records for _ in range(record.repeats)]*getattr(config, "repeats", 1)
+    # as the reference script has it: an epoch shows every class picture, and the others in turn beside them
+    return [often[i % len(often)] for i in range(max(len(often), beside if often else 0))], others, name
 
 # %% ../../nbs/library/train_build.ipynb #cd7c0791
 def learning_scale(config, processes:int)->int:
@@ -85,7 +87,9 @@ def build_run(
 )->Run:
     "Everything up to the first update."
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
-    records, others, measured_on = choose_validation(method, config, records, seed)
+    beside = min(len(class_records), getattr(config, "num_class_images", 0))
+    records, others, measured_on = choose_validation(method, config, records, seed, beside)
+    if beside == len(records): log(f"an epoch shows {beside} class pictures once each, and the others in turn beside them")
     components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
         method.full_precision)
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))

@@ -138,9 +138,10 @@ def report_data(
     log, # gets the sentences
 ):
     "Say what was found, and what is cached and why."
-    captions = [caption for r in loader.records for caption in r.captions]
+    records = list({id(r): r for r in loader.records}.values()) # however often each is shown
+    captions = [caption for r in records for caption in r.captions]
     how = lambda answer, other: f"{'encoded once and kept' if answer[0] else other}, {answer[1]}"
-    log(f"{len(loader.records)} pictures with {len(captions)} captions; "
+    log(f"{len(records)} pictures with {len(captions)} captions; "
         f"pictures are {how(latents, 'cut and encoded afresh each time')}; captions are "
         f"{how(texts, 'encoded in every step')}")
     if any(r.repeats != 1 for r in loader.records):
