@@ -33,7 +33,7 @@ data.files data.metadata data.records data.preprocess data.report data.tables da
 train.machine train.objective train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.hub train.run train.build train.class_images train.concepts
 text_to_image dreambooth full textual_inversion
-explain remake inference lora measure.metrics measure.judges measure.distributions measure.subject measure.claims
+memory plan explain remake inference lora measure.metrics measure.judges measure.distributions measure.subject measure.claims
 measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate study demo sweep app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.export
