@@ -114,14 +114,15 @@ def _network(folder, part): # on the meta device
     if part in ("unet", "vae"): return dict(unet=UNet2DConditionModel, vae=AutoencoderKL)[part].from_config(config)
     return TEXT_ENCODERS[(config.get("architectures") or ["CLIPTextModel"])[0]](CLIPTextConfig(**config))
 
-# %% ../nbs/library/memory.ipynb #973874c5
+# %% ../nbs/library/memory.ipynb #129aea17
 def meta_components(
     model, # "tiny", a folder, or a hub id; what is not at hand is taken to be as large as SDXL 1.0
 )->SDXLComponents: # every network on the meta device
     "A model as shapes: no weight is read."
     try: folder = resolve_folder(model) if Path(model).expanduser().is_dir() or str(model) == "tiny" else None
     except CourseError: folder = None
-    with quiet(): words = [CLIPTokenizer.from_pretrained(str((folder or tiny_path())/f"tokenizer{n}")) for n in ("", "_2")]
+    place = folder or tiny_path()
+    with quiet(): words = [CLIPTokenizer.from_pretrained(str(place/f"tokenizer{n}")) for n in ("", "_2")]
     whole = sdxl_architecture() if folder is None else None
     scheduler = whole.scheduler if whole else load_scheduler(folder, named_class(read_index(folder), "scheduler"))
     with quiet(), torch.device("meta"):
@@ -162,7 +163,7 @@ def measured(
         kept = meter.live - size_of(*[x for x in (result,) if isinstance(x, torch.Tensor)])
     return Usage(meter.peak, meter.flops, meter.kernels, kept)
 
-# %% ../nbs/library/memory.ipynb #40981ea6
+# %% ../nbs/library/memory.ipynb #fb1fe56d
 def fake_batch(
     components, # SDXLComponents
     b:int, # pictures
@@ -173,8 +174,9 @@ def fake_batch(
     "A batch without content, on torch's current device."
     config, side = components.unet.config, resolution//vae_scale_factor(components.vae)
     latents, noise = torch.empty(b, 4, side, side), torch.empty(b, 4, side, side)
-    n, pooled = 77*(max_token_length//75), config.projection_class_embeddings_input_dim - 6*config.addition_time_embed_dim
-    words = torch.empty(b, n, config.cross_attention_dim, dtype=dtype), torch.empty(b, pooled, dtype=dtype)
+    pooled = config.projection_class_embeddings_input_dim - 6*config.addition_time_embed_dim
+    embeds = torch.empty(b, 77*(max_token_length//75), config.cross_attention_dim, dtype=dtype)
+    words = embeds, torch.empty(b, pooled, dtype=dtype)
     return Batch(latents, *words, torch.empty(b, 6)), noise, torch.zeros(b, dtype=torch.long)
 
 # %% ../nbs/library/memory.ipynb #bcc5a8cd

@@ -6,7 +6,7 @@
 __all__ = ['GIB', 'CONTEXT', 'LAUNCH', 'CARDS', 'STATE', 'METHODS', 'SCRIPTS', 'USUAL', 'Card', 'find_card', 'Forecast',
            'forecast', 'read_command', 'Proposal', 'propose', 'PlanConfig', 'updates_of', 'report', 'run_plan', 'main']
 
-# %% ../nbs/library/plan.ipynb #a5cb033e
+# %% ../nbs/library/plan.ipynb #e6eafcd8
 import math
 import shlex
 import sys
@@ -19,8 +19,8 @@ from .core import CourseError, run_guarded, write_atomic
 from .devices import weight_dtype
 from .dreambooth import DREAMBOOTH
 from .full import FULL
-from .memory import drawing_usage, encoding_usage, meta_components, shapes_only, size_of, step_usage, weights_of
-from .memory import Meter
+from .memory import Meter, drawing_usage, encoding_usage, meta_components, shapes_only
+from .memory import size_of, step_usage, weights_of
 from .options import not_among, option, parse_config
 from .text_to_image import TEXT_TO_IMAGE
 from .textual_inversion import TEXTUAL_INVERSION
@@ -93,9 +93,9 @@ def _plain(config): # without what reads files or numbers
         enable_npu_flash_attention=False)
     return replace(config, **{f.name: calm[f.name] for f in fields(config) if f.name in calm})
 
-# %% ../nbs/library/plan.ipynb #b89bee5a
+# %% ../nbs/library/plan.ipynb #b5b31f92
 def _prepared(method, config):
-    "The parts of a run on the meta device: components, what trains, the loss, whether captions are encoded in the step."
+    "The parts of a run on the meta device: components, what trains, the loss, what will be kept."
     config, dtype = _plain(config), weight_dtype(config.mixed_precision, "meta")
     components = load_base(config, "meta", dtype, meta_components(config.pretrained_model_name_or_path),
         method.full_precision)
@@ -106,7 +106,7 @@ def _prepared(method, config):
     with shapes_only(Meter()), torch.device("meta"): loss = method.loss(config, components, schedule, not keeps[1])
     return components, trained, loss.to("meta"), keeps
 
-# %% ../nbs/library/plan.ipynb #a82c6ba1
+# %% ../nbs/library/plan.ipynb #25c4cd8d
 def forecast(
     method, # Method
     config, # its configuration
@@ -119,9 +119,9 @@ def forecast(
     step = step_usage(loss, components, b, config.resolution, low, not texts, config.max_token_length)
     encoders, size = (components.text_encoder, components.text_encoder_2), size_of(*trained.named.values())
     seen, count = encoding_usage(components, config.resolution, 1 if pictures else b), size//4
-    stay = {"UNet": weights_of(components.unet), **({} if texts else {"text encoders": weights_of(*encoders)}),
-        **({} if pictures else {"VAE": weights_of(components.vae)})}
-    stay["UNet"] -= min(size, stay["UNet"]) if not trained.trains_text else 0 # what trains counts by itself
+    frozen = lambda *networks: size_of(*[p for one in networks for p in one.parameters() if not p.requires_grad])
+    stay = {"UNet": frozen(components.unet), **({} if texts else {"text encoders": frozen(*encoders)}),
+        **({} if pictures else {"VAE": frozen(components.vae)})}
     state = STATE["adamw8bit" if config.eight_bit else config.optimizer.lower()]
     stay |= {"what trains": size, "optimizer": count*state, "EMA": size*config.use_ema}
     first = {"text encoders": weights_of(*encoders), "VAE": weights_of(components.vae), "activations": seen.peak}
@@ -225,25 +225,26 @@ def _attempt(card, config, found, spare): # Proposal, or None
     return Proposal(card, flags | ({"gradient_checkpointing": True} if spare else {}), [], parts[moment]/GIB + CONTEXT,
         one*turns, moment)
 
-# %% ../nbs/library/plan.ipynb #4d994ddb
+# %% ../nbs/library/plan.ipynb #29d4fec4
 def propose(
     method, # Method
     config, # its configuration
     cards, # Cards
 )->list: # Proposal for each card
     "The fastest way to make the same updates on each card, from two forecasts."
-    base = replace(config, mixed_precision="bf16", train_batch_size=1, gradient_accumulation_steps=1, use_8bit_adam=False)
+    base = replace(config, mixed_precision="bf16", train_batch_size=1, gradient_accumulation_steps=1)
     found = {spare: forecast(method, replace(base, gradient_checkpointing=spare)) for spare in (False, True)}
     return [_explained(card, config, found, [_attempt(card, config, found[spare], spare) for spare in found])
         for card in cards]
 
-# %% ../nbs/library/plan.ipynb #47924e00
+# %% ../nbs/library/plan.ipynb #46d3a184
 def _explained(card, config, found, attempts):
     "The better of two attempts, and why."
     plain, spare = attempts
     need = min(sum(one.moments["a step"].values()) for one in found.values())/GIB + CONTEXT
     if not (plain or spare): return Proposal(card, {}, [f"one picture at a time needs {need:.1f} GiB, more than there "
-        f"is: try --resolution {max(config.resolution//2, 64)}, a lower --rank, or leave text encoders untrained"], 0, 0)
+        f"is: try --resolution {max(config.resolution//2, 64)}, a lower --rank, or text encoders that stay frozen"],
+        0, 0)
     cost = lambda one: (one.seconds or one.flags["gradient_accumulation_steps"]*(1.36 if one is spare else 1), one.peak)
     best = min(filter(None, attempts), key=cost)
     half, b, turns = list(best.flags.values())[:3]
@@ -254,8 +255,9 @@ def _explained(card, config, found, attempts):
     else: reasons.append("checkpointing would cost a third more time and is not needed")
     return replace(best, reasons=[*reasons, f"the most is needed by {best.moment}"])
 
-# %% ../nbs/library/plan.ipynb #41062b75
-USUAL = "text-to-image --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --train_data_dir pictures --center_crop --train_batch_size 4"
+# %% ../nbs/library/plan.ipynb #12a3a064
+USUAL = ("text-to-image --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 "
+    "--train_data_dir pictures --center_crop --train_batch_size 4")
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -275,7 +277,7 @@ def updates_of(
     size = config.train_batch_size*config.gradient_accumulation_steps
     return config.num_train_epochs*math.ceil(pictures*getattr(config, "repeats", 1)/size) if pictures else 0
 
-# %% ../nbs/library/plan.ipynb #a3924d68
+# %% ../nbs/library/plan.ipynb #d80b22a6
 def report(
     plan:PlanConfig,
     method, # Method
@@ -285,6 +287,8 @@ def report(
     now, cards = forecast(method, config), [find_card(name) for name in plan.card or CARDS]
     lines = [f"{method.name}, {config.resolution} px, batches of {config.train_batch_size}, "
         f"{config.mixed_precision or 'no'} mixed precision: {now.trained:,} numbers train", "", now.table(), ""]
+    if "VAE" in now.moments["a step"]: lines.append("Pictures that are not square are cut and encoded afresh in "
+        "every step; --center_crop would keep them, and let the VAE go.\n")
     updates = updates_of(config, plan.pictures)
     for card, one in zip(cards, propose(method, config, cards)):
         fits = f"as it is it needs {now.peak/GIB + CONTEXT:.1f} GiB and {'fits' if now.fits(card) else 'does not fit'}"
@@ -294,14 +298,14 @@ def report(
         lines.append(f"{card.name}: {fits}\n{flags}  {'; '.join(one.reasons)}")
     return "\n".join([*lines, "", "Counted on shapes; times are estimates from published speeds."])
 
-# %% ../nbs/library/plan.ipynb #5304a47a
+# %% ../nbs/library/plan.ipynb #fffe0ae4
 def run_plan(
     argv, # words before and after --
 )->int: # exit code
     "Print what a command takes, or only the flags for a card."
-    cut = argv.index("--") if "--" in argv else len(argv)
+    cut = next((i for i, word in enumerate(argv) if word == "--" or _method_word(word)), len(argv))
     plan = parse_config(PlanConfig, argv[:cut], "sdxl-course plan")
-    method, config = read_command(argv[cut + 1:] or shlex.split(USUAL))
+    method, config = read_command([word for word in argv[cut:] if word != "--"] or shlex.split(USUAL))
     if not plan.preset: print(report(plan, method, config)); return 0
     one, = propose(method, config, [find_card(plan.preset)])
     if not one.peak: raise CourseError(f"{one.card.name}: {one.reasons[0]}")
