@@ -160,7 +160,7 @@ def seconds(self:Forecast, card:Card)->float: # one micro-step; 0 where the card
     "How long a micro-step takes: either the arithmetic or the starting of kernels is the slower."
     return max(self.flops/(card.tflops*1e12*card.share), self.kernels*LAUNCH) if card.tflops else 0
 
-# %% ../nbs/library/plan.ipynb #46139403
+# %% ../nbs/library/plan.ipynb #afb6786a
 METHODS = dict(zip(("text-to-image", "dreambooth", "full", "textual-inversion"),
     (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION)))
 SCRIPTS = {"train_text_to_image_lora_sdxl": "text-to-image", "train_dreambooth_lora_sdxl": "dreambooth",
@@ -171,7 +171,7 @@ def _method_word(word): # the method that a word starts, or None
     name = Path(word).name.removesuffix(".py").removeprefix("sdxl_course.")
     return SCRIPTS.get(name) or next((one for one in METHODS if one in (name, name.replace("_", "-"))), None)
 
-# %% ../nbs/library/plan.ipynb #c6153849
+# %% ../nbs/library/plan.ipynb #db1fde54
 def read_command(
     words:list, # a training command, with or without what launches it
 )->tuple: # (Method, configuration)
@@ -187,7 +187,7 @@ def read_command(
         config = replace(config, mixed_precision=launch[launch.index("--mixed_precision") + 1])
     return method, config
 
-# %% ../nbs/library/plan.ipynb #4de8314e
+# %% ../nbs/library/plan.ipynb #fbe5006c
 @dataclass(frozen=True)
 class Proposal:
     "Flags for a card."
@@ -202,7 +202,7 @@ class Proposal:
         words = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in self.flags.items()]
         return shlex.join(sum(words, []))
 
-# %% ../nbs/library/plan.ipynb #4225c245
+# %% ../nbs/library/plan.ipynb #f0cd7de0
 def _batch(found, card, want): # pictures at a time, 0: not even one; activations grow with the batch
     "The largest share of an update that fits at once."
     rest = found.moments["a step"]
@@ -212,7 +212,7 @@ def _batch(found, card, want): # pictures at a time, 0: not even one; activation
     if most < 1 or others > card.room: return 0
     return math.ceil(want/math.ceil(want/min(most, want)))
 
-# %% ../nbs/library/plan.ipynb #4415e62e
+# %% ../nbs/library/plan.ipynb #7ba2529c
 def _attempt(card, config, found, spare): # Proposal, or None
     "One way to run on a card."
     want = config.train_batch_size*config.gradient_accumulation_steps
@@ -225,7 +225,7 @@ def _attempt(card, config, found, spare): # Proposal, or None
     return Proposal(card, flags | ({"gradient_checkpointing": True} if spare else {}), [], parts[moment]/GIB + CONTEXT,
         one*turns, moment)
 
-# %% ../nbs/library/plan.ipynb #29d4fec4
+# %% ../nbs/library/plan.ipynb #57777a59
 def propose(
     method, # Method
     config, # its configuration
@@ -237,7 +237,7 @@ def propose(
     return [_explained(card, config, found, [_attempt(card, config, found[spare], spare) for spare in found])
         for card in cards]
 
-# %% ../nbs/library/plan.ipynb #46d3a184
+# %% ../nbs/library/plan.ipynb #966ac2e7
 def _explained(card, config, found, attempts):
     "The better of two attempts, and why."
     plain, spare = attempts
@@ -255,7 +255,7 @@ def _explained(card, config, found, attempts):
     else: reasons.append("checkpointing would cost a third more time and is not needed")
     return replace(best, reasons=[*reasons, f"the most is needed by {best.moment}"])
 
-# %% ../nbs/library/plan.ipynb #12a3a064
+# %% ../nbs/library/plan.ipynb #84defe17
 USUAL = ("text-to-image --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 "
     "--train_data_dir pictures --center_crop --train_batch_size 4")
 
@@ -267,7 +267,7 @@ class PlanConfig:
     output: str | None = option(None, "file that gets those flags as YAML, to be read with --config")
     pictures: int | None = option(None, "how many pictures there are, where epochs are counted", "1 ..")
 
-# %% ../nbs/library/plan.ipynb #fd4d99ea
+# %% ../nbs/library/plan.ipynb #4ca269d3
 def updates_of(
     config, # configuration of a training
     pictures:int=None, # how many there are; None: not known
@@ -277,7 +277,7 @@ def updates_of(
     size = config.train_batch_size*config.gradient_accumulation_steps
     return config.num_train_epochs*math.ceil(pictures*getattr(config, "repeats", 1)/size) if pictures else 0
 
-# %% ../nbs/library/plan.ipynb #d80b22a6
+# %% ../nbs/library/plan.ipynb #9773a492
 def report(
     plan:PlanConfig,
     method, # Method
@@ -298,7 +298,7 @@ def report(
         lines.append(f"{card.name}: {fits}\n{flags}  {'; '.join(one.reasons)}")
     return "\n".join([*lines, "", "Counted on shapes; times are estimates from published speeds."])
 
-# %% ../nbs/library/plan.ipynb #fffe0ae4
+# %% ../nbs/library/plan.ipynb #ace4e68c
 def run_plan(
     argv, # words before and after --
 )->int: # exit code
@@ -320,5 +320,5 @@ def main(
     "`sdxl-course plan`"
     return run_guarded(lambda: run_plan(list(sys.argv[1:] if argv is None else argv)))
 
-# %% ../nbs/library/plan.ipynb #80cb4e26
+# %% ../nbs/library/plan.ipynb #7a2e060f
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

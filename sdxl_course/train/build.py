@@ -59,15 +59,18 @@ def choose_validation(
     config, # TrainConfig
     records, # ImageRecord
     seed:int, # of the run
-    beside:int=0, # class pictures that an epoch shows
+    class_records=(), # ImageRecord of class pictures
+    log=lambda text: None, # gets a sentence
 )->tuple: # (ImageRecords to learn from, validation set, what to call it)
     "Split off the validation set; find masks, and repeat the pictures, where that is asked for."
     others = method.read_validation(config) or None
     records, others, name = hold_out(records, seed, config.validation_split, others)
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
     often = [record for record in records for _ in range(record.repeats)]*getattr(config, "repeats", 1)
-    # as the reference script has it: an epoch shows every class picture, and the others in turn beside them
-    return [often[i % len(often)] for i in range(max(len(often), beside if often else 0))], others, name
+    beside = min(len(class_records), getattr(config, "num_class_images", 0)) # as the reference script counts
+    if beside <= len(often) or not often: return often, others, name
+    log(f"an epoch shows {beside} class pictures once each, and the {len(often)} others in turn beside them")
+    return [often[i % len(often)] for i in range(beside)], others, name
 
 # %% ../../nbs/library/train_build.ipynb #cd7c0791
 def learning_scale(config, processes:int)->int:
@@ -87,11 +90,9 @@ def build_run(
 )->Run:
     "Everything up to the first update."
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
-    beside = min(len(class_records), getattr(config, "num_class_images", 0))
-    records, others, measured_on = choose_validation(method, config, records, seed, beside)
-    if beside == len(records): log(f"an epoch shows {beside} class pictures once each, and the others in turn beside them")
-    components = load_base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
-        method.full_precision)
+    records, others, measured_on = choose_validation(method, config, records, seed, class_records, log)
+    dtype = weight_dtype(accelerator.mixed_precision, device)
+    components = load_base(config, device, dtype, components, method.full_precision)
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))
     loader = make_loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
@@ -99,10 +100,9 @@ def build_run(
     updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
     check_disk(disk_needs(config, loader, trained, updates, checkpoint))
     validation = fill_cache(loader, config, others, encode_text, accelerator)
-    torch.nn.Module.to(components.unet, device) # not before: encoding needs room as well
     schedule = method.schedule(config, components.scheduler)
     schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
-    loss = accelerator.prepare(method.loss(config, components, schedule, encode_text))
+    loss = accelerator.prepare(method.loss(config, components, schedule, encode_text)) # only now the UNet moves
     optimizer, lr_scheduler = optimizer_and_schedule(config, trained.groups, updates, scale)
     state = TrainState(trained.named, accelerator.prepare(optimizer), lr_scheduler, seed,
         ema=Ema(trained.named, config.ema_decay) if config.use_ema else None)
