@@ -41,16 +41,15 @@ def test_shapes_take_what_real_tensors_take(toy_model, flags, method):
 
 def test_autocast_on_shapes_casts_what_autocast_casts(toy_model):
     "torch.autocast on a CPU, for the functions that both lists have."
-    unet = load_components(str(toy_model)).unet.requires_grad_(False)
-    shapes = meta_components(str(toy_model)).unet
-    seen = {}
-    for name, net, device in (("real", unet, "cpu"), ("shapes", shapes, "meta")):
+    real, shapes, seen = load_components(str(toy_model)), meta_components(str(toy_model)), {}
+    for name, parts, device in (("real", real, "cpu"), ("shapes", shapes, "meta")):
         kinds = seen[name] = {}
-        for key, module in net.named_modules():
+        for key, module in parts.unet.named_modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)): module.register_forward_hook(lambda m, a, out, key=key, kinds=kinds: kinds.update({key: out.dtype}))
-        with torch.device(device): batch, noise, times = fake_batch(meta_components(str(toy_model)), 1, 64)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=device == "cpu"), shapes_only(Meter(), torch.bfloat16 if device == "meta" else None) if device == "meta" else torch.no_grad():
-            net(noise, times, batch.prompt_embeds, added_cond_kwargs=dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids))
+        with torch.device(device): batch, noise, times = fake_batch(parts, 1, 64)
+        condition = dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if name == "real" else shapes_only(Meter(), torch.bfloat16):
+            parts.unet(noise, times, batch.prompt_embeds, added_cond_kwargs=condition)
     assert seen["real"] == seen["shapes"] and set(seen["real"].values()) == {torch.bfloat16}
 
 
@@ -79,13 +78,13 @@ def test_moments_hold_what_lies_there(toy_model):
     ("python3 train_dreambooth_lora_sdxl.py --instance_prompt a", "dreambooth")])
 def test_commands_are_read_as_they_are(command, name):
     data = "--instance_data_dir x" if name == "dreambooth" else "--train_data_dir x"
-    method, config = read_command(shlex.split(f"{command} --pretrained_model_name_or_path m {data} --rank 8"))
-    assert method.name == name and config.pretrained_model_name_or_path == "m" and getattr(config, "rank", 8) == 8
+    method, config = read_command(shlex.split(f"{command} --pretrained_model_name_or_path m {data} --max_train_steps 8"))
+    assert method.name == name and config.pretrained_model_name_or_path == "m" and config.max_train_steps == 8
     assert config.mixed_precision == ("fp16" if "fp16" in command else None)
 
 
 def test_what_is_no_training_is_refused_with_a_sentence(capsys):
-    for words, told in (([], "no training command"), (["generate"], "no training command"), (["text-to-image", "--rnak", "4"], "did you mean rank"), (["text-to-image", "--train_data_dir", "x"], "pretrained_model_name_or_path")):
+    for words, told in (([], "no training command"), (["generate"], "no training command"), (["text-to-image", "--pretrained_model_name_or_path", "m", "--train_data_dir", "x", "--rnak", "4"], "did you mean rank"), (["text-to-image", "--train_data_dir", "x"], "pretrained_model_name_or_path")):
         with pytest.raises(CourseError, match=told): read_command(words)
     assert main(["--card", "9", "--", "text-to-image", "--pretrained_model_name_or_path", "tiny", "--train_data_dir", "x"]) == 2 and "wanted one of 8, 12, t4" in capsys.readouterr().err
 
