@@ -35,7 +35,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "evaluate": ("evaluate", "measure what was learnt and what was forgotten"),
     "explain": ("explain", "say what an option means, when to change it and what that costs"),
     "check-data": ("data.check", "find what would go wrong in a folder of pictures"),
-    "plan": (None, "say whether a run fits a card, and how long it takes"),
+    "plan": ("plan", "say whether a run fits a card, and how long it takes"),
     "push": ("train.hub", "upload what a run left, where the run itself could not"),
     "lora": ("lora", "look into, convert, merge, resize or extract LoRA files"),
     "app": ("app", "draw with LoRAs in a web page, before and after side by side"),
@@ -44,10 +44,8 @@ COMMANDS = { # word -> (module with a `main`, what it does)
 # %% ../nbs/library/cli.ipynb #51123ad6
 def overview()->str: # what `sdxl-course --help` prints
     "The commands, one a line."
-    ready = [f"  {word:<17} {line}" for word, (module, line) in COMMANDS.items() if module]
-    later = [f"  {word:<17} {line}" for word, (module, line) in COMMANDS.items() if not module]
-    return "\n".join(["usage: sdxl-course COMMAND [flags]      sdxl-course COMMAND --help", "", *ready,
-        "", "not yet in this version:", *later, "",
+    lines = [f"  {word:<17} {line}" for word, (_, line) in COMMANDS.items()]
+    return "\n".join(["usage: sdxl-course COMMAND [flags]      sdxl-course COMMAND --help", "", *lines, "",
         "The model is `tiny` (inside the package), a folder or a hub id.",
         "SDXL_COURSE_DEBUG=1 shows the traceback of an error."])
 
@@ -62,10 +60,7 @@ def run_word(
         close = nearest(word, COMMANDS)
         hint = f"did you mean {close}?" if close else "see sdxl-course --help"
         raise CourseError(f"there is no command {word!r}; {hint}")
-    module = COMMANDS[word][0]
-    if module is None:
-        raise CourseError(f"{word} is not yet in this version; see sdxl-course --help for those that are")
-    return importlib.import_module(f"sdxl_course.{module}").main(rest)
+    return importlib.import_module(f"sdxl_course.{COMMANDS[word][0]}").main(rest)
 
 # %% ../nbs/library/cli.ipynb #35eab1e9
 def written_help(

@@ -62,6 +62,9 @@ def usual(home, toy_model):
 def prior(home): return dict(with_prior_preservation=True, class_data_dir=str(home / "class"), class_prompt=CLASS)
 
 
+def prior_of(folder): return dict(with_prior_preservation=True, class_data_dir=str(folder / "class"), class_prompt=CLASS)
+
+
 @pytest.fixture(scope="module")
 def dream(home, usual, toy):
     "A function that trains the toy model and remembers: the same options are trained once. `name` asks for a folder of that name."
@@ -280,6 +283,32 @@ def test_repeats_lengthen_an_epoch_and_do_not_leak_into_validation(dream):
     seen = {name for row in held.log for name in row["loss_of"]}
     assert held.measured_on == "2 held-out pictures" and len(seen) == 3
     assert [row["epoch"] for row in dream(max_train_steps=None, num_train_epochs=2).log] == [0] * 3 + [1] * 3
+
+
+@pytest.mark.parametrize("batch, most, sizes", [(4, 100, [4, 4]), (4, 6, [4, 2]), (4, 3, [4, 1]), (2, 100, [2] * 4), (8, 100, [8])])
+def test_an_epoch_with_class_pictures_is_as_long_as_the_reference_scripts(usual, toy, tmp_path, batch, most, sizes):
+    "trainers.md 2.5: len = max(class, instance), indices modulo each, so that five pictures beside eight fill two batches of four."
+    make_pictures(tmp_path / "class", 8)  # somebody's own
+    config = make(usual, train_batch_size=batch, num_train_epochs=2, max_train_steps=None, **{**prior_of(tmp_path), "num_class_images": most})
+    run = open_dreambooth(config, toy(), lambda text: None)
+    try:
+        epochs = [[m for m in run.sampler.micro_steps(0, run.updates) if m.epoch == epoch] for epoch in (0, 1)]
+        assert [[len(m.indices) for m in epoch] for epoch in epochs] == [sizes] * 2 and run.updates == 2 * len(sizes)
+        assert len(set(run.loader.keys)) == len(run.loader.all)  # a picture that comes twice gets another noise each time
+        shown = [Counter(run.loader.all[i].path.name for m in epoch for i, _ in run.loader.samples(m)[:len(m.indices)]) for epoch in epochs]
+        assert all(len(one) == 5 and max(one.values()) - min(one.values()) <= 1 for one in shown)
+        partners = [i for epoch in epochs for m in epoch for i, _ in run.loader.samples(m)[len(m.indices):]]
+        assert len(set(partners)) == min(8, 2 * sum(sizes))  # in the second epoch those that the first left out
+        if most == 100: assert sorted(partners) == sorted(list(range(len(run.loader.records), len(run.loader.all))) * 2)
+    finally: run.close()
+
+
+def test_a_longer_epoch_resumes_to_the_same_bytes(dream, usual, tmp_path):
+    make_pictures(tmp_path / "class", 8)
+    options = dict(train_batch_size=4, max_train_steps=3, checkpointing_steps=1, **prior_of(tmp_path))
+    straight = dream("straight", **options)
+    again = dream("again", **{**options, "resume_from_checkpoint": str(straight.output_dir / "checkpoint-1")})
+    assert again.weights_path.read_bytes() == straight.weights_path.read_bytes() and [row["epoch"] for row in again.log] == [0, 0, 1]
 
 
 def test_validation_pictures_need_no_captions(dream, home):

@@ -182,11 +182,36 @@ def test_traps_11_and_12_nothing_is_encoded_in_a_step_when_all_is_kept(start, ke
     run = start(num_train_epochs=3, max_train_steps=None, validation_loss_steps=1, validation_prompt="a house", num_validation_images=1, **({} if kept else dict(cache_latents=False, cache_text_embeds=False)))
     worked = []
     networks = dict(vae=run.components.vae.encoder, text_encoder=run.components.text_encoder, text_encoder_2=run.components.text_encoder_2)
-    for name, network in networks.items(): network.register_forward_hook(lambda *_, name=name: worked.append(name))
+    assert [name for name, network in networks.items() if network is None] == ["text_encoder", "text_encoder_2"]*kept  # gone, so they cannot work
+    for name, network in networks.items(): network is None or network.register_forward_hook(lambda *_, name=name: worked.append(name))
     run.train()
     assert run.state.step == 3 and run.state.rows[-1]["epoch"] == 2
     if kept: assert worked == []
     else: assert worked.count("vae") == 3 and worked.count("text_encoder") >= 3 and worked.count("text_encoder_2") >= 3  # the hooks do hear them
+
+
+@pytest.mark.parametrize("options, gone", [({}, {"text_encoder", "text_encoder_2", "vae"}), (dict(cache_latents=False), {"text_encoder", "text_encoder_2"}), (dict(cache_text_embeds=False), {"vae"}),
+    (dict(train_text_encoder=True), {"vae"}), (dict(cache_latents=False, train_text_encoder=True), set())], ids=["all kept", "pictures afresh", "captions afresh", "learning text", "nothing kept"])
+def test_encoders_whose_work_is_done_leave_the_memory(train, toy_model, make_pictures, tmp_path, monkeypatch, options, gone):
+    "issue 19, lever 1: moving to the CPU frees nothing on a CPU; the run's numbers and pictures are those of a run that keeps everything."
+    import sdxl_course.train.prepare as module
+    refs, load, shown = {}, module.load_components, dict(validation_prompt="a house", num_validation_images=1, **options)
+
+    def noted(*given, **more):
+        whole = load(*given, **more)
+        refs.update({part: weakref.ref(getattr(whole, part)) for part in ("text_encoder", "text_encoder_2", "vae")})
+        return whole
+    monkeypatch.setattr(module, "load_components", noted)
+    config = TextToImageConfig(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(make_pictures(5)), resolution=64, train_batch_size=2, max_train_steps=3, learning_rate=1e-2,
+        seed=0, report_to="none", checkpointing_steps=1000, output_dir=str(tmp_path / "own"), **shown)
+    run = open_text_to_image(config, log=lambda text: None)
+    gc.collect()
+    assert {part for part, ref in refs.items() if ref() is None} == gone
+    result = run.run()
+    assert "vae" not in gone or run.components.vae is None  # loaded to draw, and gone again
+    kept, mine = files_of(train("kept", **shown).output_dir), files_of(result.output_dir)
+    assert {name for name in mine if name.endswith((".safetensors", ".png", ".jsonl")) and name != "loss.png"} >= {"image_0.png", "pytorch_lora_weights.safetensors", "training_log.jsonl"}
+    assert [name for name in mine if name.endswith((".safetensors", ".png", ".jsonl")) and name != "loss.png" and mine[name] != kept[name]] == []
 
 
 def test_a_damaged_entry_is_rebuilt_with_a_sentence_and_the_run_is_the_same(train, tmp_path):

@@ -266,9 +266,11 @@ def cache_bytes(self:BatchLoader, latents:bool, texts:bool)->int:
     side = self.resolution//vae_scale_factor(self.components.vae)
     windows, width = self.max_token_length//75, self.components.unet.config.cross_attention_dim
     captions = len({caption for r in self.all for caption in r.captions})
-    pictures = len(self.all)*views*2*4*4*side**2 # float32: mean and std of four channels
+    different = len({id(record) for record in self.all}) # however often each is shown
+    pictures = different*views*2*4*4*side**2 # float32: mean and std of four channels
     kept = dict(pixels=4*3*self.resolution**2, latents=2*4*4*side**2, mask=4*side**2)
-    others = len(self.records)*views*sum(kept[companion.keep] for companion in self.companions)
+    shown = len({id(record) for record in self.records})
+    others = shown*views*sum(kept[companion.keep] for companion in self.companions)
     return latents*(pictures + others) + texts*captions*4*(77*windows + 1)*width
 
 # %% ../../nbs/library/data_loader.ipynb #c2ecf420

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'PARTS', 'SDXL_VAE', 'TEXT_ENCODERS', 'ModelOptions', 'quiet', 'SDXLComponents', 'count_parameters',
-           'tiny_path', 'resolve_folder', 'read_index', 'load_components', 'save_components']
+           'tiny_path', 'resolve_folder', 'read_index', 'load_vae', 'load_components', 'save_components']
 
 # %% ../../nbs/library/model_components.ipynb #84a0a5d3
 import diffusers
@@ -208,10 +208,11 @@ SDXL_VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("Down
     up_block_types=("UpDecoderBlock2D",)*4, layers_per_block=2, latent_channels=4, sample_size=1024,
     scaling_factor=0.13025, force_upcast=True)
 
-def _load_vae(
+def load_vae(
     vae, # folder, hub id or .safetensors file
     dtype, # torch.dtype of the weights
     folder=None, # of the base model's VAE, whose configuration a single file gets; None: SDXL 1.0's
+    variant=None, # of the weight files in a folder, "fp16" and the like
 ): # AutoencoderKL
     "Load a replacement autoencoder; CourseError if it is none."
     path = Path(vae).expanduser()
@@ -229,7 +230,7 @@ def _load_vae(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CourseError(f"{path} does not load as a VAE ({reason}): "
                 "wanted an AutoencoderKL in .safetensors") from error
-    return _load_network(AutoencoderKL, _vae_folder(vae), dtype)
+    return _load_network(AutoencoderKL, _vae_folder(vae), dtype, variant)
 
 # %% ../../nbs/library/model_components.ipynb #5e4c91cb
 def _load_single_file(
@@ -288,11 +289,11 @@ def load_components(
     path, own_vae = Path(model).expanduser(), {} if vae is None else {"vae": None}
     if path.is_file():
         parts = _load_single_file(path, dtype, config)
-        if own_vae: parts.vae = _load_vae(vae, dtype, config and resolve_folder(config) / "vae")
+        if own_vae: parts.vae = load_vae(vae, dtype, config and resolve_folder(config) / "vae")
     else:
         folder = resolve_folder(model, revision=revision, variant=variant, skip=tuple(own_vae))
         index = read_index(folder, skip=own_vae)
-        if own_vae: own_vae["vae"] = _load_vae(vae, dtype, folder / "vae")
+        if own_vae: own_vae["vae"] = load_vae(vae, dtype, folder / "vae")
         parts = SDXLComponents(name=str(model), **own_vae,
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
             **{part: _load_part(folder, index, part, dtype, variant) for part in PARTS if part not in own_vae})

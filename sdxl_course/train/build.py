@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['write_report', 'choose_validation', 'learning_scale', 'build_run', 'make_sampler', 'disk_needs', 'prepare_loader',
-           'fill_cache', 'start_trackers', 'begin', 'open_run', 'open_accelerator', 'functions']
+           'fill_cache', 'let_go', 'start_trackers', 'begin', 'open_run', 'open_accelerator', 'functions']
 
 # %% ../../nbs/library/train_build.ipynb #9a8de1f5
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from ..core import CourseError, progress, write_json
 from ..devices import weight_dtype
 from ..data.loader import BatchLoader
@@ -25,7 +26,7 @@ from .machine import accelerating, check_disk, check_machine, is_main_process, i
 from .machine import open_output, output_lock, resolve_precision, tf32, unfailing, usable_tracker
 from .optimizer import Ema
 from .prepare import optimizer_and_schedule, report_data, report_lengths
-from .prepare import run_seed
+from .prepare import run_seed, vae_loader
 from .hub import open_repository
 from .results import LiveView
 from .run import Method, Run, check_resume, too_large
@@ -58,13 +59,18 @@ def choose_validation(
     config, # TrainConfig
     records, # ImageRecord
     seed:int, # of the run
+    class_records=(), # ImageRecord of class pictures
+    log=lambda text: None, # gets a sentence
 )->tuple: # (ImageRecords to learn from, validation set, what to call it)
     "Split off the validation set; find masks, and repeat the pictures, where that is asked for."
     others = method.read_validation(config) or None
     records, others, name = hold_out(records, seed, config.validation_split, others)
     if config.masked_loss: records = with_masks(records, config.mask_data_dir)
-    often = [record for record in records for _ in range(record.repeats)]
-    return often*getattr(config, "repeats", 1), others, name
+    often = [record for record in records for _ in range(record.repeats)]*getattr(config, "repeats", 1)
+    beside = min(len(class_records), getattr(config, "num_class_images", 0)) # as the reference script counts
+    if beside <= len(often) or not often: return often, others, name
+    log(f"an epoch shows {beside} class pictures once each, and the {len(often)} others in turn beside them")
+    return [often[i % len(often)] for i in range(beside)], others, name
 
 # %% ../../nbs/library/train_build.ipynb #cd7c0791
 def learning_scale(config, processes:int)->int:
@@ -84,22 +90,22 @@ def build_run(
 )->Run:
     "Everything up to the first update."
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
-    records, others, measured_on = choose_validation(method, config, records, seed)
-    components = method.base(config, device, weight_dtype(accelerator.mixed_precision, device), components,
-        method.full_precision)
+    records, others, measured_on = choose_validation(method, config, records, seed, class_records, log)
+    dtype = weight_dtype(accelerator.mixed_precision, device)
+    components = method.base(config, device, dtype, components, method.full_precision)
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))
     loader = method.loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     sampler = make_sampler(config, loader, seed, processes)
     updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
+    check_disk(disk_needs(config, loader, trained, updates, checkpoint))
+    validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
     schedule = method.schedule(config, components.scheduler)
     schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
-    loss = accelerator.prepare(method.loss(config, components, schedule, encode_text))
+    loss = accelerator.prepare(method.loss(config, components, schedule, encode_text)) # only now the UNet moves
     optimizer, lr_scheduler = optimizer_and_schedule(config, trained.groups, updates, scale)
     state = TrainState(trained.named, accelerator.prepare(optimizer), lr_scheduler, seed,
         ema=Ema(trained.named, config.ema_decay) if config.use_ema else None)
-    check_disk(disk_needs(config, loader, trained, updates, checkpoint))
-    validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
     return Run(method, config, Path(config.output_dir).expanduser(), components, accelerator, loader, sampler,
         schedule, trained, loss, state, updates, log, validation, measured_on)
 
@@ -167,10 +173,23 @@ def fill_cache(
     prompts = config.prompts() + [record.captions[0] for record in others]
     bar = progress(not accelerator.is_main_process)
     loader.encode_once(loader.caches_latents(config.cache_latents)[0], not encode_text, prompts, bar)
-    encoded = validation(others, loader)
-    if loader.text_keys: # their work is done
-        for encoder in (loader.components.text_encoder, loader.components.text_encoder_2): encoder.to("cpu")
-    return encoded
+    return validation(others, loader)
+
+# %% ../../nbs/library/train_build.ipynb #88c69668
+def let_go(
+    run:Run, # with a full cache
+    own:bool, # the run loaded its components itself, and nobody else holds them
+):
+    "Drop the networks whose work is done: text encoders once captions are kept, the VAE once pictures are."
+    whole, dropped = run.components, {}
+    if run.loader.text_keys:
+        dropped = dict.fromkeys(("text_encoder", "text_encoder_2"))
+        for part in () if own else dropped: getattr(whole, part).to("cpu")
+    dtype = weight_dtype(run.accelerator.mixed_precision, run.accelerator.device)
+    dtype = torch.float32 if run.method.full_precision else dtype
+    run.load_vae = vae_loader(whole.vae, dtype, run.config) if own and run.loader.latent_keys else None
+    if run.load_vae: dropped["vae"] = None
+    run.components = run.loader.components = replace(whole, **dropped)
 
 # %% ../../nbs/library/train_build.ipynb #ce352314
 def start_trackers(run:Run):
@@ -212,7 +231,7 @@ def open_run(
 )->Run: # `run`; or `train`, then `finish`, then `close`
     "A run that is ready to train, resumed if that was asked for."
     log = unfailing(log) if is_main_process() else lambda text: None # one voice is enough
-    found, class_records, components = begin(method, config, components, log)
+    own, (found, class_records, components) = components is None, begin(method, config, components, log)
     output_dir, stack = open_output(config.output_dir), ExitStack()
     try:
         if is_main_process():
@@ -226,6 +245,7 @@ def open_run(
         repository = _repository(config) if config.push_to_hub and accelerator.is_main_process else ""
         run = build_run(method, config, records, accelerator, components, checkpoint, log, class_records)
         run.stack, run.repository = stack, repository
+        let_go(run, own)
         _complete(run, report, live, checkpoint)
         return run
     except BaseException as error: # whatever it was: accelerate's shared state must not survive it

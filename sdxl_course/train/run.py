@@ -8,7 +8,7 @@ __all__ = ['TRACKED', 'Method', 'Run', 'held_out_loss', 'compared_options', 'che
 # %% ../../nbs/library/train_run.ipynb #90c15602
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +90,7 @@ class Run:
     repository: str = "" # to be pushed to
     resumed: tuple = () # the checkpoint that it went on from, which no pruning removes
     report: object = None # FitReport: what was read
+    load_vae: object = None # function that gives the VAE, where the components are without it
     stack: ExitStack = field(default_factory=ExitStack) # what must be closed in the end
 
     def close(self): self.stack.close()
@@ -111,6 +112,8 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
         cached = self.loader.embeddings(caption)
         return cached["prompt_embeds"], cached["pooled_prompt_embeds"]
     encoders = self.components.text_encoder, self.components.text_encoder_2
+    if None in encoders: raise CourseError(f"nothing is kept of {caption!r} and the text encoders are gone: wanted a "
+        "caption of the pictures or a validation prompt")
     with torch.no_grad(), eval_mode(*encoders):
         embeds, pooled = encode_prompts(self.components, [caption], self.config.max_token_length,
             self.config.clip_skip)
@@ -191,6 +194,12 @@ def track(self:Run,
             self.log(f"{tracker.name} failed ({type(error).__name__}) and is told nothing more; "
                 "every number is in training_log.jsonl")
 
+# %% ../../nbs/library/train_run.ipynb #7aca9245
+@patch
+def drawing_components(self:Run): # SDXLComponents
+    "The components with their VAE, loaded for this drawing where the run let go of it."
+    return replace(self.components, vae=self.load_vae()) if self.load_vae else self.components
+
 # %% ../../nbs/library/train_run.ipynb #909d2ebc
 def draw_prompts(
     run:Run,
@@ -200,8 +209,9 @@ def draw_prompts(
     **drawing, # for `draw_pictures`: steps, guidance
 )->tuple: # (pictures, files, prompts)
     "Draw the validation prompts with the weights as they are."
-    return draw_validation(run.components, run.config.prompts(), seeds, run.embed, run.loader.empty_embeds,
-        run.config.resolution, folder, stem, run.method.drawn_with(run.config, run.components), **drawing)
+    parts = run.drawing_components()
+    return draw_validation(parts, run.config.prompts(), seeds, run.embed, run.loader.empty_embeds,
+        run.config.resolution, folder, stem, run.method.drawn_with(run.config, parts), **drawing)
 
 @patch
 def validate(self:Run,

@@ -1,0 +1,113 @@
+"The planner: what it counts on shapes is what real tensors take, commands are read as they are, proposals keep the update."
+import shlex
+
+import pytest
+import torch
+import yaml
+from sdxl_course.core import CourseError
+from sdxl_course.memory import Meter, encoding_usage, fake_batch, meta_components, shapes_only, step_usage, weights_of
+from sdxl_course.model.components import NETWORKS, load_components
+from sdxl_course.plan import CARDS, CONTEXT, GIB, Card, forecast, main, propose, read_command
+from sdxl_course.text_to_image import TextToImageConfig
+from sdxl_course.train.prepare import load_base
+
+
+def asked(model, flags="", method="text-to-image", data="--train_data_dir pictures"):
+    return read_command(shlex.split(f"{method} --pretrained_model_name_or_path {model} {data} --resolution 64 --center_crop --train_batch_size 4 {flags}"))
+
+
+@pytest.mark.parametrize("flags, method", [("", "text-to-image"), ("--gradient_checkpointing", "text-to-image"), ("--rank 16 --lora_layers attention+feedforward+convolution", "text-to-image"),
+    ("--train_text_encoder", "text-to-image"), ("--use_dora", "text-to-image"), ("", "full")], ids=str)
+def test_shapes_take_what_real_tensors_take(toy_model, flags, method):
+    "The same meter listens to both; on a real device attention is PyTorch's own."
+    method, config = asked(toy_model, flags, method)
+
+    def step(parts, device):
+        trained = method.weights(config, parts, 0)
+        loss = method.loss(config, parts, method.schedule(config, parts.scheduler), trained.trains_text).train().to(device)
+        return trained, loss
+    parts = load_base(config, "meta", torch.float32, meta_components(str(toy_model)), method.full_precision)
+    trained, loss = step(parts, "meta")
+    said = step_usage(loss, parts, 4, 64, captions=trained.trains_text)
+    parts = load_base(config, "cpu", torch.float32, load_components(str(toy_model)), method.full_precision)
+    trained, loss = step(parts, "cpu")
+    with Meter() as meter:
+        batch, noise, times = fake_batch(parts, 4, 64)
+        loss(batch, noise, times, ["a picture"] * 4 if trained.trains_text else None).sum().backward()
+    del batch, noise, times
+    assert said.kept == sum(p.grad.nbytes for p in trained.named.values() if p.grad is not None)
+    assert said.peak == pytest.approx(meter.peak, rel=0.1)
+
+
+def test_autocast_on_shapes_casts_what_autocast_casts(toy_model):
+    "torch.autocast on a CPU, for the functions that both lists have."
+    real, shapes, seen = load_components(str(toy_model)), meta_components(str(toy_model)), {}
+    for name, parts, device in (("real", real, "cpu"), ("shapes", shapes, "meta")):
+        kinds = seen[name] = {}
+        for key, module in parts.unet.named_modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)): module.register_forward_hook(lambda m, a, out, key=key, kinds=kinds: kinds.update({key: out.dtype}))
+        with torch.device(device): batch, noise, times = fake_batch(parts, 1, 64)
+        condition = dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if name == "real" else shapes_only(Meter(), torch.bfloat16):
+            parts.unet(noise, times, batch.prompt_embeds, added_cond_kwargs=condition)
+    assert seen["real"] == seen["shapes"] and set(seen["real"].values()) == {torch.bfloat16}
+
+
+def test_a_model_that_is_not_at_hand_is_as_large_as_sdxl(toy_model):
+    whole = meta_components("somebody/a-fine-tune-of-sdxl")
+    assert weights_of(whole.unet) == 4 * 2567463684 and all(p.is_meta for part in NETWORKS for p in getattr(whole, part).parameters())
+    assert encoding_usage(meta_components(str(toy_model)), 64).peak > 0
+
+
+def test_moments_hold_what_lies_there(toy_model):
+    lora, text = forecast(*asked(toy_model)), forecast(*asked(toy_model, "--train_text_encoder"))
+    assert "text encoders" not in lora.moments["a step"] and text.moments["a step"]["text encoders"] and set(lora.moments) == {"encoding", "a step", "an update"}
+    assert "UNet" not in lora.moments["encoding"] and "UNet" in forecast(*asked(toy_model), shared=True).moments["encoding"]  # on a card it comes after the encoding
+    afresh = forecast(*asked(toy_model, "--cache_latents False"))
+    assert afresh.moments["a step"]["VAE"] and "UNet" in afresh.moments["encoding"]
+    drawn = forecast(*asked(toy_model, "--validation_prompt x --use_ema")).moments["a drawing"]
+    assert drawn["EMA"] == drawn["what trains"] and drawn["VAE"]
+    words = forecast(*asked(toy_model, "--placeholder_token '<x>' --initializer_token c", "textual-inversion"))
+    assert 0 < words.trained < lora.trained
+    state = {name: forecast(*asked(toy_model, f"--optimizer {name}")).moments["a step"]["optimizer"] for name in ("adamw", "prodigy", "adafactor")}
+    assert state == dict(adamw=8 * lora.trained, prodigy=16 * lora.trained, adafactor=0)
+
+
+@pytest.mark.parametrize("command, name", [("text-to-image", "text-to-image"), ("sdxl-course dreambooth --instance_prompt a", "dreambooth"), ("python -m sdxl_course.full", "full"),
+    ("accelerate launch --mixed_precision fp16 -m sdxl_course.text_to_image", "text-to-image"), ("accelerate launch --mixed_precision='fp16' examples/text_to_image/train_text_to_image_lora_sdxl.py", "text-to-image"),
+    ("python3 train_dreambooth_lora_sdxl.py --instance_prompt a", "dreambooth")])
+def test_commands_are_read_as_they_are(command, name):
+    data = "--instance_data_dir x" if name == "dreambooth" else "--train_data_dir x"
+    method, config = read_command(shlex.split(f"{command} --pretrained_model_name_or_path m {data} --max_train_steps 8"))
+    assert method.name == name and config.pretrained_model_name_or_path == "m" and config.max_train_steps == 8
+    assert config.mixed_precision == ("fp16" if "fp16" in command else None)
+
+
+def test_what_is_no_training_is_refused_with_a_sentence(capsys):
+    for words, told in (([], "no training command"), (["generate"], "no training command"), (["text-to-image", "--pretrained_model_name_or_path", "m", "--train_data_dir", "x", "--rnak", "4"], "did you mean rank"), (["text-to-image", "--train_data_dir", "x"], "pretrained_model_name_or_path")):
+        with pytest.raises(CourseError, match=told): read_command(words)
+    assert main(["--card", "9", "--", "text-to-image", "--pretrained_model_name_or_path", "tiny", "--train_data_dir", "x"]) == 2 and "wanted one of 8, 12, t4" in capsys.readouterr().err
+
+
+def test_a_preset_is_one_line_and_a_file_for_the_trainer(toy_model, tmp_path, capsys):
+    file, command = tmp_path / "t4.yaml", f"text-to-image --pretrained_model_name_or_path {toy_model} --train_data_dir pictures --resolution 64 --train_batch_size 6".split()
+    assert main(["--preset", "t4", "--output", str(file), "--", *command]) == 0
+    line = capsys.readouterr().out.strip()
+    method, config = read_command([*command, *shlex.split(line)])
+    assert config.mixed_precision == "fp16" and config.train_batch_size * config.gradient_accumulation_steps == 6  # a T4 has no bf16
+    again = read_command(["text-to-image", "--config", str(file), *command[1:-2]])[1]
+    assert again == config and yaml.safe_load(file.read_text())["mixed_precision"] == "fp16"
+
+
+def test_the_fastest_way_that_fits_is_proposed(toy_model):
+    "Ever smaller cards: first everything at once, then parts, then checkpointing, then a sentence; the update stays the same."
+    method, config = asked(toy_model, "--train_batch_size 8 --gradient_accumulation_steps 2")
+    found = forecast(method, config)
+    whole = sum(found.moments["a step"].values()) / GIB
+    cards = [Card(f"{share}", CONTEXT + 2 * whole * share, 1) for share in (4, 1, 0.5, 0.25, 0.14, 0.001)]
+    ways = propose(method, config, cards)
+    batches = [one.flags.get("train_batch_size", 0) for one in ways]
+    assert batches == sorted(batches, reverse=True) and batches[0] == 16 and batches[-1] == 0
+    assert all(one.flags["train_batch_size"] * one.flags["gradient_accumulation_steps"] >= 16 and one.peak <= card.memory for one, card in zip(ways, cards) if one.peak)
+    assert "one picture at a time needs" in ways[-1].reasons[0] and "--resolution" in ways[-1].reasons[0]
+    assert CARDS["80"].room > CARDS["8"].room and isinstance(config, TextToImageConfig)
