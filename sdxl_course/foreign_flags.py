@@ -61,8 +61,8 @@ _table({
     "fused_optimizer_groups blocks_to_swap cpu_offload_checkpointing lowram highvram disable_mmap_load_safetensors":
         "what saves memory here is --gradient_checkpointing, --mixed_precision bf16 and a --train_batch_size of 1",
     "no_half_vae": "the VAE computes in a format that it can bear: leave it out",
-    "xformers diffusers_xformers": "--enable_xformers_memory_efficient_attention",
-    "sdpa mem_eff_attn": ALWAYS, "torch_compile dynamo_backend": "nothing is compiled: leave it out",
+    "xformers diffusers_xformers": "--enable_xformers_memory_efficient_attention", "sdpa mem_eff_attn": ALWAYS,
+    "torch_compile dynamo_backend": "nothing is compiled: leave it out",
     "deepspeed zero_stage zero3_init_flag zero3_save_16bit_model offload_optimizer_device offload_optimizer_nvme_path "
     "offload_param_device offload_param_nvme_path ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph":
         "several processes are started by accelerate launch: leave it out"})
@@ -85,8 +85,8 @@ _table({
     "vae_precision": "the VAE computes in a format that it can bear: leave it out",
     "crops_coords_top_left_h crops_coords_top_left_w": "the model is told where each picture was really cut: leave it "
         "out",
-    "detection_resolution": "pictures that steer are taken as they are, at --resolution: leave it out",
-    "non_ema_revision": "--revision", "tracker_project_name": "trackers are told the name of the method: leave it out",
+    "detection_resolution": "pictures that steer are taken as they are: leave it out", "non_ema_revision": "--revision",
+    "tracker_project_name": "trackers are told the name of the method: leave it out",
     "debug_dataset": "sdxl-course check-data shows what a run would read",
     "alpha_mask": "--masked_loss", "conditioning_data_dir": "--mask_data_dir",
     "caption_extension caption_extention": ".txt and .caption files are found by themselves: leave it out",

@@ -11,7 +11,6 @@ import copy
 import sys
 from dataclasses import MISSING, dataclass, replace
 from typing import ClassVar
-
 import torch
 from diffusers import LCMScheduler
 from fastcore.basics import patch

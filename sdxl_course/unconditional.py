@@ -35,7 +35,8 @@ class PixelOptions:
     prediction_type: str | None = option("epsilon", "what the UNet is asked for", resume="never",
         choices=("epsilon", "v_prediction", "sample"))
     ddpm_num_steps: int = option(1000, "timesteps from picture to noise", "2 ..", "never")
-    ddpm_beta_schedule: str = option("linear", "growth of the noise", "", "never", choices=("linear", "squaredcos_cap_v2"))
+    ddpm_beta_schedule: str = option("linear", "growth of the noise", "", "never",
+        choices=("linear", "squaredcos_cap_v2"))
     ddpm_num_inference_steps: int = option(1000, "steps of a drawing", "1 ..", "free")
 
     constraints: ClassVar = (
@@ -88,6 +89,7 @@ def pictures_in(
         config.cache_dir, config.max_train_samples, config.seed, require_captions=False)
     return replace(report, records=[replace(record, captions=("",)) for record in report.records])
 
+# %% ../nbs/library/unconditional.ipynb #40b96f8c
 def held_out_pictures(
     config, # UnconditionalConfig
 )->list: # ImageRecord

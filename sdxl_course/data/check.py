@@ -56,22 +56,20 @@ def check_candidates(
     columns:dict={},            # name of each companion that is wanted -> the column that names it
 )->DataReport: # everything that was found
     "Open every candidate and report on all of them."
-    usable, problems, remarks, seen = [], list(problems), list(remarks), {}
-    reported = {file for file, reason in problems}
+    usable, problems, remarks, seen, reported = [], list(problems), list(remarks), {}, {file for file, _ in problems}
     for file, path, captions in bar(list(candidates), "reading pictures") if bar else candidates:
         try:
             record, found = inspect_picture(path, captions)
             record = accompanied(record, companions.get(normalize_name(file), {}), columns)
         except CourseError as error: problems.append((file, str(error))); continue
-        first = seen.setdefault(record.key, file)
-        if first != file: found.append(f"the same picture as another: {first}")
-        record = replace(record, repeats=repeats[file][0]) if file in repeats else record
+        if (first := seen.setdefault(record.key, file)) != file: found.append(f"the same picture as another: {first}")
+        if file in repeats: record = replace(record, repeats=repeats[file][0])
         if captions or not require_captions: usable.append((file, record))
         elif file not in reported:
             problems.append((file, "it has no caption: add a metadata row or a .txt file beside it"))
         remarks += [(file, text) for text in found + caption_remarks(captions)]
-    records, files = [record for file, record in usable], [file for file, record in usable]
-    report = DataReport(str(name), records, problems, remarks, list(others), files)
+    records = [record for _, record in usable]
+    report = DataReport(str(name), records, problems, remarks, list(others), [file for file, _ in usable])
     return report.with_lengths(tokenizer, max_token_length) if tokenizer else report
 
 # %% ../../nbs/library/data_check.ipynb #07328afa

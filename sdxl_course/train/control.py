@@ -71,6 +71,14 @@ def _pairs(prompts, pictures): # how many are drawn; 0: the numbers do not fit
     sides = {len(prompts), len(pictures)}
     return max(sides) if len(sides) == 1 or min(sides) == 1 else 0
 
+# %% ../../nbs/library/train_control.ipynb #4acbf916
+_RULES = (
+    (lambda c: bool(c.asked()) != bool(c.validation_image), "--validation_prompt and --validation_image belong "
+        "together: wanted both, since each prompt is drawn by a picture"),
+    (lambda c: c.asked() and c.validation_image and not _pairs(c.asked(), c.validation_image),
+        "--validation_prompt and --validation_image differ in number: wanted as many of each, or one of either"))
+
+# %% ../../nbs/library/train_control.ipynb #b0566f8c
 @dataclass(frozen=True, kw_only=True)
 class ConditioningOptions:
     "Which picture steers each sample, and what is drawn by which."
@@ -87,11 +95,7 @@ class ConditioningOptions:
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
     save_precision: str = option("fp32", "number format of the final weights", resume="free", choices=tuple(PRECISIONS))
 
-    constraints: ClassVar = (
-        (lambda c: bool(c.asked()) != bool(c.validation_image), "--validation_prompt and --validation_image belong "
-            "together: wanted both, since each prompt is drawn by a picture"),
-        (lambda c: c.asked() and c.validation_image and not _pairs(c.asked(), c.validation_image),
-            "--validation_prompt and --validation_image differ in number: wanted as many of each, or one of either"))
+    constraints: ClassVar = _RULES
 
     def asked(self)->list: # of texts; a single one may be given without a list
         "The prompts as they were given."

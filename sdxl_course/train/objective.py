@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import ClassVar
 
 import torch
+from fastcore.basics import patch
 import torch.nn.functional as F
 from ..core import CourseError
 from ..model.conditioning import encode_prompts
@@ -210,8 +211,8 @@ class DenoisingLoss(torch.nn.Module):
         clip_skip:int=None, # see `encode_prompts`
     ):
         super().__init__()
-        self.unet, self.schedule, self.weighting = components.unet, schedule, weighting
-        self.unmasked_weight, self.force_zeros = unmasked_weight, components.force_zeros_for_empty_prompt
+        self.unet, self.schedule, self.force_zeros = components.unet, schedule, components.force_zeros_for_empty_prompt
+        self.weighting, self.unmasked_weight = weighting, unmasked_weight
         self.max_token_length, self.prior_loss_weight, self.clip_skip = max_token_length, prior_loss_weight, clip_skip
         if encode_text:
             self.text_encoder, self.text_encoder_2 = components.text_encoder, components.text_encoder_2
@@ -219,17 +220,20 @@ class DenoisingLoss(torch.nn.Module):
 
     def forward(self, batch, noise, timesteps, captions=None): # -> (b,), or half as many with class pictures
         if captions is not None: batch = self.with_text(batch, captions)
-        losses = denoising_loss(self.unet, batch, self.schedule, noise, timesteps, self.weighting, self.unmasked_weight,
-            self.answer)
+        weighed = self.weighting, self.unmasked_weight, self.answer
+        losses = denoising_loss(self.unet, batch, self.schedule, noise, timesteps, *weighed)
         return losses if self.prior_loss_weight is None else prior_preservation(losses, self.prior_loss_weight)
 
-    def with_text(self, batch, captions): # the batch with embeddings of these captions
-        embeds, pooled = encode_prompts(self, captions, self.max_token_length, self.clip_skip)
-        if self.clip_skip and not self.force_zeros: # the empty prompt is not moved, as in diffusers
-            words = torch.tensor([bool(c) for c in captions], device=embeds.device)[:, None, None]
-            embeds = torch.where(words, embeds, encode_prompts(self, captions, self.max_token_length)[0])
-        spoken = torch.tensor([bool(c) or not self.force_zeros for c in captions], device=embeds.device)
-        return replace(batch, prompt_embeds=embeds*spoken[:, None, None], pooled_prompt_embeds=pooled*spoken[:, None])
+# %% ../../nbs/library/train_objective.ipynb #cf4f9db1
+@patch
+def with_text(self:DenoisingLoss, batch, captions): # Batch, texts -> Batch
+    "The batch with embeddings of these captions."
+    embeds, pooled = encode_prompts(self, captions, self.max_token_length, self.clip_skip)
+    if self.clip_skip and not self.force_zeros: # the empty prompt is not moved, as in diffusers
+        words = torch.tensor([bool(c) for c in captions], device=embeds.device)[:, None, None]
+        embeds = torch.where(words, embeds, encode_prompts(self, captions, self.max_token_length)[0])
+    spoken = torch.tensor([bool(c) or not self.force_zeros for c in captions], device=embeds.device)
+    return replace(batch, prompt_embeds=embeds*spoken[:, None, None], pooled_prompt_embeds=pooled*spoken[:, None])
 
 # %% ../../nbs/library/train_objective.ipynb #ce4e2bd6
 @contextmanager

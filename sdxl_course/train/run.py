@@ -122,7 +122,7 @@ def embed(self:Run, caption)->tuple: # (n, d), (p,)
 # %% ../../nbs/library/train_run.ipynb #7455c36b
 def held_out_loss(
     run:Run,
-    loss=None, # function of (unet, batch, schedule, noise, timesteps): (b,); None: the plain one, with the run's networks
+    loss=None, # function of (unet, batch, schedule, noise, timesteps): (b,); None: the plain error
 )->float:
     "`validation_loss` of the weights as they are."
     loss = loss or partial(denoising_loss, answer=run.accelerator.unwrap_model(run.loss).answer)

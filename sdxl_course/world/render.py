@@ -184,6 +184,7 @@ def render_styles(
     b = trace(stage, size)
     return {style: painted(b, stage, style) for style in styles}
 
+# %% ../../nbs/library/world_render.ipynb #6fb9b1b2
 def render_array(
     scene,    # `Scene`
     size=128, # pixels of the picture's edge
