@@ -34,6 +34,7 @@ def edge_agreement(
         scores.append((below + above).float().mean()/(2*len(off)))
     return torch.stack(scores)
 
+# %% ../../nbs/library/measure_control.ipynb #d230e7cf
 def segment_agreement(
     pictures, # as in `to_pixels`, what was drawn
     segments, # the same: one colour for each kind of thing

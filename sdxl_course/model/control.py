@@ -77,6 +77,7 @@ def control_pipeline(
             return pipeline_around(pipeline, StableDiffusionXLAdapterPipeline, adapter=control)
         return pipeline_around(pipeline, StableDiffusionXLControlNetPipeline, controlnet=control)
 
+# %% ../../nbs/library/model_control.ipynb #3ac9cbba
 def generate_controlled(
     pipeline, # from `control_pipeline`
     prompts:list, # one string per picture; "": no words
@@ -114,6 +115,7 @@ def save_control(
     save_tensors(path, tensors, {"format": "pt"})
     return path
 
+# %% ../../nbs/library/model_control.ipynb #2ebd0861
 def load_control(
     kind, # ControlNetModel or T2IAdapter
     where, # folder or hub id

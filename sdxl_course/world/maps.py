@@ -105,6 +105,7 @@ def write_controlled(
         rows.append(dict(file_name=file, text=caption(scene, 1), **{name: f"{name}/{file}" for name in shown}))
     return _write(folder, rows)
 
+# %% ../../nbs/library/world_maps.ipynb #63968fc7
 def write_edits(
     folder, # where to write
     scenes:list, # of `Scene`, before the edit
