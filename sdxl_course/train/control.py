@@ -10,6 +10,7 @@ __all__ = ['CONDITIONING', 'control_loss', 'read_accompanied', 'read_conditioned
 import copy
 import torch
 from dataclasses import dataclass, replace
+from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
 from PIL import Image, ImageOps
@@ -71,14 +72,7 @@ def _pairs(prompts, pictures): # how many are drawn; 0: the numbers do not fit
     sides = {len(prompts), len(pictures)}
     return max(sides) if len(sides) == 1 or min(sides) == 1 else 0
 
-# %% ../../nbs/library/train_control.ipynb #4acbf916
-_RULES = (
-    (lambda c: bool(c.asked()) != bool(c.validation_image), "--validation_prompt and --validation_image belong "
-        "together: wanted both, since each prompt is drawn by a picture"),
-    (lambda c: c.asked() and c.validation_image and not _pairs(c.asked(), c.validation_image),
-        "--validation_prompt and --validation_image differ in number: wanted as many of each, or one of either"))
-
-# %% ../../nbs/library/train_control.ipynb #b0566f8c
+# %% ../../nbs/library/train_control.ipynb #2a85613a
 @dataclass(frozen=True, kw_only=True)
 class ConditioningOptions:
     "Which picture steers each sample, and what is drawn by which."
@@ -95,7 +89,11 @@ class ConditioningOptions:
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
     save_precision: str = option("fp32", "number format of the final weights", resume="free", choices=tuple(PRECISIONS))
 
-    constraints: ClassVar = _RULES
+    constraints: ClassVar = (
+        (lambda c: bool(c.asked()) != bool(c.validation_image), "--validation_prompt and --validation_image belong "
+            "together: wanted both, since each prompt is drawn by a picture"),
+        (lambda c: c.asked() and c.validation_image and not _pairs(c.asked(), c.validation_image),
+            "--validation_prompt and --validation_image differ in number: wanted as many of each, or one of either"))
 
     def asked(self)->list: # of texts; a single one may be given without a list
         "The prompts as they were given."
@@ -107,11 +105,13 @@ class ConditioningOptions:
         asked = self.asked()
         return asked*len(self.validation_image) if len(asked) == 1 else asked
 
-    def steering(self)->list: # of PIL images, one for each of `prompts`; CourseError for what is none
-        "The pictures that steer the validation prompts."
-        side, files = self.resolution, self.validation_image or []
-        shown = [ImageOps.fit(open_picture(file), (side, side), Image.Resampling.LANCZOS) for file in files]
-        return shown*len(self.prompts()) if len(shown) == 1 else shown
+# %% ../../nbs/library/train_control.ipynb #ccba9ea3
+@patch
+def steering(self:ConditioningOptions)->list: # of PIL images, one for each of `prompts`; CourseError for what is none
+    "The pictures that steer the validation prompts."
+    side, files = self.resolution, self.validation_image or []
+    shown = [ImageOps.fit(open_picture(file), (side, side), Image.Resampling.LANCZOS) for file in files]
+    return shown*len(self.prompts()) if len(shown) == 1 else shown
 
 # %% ../../nbs/library/train_control.ipynb #872b9c6d
 class ControlLoss(DenoisingLoss):
