@@ -35,7 +35,8 @@ class PixelOptions:
     prediction_type: str | None = option("epsilon", "what the UNet is asked for", resume="never",
         choices=("epsilon", "v_prediction", "sample"))
     ddpm_num_steps: int = option(1000, "timesteps from picture to noise", "2 ..", "never")
-    ddpm_beta_schedule: str = option("linear", "growth of the noise", "", "never", choices=("linear", "squaredcos_cap_v2"))
+    ddpm_beta_schedule: str = option("linear", "growth of the noise", "", "never",
+        choices=("linear", "squaredcos_cap_v2"))
     ddpm_num_inference_steps: int = option(1000, "steps of a drawing", "1 ..", "free")
 
     constraints: ClassVar = (
@@ -95,6 +96,7 @@ def held_out_pictures(
     folder = config.validation_data_dir
     return pictures_in(config, folder=folder).usable(config.on_problem) if folder else []
 
+# %% ../nbs/library/unconditional.ipynb #aa01bb06
 def pixel_loss(
     config, # UnconditionalConfig
     components, # PixelModel
