@@ -31,7 +31,7 @@ from .train.run import Method
 class PixelOptions:
     "A model of pixels, and how noise is added and taken away."
     pretrained_model_name_or_path: str = option(FRESH, "folder of a UNet2DModel to go on from, or with its config.json "
-        "alone; fresh: the reference script's", resume="never", aliases=["--model_config_name_or_path"])
+        "alone; fresh: the reference script's", resume="free", aliases=["--model_config_name_or_path"])
     prediction_type: str | None = option("epsilon", "what the UNet is asked for", resume="never",
         choices=("epsilon", "v_prediction", "sample"))
     ddpm_num_steps: int = option(1000, "timesteps from picture to noise", "2 ..", "never")
@@ -97,6 +97,7 @@ def held_out_pictures(
     folder = config.validation_data_dir
     return pictures_in(config, folder=folder).usable(config.on_problem) if folder else []
 
+# %% ../nbs/library/unconditional.ipynb #aa01bb06
 def pixel_loss(
     config, # UnconditionalConfig
     components, # PixelModel
