@@ -138,16 +138,17 @@ def _drawing(config, components, stay):
     drawn, decoded = drawing_usage(components, config.resolution, config.num_validation_images)
     return {"a drawing": stay | {"VAE": weights_of(components.vae), "activations": max(drawn.peak, decoded.peak)}}
 
-# %% ../nbs/library/plan.ipynb #2e548cfc
+# %% ../nbs/library/plan.ipynb #d08319fe
 @patch
 def table(self:Forecast)->str: # lines
-    "The parts of each moment in GiB, the largest moment marked."
+    "The parts of each moment in GiB or MiB, the largest moment marked."
     parts = list(dict.fromkeys(part for moment in self.moments.values() for part, size in moment.items() if size))
     line = lambda cells: f"{cells[0]:<15}" + "".join(f"{one:>15}" for one in cells[1:])
-    number = lambda size: f"{size/GIB:.2f}" if size else "-"
-    rows = [line([name, *(number(moment.get(part)) for part in parts), f"{sum(moment.values())/GIB:.2f}"])
+    unit, places = (GIB, 2) if self.peak > GIB else (2**20, 1)
+    number = lambda size: f"{size/unit:.{places}f}" if size else "-"
+    rows = [line([name, *(number(moment.get(part)) for part in parts), number(sum(moment.values()))])
         + (" <- peak" if name == self.moment else "") for name, moment in self.moments.items()]
-    return "\n".join([line(["GiB", *parts, "together"]), *rows])
+    return "\n".join([line(["GiB" if unit == GIB else "MiB", *parts, "together"]), *rows])
 
 # %% ../nbs/library/plan.ipynb #143889ea
 @patch
@@ -277,14 +278,14 @@ def updates_of(
     size = config.train_batch_size*config.gradient_accumulation_steps
     return config.num_train_epochs*math.ceil(pictures*getattr(config, "repeats", 1)/size) if pictures else 0
 
-# %% ../nbs/library/plan.ipynb #9773a492
+# %% ../nbs/library/plan.ipynb #cabc9870
 def report(
     plan:PlanConfig,
     method, # Method
     config, # its configuration
 )->str: # lines
     "Everything there is to say about a training command."
-    now, cards = forecast(method, config), [find_card(name) for name in plan.card or CARDS]
+    cards, now = [find_card(name) for name in plan.card or CARDS], forecast(method, config)
     lines = [f"{method.name}, {config.resolution} px, batches of {config.train_batch_size}, "
         f"{config.mixed_precision or 'no'} mixed precision: {now.trained:,} numbers train", "", now.table(), ""]
     if "VAE" in now.moments["a step"]: lines.append("Pictures that are not square are cut and encoded afresh in "
