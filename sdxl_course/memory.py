@@ -6,10 +6,10 @@
 __all__ = ['LOW', 'HIGH', 'Meter', 'FlashShapes', 'shapes_only', 'meta_components', 'size_of', 'weights_of', 'Usage', 'measured',
            'fake_batch', 'step_usage', 'encoding_usage', 'drawing_usage']
 
-# %% ../nbs/library/memory.ipynb #13214986
+# %% ../nbs/library/memory.ipynb #7be9679a
 import weakref
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch as patched
 
@@ -143,7 +143,7 @@ def weights_of(
     "How much memory the weights of networks take."
     return sum(size_of(*network.parameters(), *network.buffers()) for network in networks if network is not None)
 
-# %% ../nbs/library/memory.ipynb #7f80a83e
+# %% ../nbs/library/memory.ipynb #cfd53c46
 @dataclass(frozen=True)
 class Usage:
     "What a piece of work takes."
@@ -151,15 +151,16 @@ class Usage:
     flops: float # floating-point operations
     kernels: int # pieces of work that a card is given
     kept: int = 0 # bytes that are still there at the end: gradients
+    held: int = 0 # bytes that wait for the backward pass: activations
 
-# %% ../nbs/library/memory.ipynb #e4719e5b
+# %% ../nbs/library/memory.ipynb #109d6944
 def measured(
-    work, # function without arguments, of tensors on the meta device
+    work, # function of the Meter that listens, with tensors on the meta device
     low=None, # torch.dtype of autocast
 )->Usage:
     "Do some work on shapes, and say what it takes."
     with Meter() as meter, shapes_only(meter, low), torch.device("meta"):
-        result = work()
+        result = work(meter)
         kept = meter.live - size_of(*[x for x in (result,) if isinstance(x, torch.Tensor)])
     return Usage(meter.peak, meter.flops, meter.kernels, kept)
 
@@ -179,7 +180,7 @@ def fake_batch(
     words = embeds, torch.empty(b, pooled, dtype=dtype)
     return Batch(latents, *words, torch.empty(b, 6)), noise, torch.zeros(b, dtype=torch.long)
 
-# %% ../nbs/library/memory.ipynb #bcc5a8cd
+# %% ../nbs/library/memory.ipynb #8ad36e8c
 def step_usage(
     loss, # module: Batch, noise, timesteps, captions -> loss of each sample
     components, # SDXLComponents on the meta device
@@ -190,14 +191,17 @@ def step_usage(
     max_token_length:int=75, # tokens that are read
 )->Usage: # `kept`: its gradients
     "Forward and backward pass of one micro-step."
-    def step():
+    held = []
+    def step(meter):
         batch, noise, times = fake_batch(components, b, resolution, max_token_length=max_token_length)
-        loss(batch, noise, times, ["a picture"]*b if captions else None).sum().backward()
+        total = loss(batch, noise, times, ["a picture"]*b if captions else None).sum()
+        held.append(meter.live)
+        total.backward()
     loss.train()
     for p in loss.parameters(): p.grad = None
-    return measured(step, low)
+    return replace(measured(step, low), held=held[0])
 
-# %% ../nbs/library/memory.ipynb #c267221e
+# %% ../nbs/library/memory.ipynb #2e0c1987
 def encoding_usage(
     components, # SDXLComponents on the meta device
     resolution:int, # side in pixels
@@ -205,7 +209,7 @@ def encoding_usage(
 )->Usage: # without gradients
     "What the VAE takes to encode."
     pixels = lambda: torch.empty(b, 3, resolution, resolution, dtype=components.vae.dtype)
-    with torch.no_grad(): return measured(lambda: components.vae.encode(pixels()).latent_dist.mean)
+    with torch.no_grad(): return measured(lambda meter: components.vae.encode(pixels()).latent_dist.mean)
 
 def drawing_usage(
     components, # SDXLComponents on the meta device
@@ -214,9 +218,9 @@ def drawing_usage(
 )->tuple: # (Usage of one step of the sampler, Usage of decoding a picture)
     "What it takes to draw a prompt with guidance."
     side, dtype = resolution//vae_scale_factor(components.vae), next(components.unet.parameters()).dtype
-    def predict():
+    def predict(meter):
         batch, noise, times = fake_batch(components, 2*pictures, resolution, dtype)
         condition = dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids)
         return components.unet(noise.to(dtype), times, batch.prompt_embeds, added_cond_kwargs=condition).sample
     latents = lambda: torch.empty(1, 4, side, side, dtype=components.vae.dtype)
-    with torch.no_grad(): return measured(predict), measured(lambda: components.vae.decode(latents()).sample)
+    with torch.no_grad(): return measured(predict), measured(lambda meter: components.vae.decode(latents()).sample)

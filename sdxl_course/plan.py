@@ -106,7 +106,7 @@ def _prepared(method, config):
     with shapes_only(Meter()), torch.device("meta"): loss = method.loss(config, components, schedule, not keeps[1])
     return components, trained, loss.to("meta"), keeps
 
-# %% ../nbs/library/plan.ipynb #25c4cd8d
+# %% ../nbs/library/plan.ipynb #9b9ef3d2
 def forecast(
     method, # Method
     config, # its configuration
@@ -126,7 +126,7 @@ def forecast(
     stay |= {"what trains": size, "optimizer": count*state, "EMA": size*config.use_ema}
     first = {"text encoders": weights_of(*encoders), "VAE": weights_of(components.vae), "activations": seen.peak}
     moments = {"encoding": first | ({"UNet": stay["UNet"]} if shared or not pictures else {}),
-        "a step": stay | {"gradients": step.kept, "activations": step.peak - step.kept},
+        "a step": stay | {"activations": step.held, "backward": step.peak - step.held},
         "an update": stay | {"gradients": step.kept, "activations": size},
         **_drawing(config, components, stay)}
     return Forecast(moments, step.flops, step.kernels, count)
@@ -138,16 +138,17 @@ def _drawing(config, components, stay):
     drawn, decoded = drawing_usage(components, config.resolution, config.num_validation_images)
     return {"a drawing": stay | {"VAE": weights_of(components.vae), "activations": max(drawn.peak, decoded.peak)}}
 
-# %% ../nbs/library/plan.ipynb #2e548cfc
+# %% ../nbs/library/plan.ipynb #d08319fe
 @patch
 def table(self:Forecast)->str: # lines
-    "The parts of each moment in GiB, the largest moment marked."
+    "The parts of each moment in GiB or MiB, the largest moment marked."
     parts = list(dict.fromkeys(part for moment in self.moments.values() for part, size in moment.items() if size))
     line = lambda cells: f"{cells[0]:<15}" + "".join(f"{one:>15}" for one in cells[1:])
-    number = lambda size: f"{size/GIB:.2f}" if size else "-"
-    rows = [line([name, *(number(moment.get(part)) for part in parts), f"{sum(moment.values())/GIB:.2f}"])
+    unit, places = (GIB, 2) if self.peak > GIB else (2**20, 1)
+    number = lambda size: f"{size/unit:.{places}f}" if size else "-"
+    rows = [line([name, *(number(moment.get(part)) for part in parts), number(sum(moment.values()))])
         + (" <- peak" if name == self.moment else "") for name, moment in self.moments.items()]
-    return "\n".join([line(["GiB", *parts, "together"]), *rows])
+    return "\n".join([line(["GiB" if unit == GIB else "MiB", *parts, "together"]), *rows])
 
 # %% ../nbs/library/plan.ipynb #143889ea
 @patch
@@ -202,30 +203,36 @@ class Proposal:
         words = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in self.flags.items()]
         return shlex.join(sum(words, []))
 
-# %% ../nbs/library/plan.ipynb #f0cd7de0
+# %% ../nbs/library/plan.ipynb #b07c85ac
+def _each(found): # bytes that one more picture takes, where the forecast has one: all but the gradients
+    "Activations, and what the backward pass makes for each picture."
+    step, update = found.moments["a step"], found.moments["an update"]
+    return step["activations"] + max(step["backward"] - update["gradients"], 0)
+
+# %% ../nbs/library/plan.ipynb #a1e92dee
 def _batch(found, card, want): # pictures at a time, 0: not even one; activations grow with the batch
     "The largest share of an update that fits at once."
     rest = found.moments["a step"]
-    fixed = sum(rest.values()) - rest["activations"]
-    most = int((card.room - fixed)//rest["activations"])
+    each = _each(found)
+    most = int((card.room - (sum(rest.values()) - each))//each)
     others = max(sum(m.values()) for name, m in found.moments.items() if name != "a step")
     if most < 1 or others > card.room: return 0
     return math.ceil(want/math.ceil(want/min(most, want)))
 
-# %% ../nbs/library/plan.ipynb #7ba2529c
+# %% ../nbs/library/plan.ipynb #18e4b00a
 def _attempt(card, config, found, spare): # Proposal, or None
     "One way to run on a card."
     want = config.train_batch_size*config.gradient_accumulation_steps
     if not (b := _batch(found, card, want)): return None
-    step, parts = found.moments["a step"], {name: sum(m.values()) for name, m in found.moments.items()}
-    parts["a step"] += (b - 1)*step["activations"]
+    parts = {name: sum(moment.values()) for name, moment in found.moments.items()}
+    parts["a step"] += (b - 1)*_each(found)
     turns, moment = math.ceil(want/b), max(parts, key=parts.get)
     flags = dict(mixed_precision="bf16" if card.bf16 else "fp16", train_batch_size=b, gradient_accumulation_steps=turns)
     one = replace(found, flops=found.flops*b).seconds(card)
     return Proposal(card, flags | ({"gradient_checkpointing": True} if spare else {}), [], parts[moment]/GIB + CONTEXT,
         one*turns, moment)
 
-# %% ../nbs/library/plan.ipynb #57777a59
+# %% ../nbs/library/plan.ipynb #09e780e9
 def propose(
     method, # Method
     config, # its configuration
@@ -237,7 +244,7 @@ def propose(
     return [_explained(card, config, found, [_attempt(card, config, found[spare], spare) for spare in found])
         for card in cards]
 
-# %% ../nbs/library/plan.ipynb #966ac2e7
+# %% ../nbs/library/plan.ipynb #ad56f86e
 def _explained(card, config, found, attempts):
     "The better of two attempts, and why."
     plain, spare = attempts
@@ -255,7 +262,7 @@ def _explained(card, config, found, attempts):
     else: reasons.append("checkpointing would cost a third more time and is not needed")
     return replace(best, reasons=[*reasons, f"the most is needed by {best.moment}"])
 
-# %% ../nbs/library/plan.ipynb #84defe17
+# %% ../nbs/library/plan.ipynb #e3ee4a5e
 USUAL = ("text-to-image --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 "
     "--train_data_dir pictures --center_crop --train_batch_size 4")
 
@@ -267,7 +274,7 @@ class PlanConfig:
     output: str | None = option(None, "file that gets those flags as YAML, to be read with --config")
     pictures: int | None = option(None, "how many pictures there are, where epochs are counted", "1 ..")
 
-# %% ../nbs/library/plan.ipynb #4ca269d3
+# %% ../nbs/library/plan.ipynb #1bb7e1ae
 def updates_of(
     config, # configuration of a training
     pictures:int=None, # how many there are; None: not known
@@ -277,14 +284,14 @@ def updates_of(
     size = config.train_batch_size*config.gradient_accumulation_steps
     return config.num_train_epochs*math.ceil(pictures*getattr(config, "repeats", 1)/size) if pictures else 0
 
-# %% ../nbs/library/plan.ipynb #9773a492
+# %% ../nbs/library/plan.ipynb #1ad8d28b
 def report(
     plan:PlanConfig,
     method, # Method
     config, # its configuration
 )->str: # lines
     "Everything there is to say about a training command."
-    now, cards = forecast(method, config), [find_card(name) for name in plan.card or CARDS]
+    cards, now = [find_card(name) for name in plan.card or CARDS], forecast(method, config)
     lines = [f"{method.name}, {config.resolution} px, batches of {config.train_batch_size}, "
         f"{config.mixed_precision or 'no'} mixed precision: {now.trained:,} numbers train", "", now.table(), ""]
     if "VAE" in now.moments["a step"]: lines.append("Pictures that are not square are cut and encoded afresh in "
@@ -298,7 +305,7 @@ def report(
         lines.append(f"{card.name}: {fits}\n{flags}  {'; '.join(one.reasons)}")
     return "\n".join([*lines, "", "Counted on shapes; times are estimates from published speeds."])
 
-# %% ../nbs/library/plan.ipynb #ace4e68c
+# %% ../nbs/library/plan.ipynb #a1a06103
 def run_plan(
     argv, # words before and after --
 )->int: # exit code
@@ -320,5 +327,5 @@ def main(
     "`sdxl-course plan`"
     return run_guarded(lambda: run_plan(list(sys.argv[1:] if argv is None else argv)))
 
-# %% ../nbs/library/plan.ipynb #7a2e060f
+# %% ../nbs/library/plan.ipynb #873bc25b
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__
