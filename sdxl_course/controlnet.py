@@ -45,6 +45,7 @@ def controlnet_weights(
         "A ControlNet, which steers the frozen UNet by a picture,")
     return control_weights(config, components, control, card, scale)
 
+# %% ../nbs/library/controlnet.ipynb #d28e49e4
 CONTROLNET = Method("controlnet", ControlNetConfig, read_conditioned, controlnet_weights, control_loss,
     read_validation=conditioned_validation, check=check_steering, companions=(CONDITIONING,),
     drawn_with=steered_drawing, project="sd_xl_train_controlnet")

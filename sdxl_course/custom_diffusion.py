@@ -90,6 +90,7 @@ def nearest_captions(
     pooled = pooled/pooled.norm(dim=-1, keepdim=True)
     return (pooled[1:] @ pooled[0]).argsort(descending=True, stable=True)[:number].tolist()
 
+# %% ../nbs/library/custom_diffusion.ipynb #b16bc4c7
 def real_records(
     config, # CustomDiffusionConfig of one class
     components, # SDXLComponents, whose text encoders compare
@@ -140,6 +141,7 @@ def publish_concepts(
     save_embeddings(tokens, folder)
     return Path(folder)/KEY_VALUE_FILE
 
+# %% ../nbs/library/custom_diffusion.ipynb #5d44e897
 def custom_card(config)->CardText:
     "What the model card says."
     usage = (f'pipeline.unet.load_attn_procs("this folder", weight_name="{KEY_VALUE_FILE}", _pipeline=pipeline)'

@@ -84,6 +84,7 @@ def read_prompts(
     if not lines: raise CourseError(f"--prompt_file {config.prompt_file} holds no prompt: wanted one a line")
     return [PromptRecord((line,), Path(line.replace("/", " ")), content_key(line.encode())) for line in lines]
 
+# %% ../nbs/library/ddpo.ipynb #42b124da
 def check_prompts(
     config, # DdpoConfig
     records, # PromptRecord
@@ -106,6 +107,7 @@ def policy_weights(
     def load(folder): trained.load(folder), policy.load(folder)
     return replace(trained, save=save, load=load)
 
+# %% ../nbs/library/ddpo.ipynb #762a9181
 def policy_loss(
     config, # DdpoConfig
     components, # SDXLComponents
@@ -138,6 +140,7 @@ def policy_loader(
         min_count=config.per_prompt_stat_tracking and config.per_prompt_stat_tracking_min_count,
         resolution=config.resolution, max_token_length=config.max_token_length, clip_skip=config.clip_skip)
 
+# %% ../nbs/library/ddpo.ipynb #465650f4
 def mean_reward(
     run, # Run
 )->float: # minus the mean reward, so that less is better as with a loss
@@ -157,6 +160,7 @@ def ddpo_method(
         read_validation=lambda config: [], validation=lambda records, loader: records, measure=mean_reward,
         check=check_prompts)
 
+# %% ../nbs/library/ddpo.ipynb #f48ebbdc
 def open_ddpo(config, components=None, log=print, live=False, reward=None):
     "A run of ddpo that is ready to train: see `open_run`; `reward` replaces that of the options."
     run = open_run(ddpo_method(reward), config, components, log, live)

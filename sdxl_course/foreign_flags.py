@@ -60,7 +60,7 @@ _table({
     "fp8_base fp8_base_unet full_fp16 full_bf16 fp16_master_weights_and_gradients fused_backward_pass "
     "fused_optimizer_groups blocks_to_swap cpu_offload_checkpointing lowram highvram disable_mmap_load_safetensors":
         "what saves memory here is --gradient_checkpointing, --mixed_precision bf16 and a --train_batch_size of 1",
-    "no_half_vae": "the VAE computes in a format that it can bear: leave it out",
+    "no_half_vae vae_precision": "the VAE computes in a format that it can bear: leave it out",
     "xformers diffusers_xformers": "--enable_xformers_memory_efficient_attention", "sdpa mem_eff_attn": ALWAYS,
     "torch_compile dynamo_backend": "nothing is compiled: leave it out",
     "deepspeed zero_stage zero3_init_flag zero3_save_16bit_model offload_optimizer_device offload_optimizer_nvme_path "
@@ -82,7 +82,6 @@ _table({
     "in_json": "metadata.jsonl, metadata.csv and .txt files in --train_data_dir are found by themselves",
     "dataset_config": "--concepts, a list in YAML or JSON", "dataset_class": "there is no data set class to choose",
     "set_grads_to_none": ALWAYS, "tokenizer_name": "the tokenizers are those of the base model: leave it out",
-    "vae_precision": "the VAE computes in a format that it can bear: leave it out",
     "crops_coords_top_left_h crops_coords_top_left_w": "the model is told where each picture was really cut: leave it "
         "out",
     "detection_resolution": "pictures that steer are taken as they are: leave it out", "non_ema_revision": "--revision",

@@ -67,6 +67,7 @@ def read_edits(
     return read_accompanied(config, {ORIGINAL.name: config.original_image_column}, folder, config.edited_image_column,
         config.edit_prompt_column)
 
+# %% ../nbs/library/instruct_pix2pix.ipynb #35f3cf41
 def validation_edits(
     config, # InstructPix2PixConfig
 )->list: # ImageRecord
@@ -151,6 +152,7 @@ def picture_to_edit(
         place = load_image(place)
     return ImageOps.fit(open_picture(place), (side, side), Image.Resampling.LANCZOS)
 
+# %% ../nbs/library/instruct_pix2pix.ipynb #56d112ab
 def edit_pipeline(
     pipeline, # StableDiffusionXLPipeline with a widened UNet
 ): # StableDiffusionXLInstructPix2PixPipeline

@@ -63,6 +63,7 @@ class DistillationOptions:
 # %% ../nbs/library/lcm.ipynb #85b6e098
 LAYERS = "attention+feedforward+convolution,proj_in,proj_out,time_emb_proj" # what the reference adapts
 
+# %% ../nbs/library/lcm.ipynb #97874dbe
 @dataclass(frozen=True, kw_only=True)
 class LcmConfig(DistillationOptions, LoraConfig):
     "Distil SDXL into a model that draws in four steps (Luo et al., 2023)."
@@ -121,6 +122,7 @@ def teach(self:ConsistencyLoss, xt, start, earlier, batch, w): # (b, c, h, w)
         answers = [predict(self.teacher or self.unet, xt, start, one) for one in (batch, self.silent(batch))]
     return guided_step(self.schedule, *answers, xt, start, earlier, w)
 
+# %% ../nbs/library/lcm.ipynb #97873b90
 @patch
 def distance(self:ConsistencyLoss, batch, noise, timesteps, w): # (b,)
     "The loss with a given guidance w (b,)."
@@ -138,6 +140,7 @@ def drawing(config)->dict: # steps, guidance
     "How validation pictures are drawn."
     return dict(steps=4, guidance=GUIDANCE if config.whole_unet else 1.0)
 
+# %% ../nbs/library/lcm.ipynb #f75cb9b0
 def distilled_weights(
     config, # LcmConfig
     components, # SDXLComponents; what trains goes in here, and the scheduler to draw with

@@ -211,6 +211,7 @@ def encoding_usage(
     pixels = lambda: torch.empty(b, 3, resolution, resolution, dtype=components.vae.dtype)
     with torch.no_grad(): return measured(lambda meter: components.vae.encode(pixels()).latent_dist.mean)
 
+# %% ../nbs/library/memory.ipynb #97d0460e
 def drawing_usage(
     components, # SDXLComponents on the meta device
     resolution:int, # side in pixels

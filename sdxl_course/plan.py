@@ -56,6 +56,7 @@ CARDS = { # peaks are the makers'; how much of them is reached was worked out fr
     "48": Card("L40S, 48 GB", 44.4, 362),
     "80": Card("H100, 80 GB", 79.1, 989)}
 
+# %% ../nbs/library/plan.ipynb #838f145a
 def find_card(
     name:str, # key of CARDS
 )->Card:
@@ -321,6 +322,7 @@ def run_plan(
     if plan.output: write_atomic(plan.output, f"# {one.card.name}: {'; '.join(one.reasons)}\n{text}".encode())
     return 0
 
+# %% ../nbs/library/plan.ipynb #5c88bf4e
 def main(
     argv=None, # the words after plan; None takes them from the command line
 )->int: # exit code: 0 done, 2 the user can mend it

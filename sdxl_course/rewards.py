@@ -23,6 +23,7 @@ def jpeg_kilobytes(
         return len(file.getvalue())/1000
     return torch.tensor([size(picture) for picture in pictures])
 
+# %% ../nbs/library/rewards.ipynb #62db1415
 @torch.no_grad()
 def judged_probability(
     pictures:list, # PIL images
@@ -37,5 +38,6 @@ def judged_probability(
         found.append(torch.stack(sure).prod())
     return torch.stack(found)
 
+# %% ../nbs/library/rewards.ipynb #6b42198d
 REWARDS = dict(jpeg_compressibility=lambda pictures, prompts: -jpeg_kilobytes(pictures),
     jpeg_incompressibility=jpeg_kilobytes, judge=judged_probability) # name -> function of (pictures, prompts): (n,)

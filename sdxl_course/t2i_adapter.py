@@ -52,6 +52,7 @@ def adapter_weights(
         "A T2I-Adapter, which steers the frozen UNet by a picture,")
     return control_weights(config, components, control, card, scale)
 
+# %% ../nbs/library/t2i_adapter.ipynb #b4943d76
 T2I_ADAPTER = Method("t2i-adapter", T2IAdapterConfig, read_conditioned, adapter_weights, control_loss,
     read_validation=conditioned_validation, check=check_steering, companions=(CONDITIONING,),
     drawn_with=steered_drawing, project="sd_xl_train_t2iadapter")

@@ -20,6 +20,7 @@ def edge_strength(
     x, y = F.conv2d(pixels, across), F.conv2d(pixels, across.mT)
     return (x.square() + y.square()).sqrt().unflatten(0, (-1, 3))[:, :, 0].amax(1)
 
+# %% ../../nbs/library/measure_control.ipynb #8e675250
 def edge_agreement(
     pictures, # as in `to_pixels`, what was drawn
     lines, # the same, white lines on black: what was asked for

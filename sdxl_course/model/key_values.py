@@ -109,6 +109,7 @@ def load_words(
         for name, table in tokens.tables.items(): table.new.copy_(torch.cat([values[name] for _, values in found]))
     return tokens
 
+# %% ../../nbs/library/model_key_values.ipynb #fc74a92f
 def words_file(folder)->Path: # of `save_embeddings`
     "The file with all words of a run."
     return Path(folder)/f"{Path(folder).resolve().name}_emb.safetensors"

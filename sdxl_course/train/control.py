@@ -59,6 +59,7 @@ def read_conditioned(
     report = read_accompanied(config, {} if place else {name: config.conditioning_image_column}, folder)
     return replace(report, records=with_companions(report.records, name, place)) if place else report
 
+# %% ../../nbs/library/train_control.ipynb #2c496aae
 def conditioned_validation(
     config, # TrainConfig with ConditioningOptions
 )->list: # ImageRecord
@@ -146,6 +147,7 @@ def control_weights(
         lambda folder: copy_into(named, load_tensors(Path(folder)/file)[0]),
         lambda folder: save_control(control, folder, PRECISIONS[config.save_precision]), card)
 
+# %% ../../nbs/library/train_control.ipynb #79cf56dd
 def control_card(
     kind:str, # class of diffusers
     pipeline:str, # class that draws with it
@@ -171,6 +173,7 @@ def steered_drawing(
     around = lambda pipeline: control_pipeline(pipeline, control)
     return [dict(around=around, image=picture) for picture in config.steering()]
 
+# %% ../../nbs/library/train_control.ipynb #94f07aa0
 def check_steering(
     config, # TrainConfig with ConditioningOptions
     records, # ImageRecord, not looked at

@@ -34,6 +34,7 @@ class PixelModel:
     scheduler: DDPMScheduler
     tokenizer: object = None # there is none
 
+# %% ../../nbs/library/train_pixels.ipynb #2dd0e59e
 def reference_unet(
     side:int, # of the pictures in pixels
 )->UNet2DModel: # random weights, 114 million of them
@@ -115,6 +116,7 @@ class PixelLoader(BatchLoader):
         timesteps = torch.tensor([draw_timestep(one["timestep"], self.timesteps) for one in draws])
         return tuple(x.to(self.device) for x in (pixels, torch.stack([one["noise"] for one in draws]), timesteps))
 
+# %% ../../nbs/library/train_pixels.ipynb #0d1f5d2a
 class PixelLoss(torch.nn.Module):
     "The denoising loss on pixels (Ho et al., 2020)."
     def __init__(self, components, schedule, weighting=None): # weighting: as in `denoising_loss`
@@ -136,6 +138,7 @@ def middle_pixels(
     side, how = loader.resolution, loader.image_interpolation_mode
     return [(record, prepare_image(open_image(record.path), side, True, False, how).pixels) for record in records]
 
+# %% ../../nbs/library/train_pixels.ipynb #a5794d9e
 @torch.no_grad()
 def error_on_pixels(
     run, # Run

@@ -156,6 +156,7 @@ def judge(self:PromptLoader,
     if rewards.shape == (len(pictures),) and rewards.isfinite().all(): return rewards
     raise CourseError(f"the reward of {len(pictures)} pictures is {rewards.tolist()}: wanted a finite number for each")
 
+# %% ../../nbs/library/train_rounds.ipynb #d7bd7391
 @patch
 def roll_out(self:PromptLoader,
     number:int, # of the round
@@ -186,6 +187,7 @@ def batches(self:PromptLoader,
             yield replace(micro, part=micro.part*count + k, total=micro.total*count,
                 last=micro.last and k == count - 1), (self.transition(micro.indices, places[:, k]),)
 
+# %% ../../nbs/library/train_rounds.ipynb #ec0afd61
 @patch
 def transition(self:PromptLoader,
     rows:tuple, # which drawings

@@ -157,6 +157,7 @@ def check_resume(
     known = {name: saved[name] for name in now if name in saved}
     refuse_changes(known, now, resume_kinds(config), lambda text: None, *asked_changes(config))
 
+# %% ../../nbs/library/train_run.ipynb #c94afdda
 @patch
 def resume(self:Run,
     checkpoint, # Path
@@ -213,6 +214,7 @@ def draw_prompts(
     return draw_validation(parts, run.config.prompts(), seeds, run.embed, run.loader.empty_embeds,
         run.config.resolution, folder, stem, run.method.drawn_with(run.config, parts), **drawing)
 
+# %% ../../nbs/library/train_run.ipynb #b441c391
 @patch
 def validate(self:Run,
     folder, # where the pictures go
@@ -264,6 +266,7 @@ def counted(self:Run)->dict: # name -> number
     "What the loss module counted in the last update, for the log."
     return getattr(self.accelerator.unwrap_model(self.loss), "numbers", dict)()
 
+# %% ../../nbs/library/train_run.ipynb #c67b8bbe
 @patch
 def hooks(self:Run,
     bar, # tqdm

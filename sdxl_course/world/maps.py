@@ -29,6 +29,7 @@ def segment_labels(
     scenery = np.select([b.part >= 300, b.part >= 200], [4, 3], 2)
     return np.where(b.figure == 1, 0, np.where(b.figure == 2, 1, scenery)).astype(np.uint8)
 
+# %% ../../nbs/library/world_maps.ipynb #d1793c7c
 def edge_map(b): # `Buffers` -> (h, w) in 0..1
     "Lines where a pen would draw, white on black."
     return ink_lines(b, 1)
@@ -70,6 +71,7 @@ def edit_choices(
     own, held = getattr(scene, attribute), lambda one: (one.object, one.color, one.place) in HELD_OUT
     return [value for value in known if value != own and not held(replace(scene, **{attribute: value}))]
 
+# %% ../../nbs/library/world_maps.ipynb #5e6e87e5
 def edit_scene(
     scene:Scene, # before; a photo without accessory
     attribute:str, # one of INSTRUCTIONS
@@ -90,6 +92,7 @@ def _write(folder, rows):
     (Path(folder)/"metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return Path(folder)
 
+# %% ../../nbs/library/world_maps.ipynb #ce5cbe40
 def write_controlled(
     folder, # where to write
     scenes:list, # of `Scene`
