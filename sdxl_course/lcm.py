@@ -63,7 +63,6 @@ class DistillationOptions:
 # %% ../nbs/library/lcm.ipynb #85b6e098
 LAYERS = "attention+feedforward+convolution,proj_in,proj_out,time_emb_proj" # what the reference adapts
 
-# %% ../nbs/library/lcm.ipynb #97874dbe
 @dataclass(frozen=True, kw_only=True)
 class LcmConfig(DistillationOptions, LoraConfig):
     "Distil SDXL into a model that draws in four steps (Luo et al., 2023)."
@@ -122,7 +121,6 @@ def teach(self:ConsistencyLoss, xt, start, earlier, batch, w): # (b, c, h, w)
         answers = [predict(self.teacher or self.unet, xt, start, one) for one in (batch, self.silent(batch))]
     return guided_step(self.schedule, *answers, xt, start, earlier, w)
 
-# %% ../nbs/library/lcm.ipynb #97873b90
 @patch
 def distance(self:ConsistencyLoss, batch, noise, timesteps, w): # (b,)
     "The loss with a given guidance w (b,)."
@@ -185,9 +183,8 @@ def consistency_loss(
 # %% ../nbs/library/lcm.ipynb #4a5a8703
 def measured_distance(loss:ConsistencyLoss): # function of (unet, batch, schedule, noise, timesteps): (b,)
     "The consistency loss in the middle of the range of guidance, as `validation_loss` wants it."
-    middle = sum(loss.w_range)/2
-    return lambda unet, batch, schedule, noise, t: loss.distance(batch, noise, t, torch.full(t.shape, middle,
-        device=t.device))
+    middle = lambda t: torch.full(t.shape, sum(loss.w_range)/2, device=t.device)
+    return lambda unet, batch, schedule, noise, t: loss.distance(batch, noise, t, middle(t))
 
 # %% ../nbs/library/lcm.ipynb #9394bda3
 LCM_LORA = Method("lcm", LcmConfig, read_data, distilled_weights, consistency_loss,
