@@ -24,7 +24,7 @@ from .model.words import LearnedTokens, add_tokens, check_new_words, replace_pla
 from .options import option
 from .train.build import functions
 from .train.class_images import ClassOptions
-from .train.concepts import ConceptOptions, concepts_of, prior_records
+from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_records
 from .train.config import TrainConfig
 from .train.prepare import load_model, make_loss
 from .train.results import CardText
@@ -112,8 +112,7 @@ def class_records(
     "The class pictures: drawn by the base model, or real ones that were captioned."
     if not config.real_prior: return prior_records(config, components, log)
     reader = components or load_model(config, torch.float32)
-    classes = {(one.class_data_dir, one.class_prompt): one for one in concepts_of(config)}
-    records = [record for one in classes.values() for record in real_records(one, reader)]
+    records = [record for one in classes_of(config) for record in real_records(one, reader)]
     log(f"each picture of the thing is trained with one of {len(records)} captioned pictures beside it")
     return records, components
 

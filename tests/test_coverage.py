@@ -71,6 +71,12 @@ set-up: load and use it | 50_inference | load_pipeline
 methods: ControlNet | 60_controlnet | zero convolution
 methods: T2I-Adapter | 61_adapter | what does an adapter add
 methods: InstructPix2Pix | 62_instruct | what are two guidances
+methods: unconditional generation | 65_unconditional | what does it draw without words
+methods: textual inversion | 05_methods | textual inversion
+methods: Custom Diffusion | 66_custom_diffusion | keys and values
+methods: DDPO | 64_ddpo | reward
+methods: latent consistency distillation | 63_lcm | consistency function
+methods: which one to take | 05_methods | which one?
 """
 ROWS = [tuple(part.strip() for part in line.split(" | ", 2)) for line in COVERED.strip().split("\n")]
 
