@@ -61,7 +61,7 @@ class CustomDiffusionConfig(ClassOptions, ConceptOptions, SubjectOptions, TrainC
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
     train_batch_size: int = option(4, "pictures per device and micro-step; with class pictures as many of those "
         "beside them", "1 ..", "free")
-    learning_rate: float = option(1e-5, "step size", "0 ..", "free")
+    learning_rate: float = option(1e-5, "step size", "0 ..")
 
     constraints: ClassVar = _RULES
 

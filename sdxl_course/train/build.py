@@ -94,14 +94,14 @@ def build_run(
     dtype = weight_dtype(accelerator.mixed_precision, device)
     components = method.base(config, device, dtype, components, method.full_precision)
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))
+    schedule = method.schedule(config, components.scheduler)
+    schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
     loader = method.loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     sampler = make_sampler(config, loader, seed, processes)
     updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
     check_disk(disk_needs(config, loader, trained, updates, checkpoint))
     validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
-    schedule = method.schedule(config, components.scheduler)
-    schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
     loss = accelerator.prepare(method.loss(config, components, schedule, encode_text)) # only now the UNet moves
     optimizer, lr_scheduler = optimizer_and_schedule(config, trained.groups, updates, scale)
     state = TrainState(trained.named, accelerator.prepare(optimizer), lr_scheduler, seed,

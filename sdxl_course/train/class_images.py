@@ -75,7 +75,9 @@ _TEACHER_CONSTRAINTS = (
     (lambda c: c.prior_teacher and c.with_prior_preservation, "--prior_teacher does without the pictures that "
         "--with_prior_preservation learns from: leave one of them out"),
     (lambda c: c.prior_teacher and c.init_lora_weights.startswith(("pissa", "olora")), "--prior_teacher asks the base "
-        "model, whose weights --init_lora_weights pissa and olora change: leave one of them out"))
+        "model, whose weights --init_lora_weights pissa and olora change: leave one of them out"),
+    (lambda c: c.prior_teacher and getattr(c, "concepts", None), "--prior_teacher asks for one --class_prompt, and "
+        "--concepts has several: take --with_prior_preservation, or leave one of them out"))
 
 # %% ../../nbs/library/train_class_images.ipynb #8ae84c30
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,7 @@ class ConceptOptions:
             "out"),
         (lambda c: c.concepts and c.validation_data_dir,
             "--validation_data_dir has pictures of one thing, and --concepts lists several: name a validation_data_dir "
-            "in the entry of each thing, and leave the option out"),
-        (lambda c: c.concepts and getattr(c, "prior_teacher", False),
-            "--prior_teacher asks for one --class_prompt, and --concepts has several: take --with_prior_preservation, "
-            "or leave one of them out"))
+            "in the entry of each thing, and leave the option out"))
 
 # %% ../../nbs/library/train_concepts.ipynb #8c0a9e07
 def read_concepts(
