@@ -27,7 +27,8 @@ from .weights import PIPELINE
 # %% ../../nbs/library/train_hub.ipynb #da86e75c
 PUBLIC = ("pytorch_lora_weights*.safetensors", "*_emb.safetensors", "README.md", "config.yaml", "training_log.jsonl",
     "image_[0-9]*.png", "loss.png", "validation.png") # files that others need, whatever was trained
-FURTHER = ("learned_embeds*.safetensors", "config.json", "diffusion_pytorch_model.safetensors", "model_index.json",
+FURTHER = ("learned_embeds*.safetensors", "pytorch_custom_diffusion_weights.safetensors", "config.json",
+    "diffusion_pytorch_model.safetensors", "model_index.json",
     *PIPELINE) # and those of new words, of networks that steer, and of whole pipelines
 
 # %% ../../nbs/library/train_hub.ipynb #69889a8e
