@@ -35,7 +35,7 @@ train.weights train.control train.hub train.run train.build train.rounds train.p
 text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix lcm dpo unconditional
 memory plan remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
 measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep app
-pretraining.stage pretraining.data pretraining.tokenizer pretraining.parent pretraining.vae pretraining.judges pretraining.clip
+pretraining.stage pretraining.data pretraining.tokenizer pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.export
 cli
 """.split()

@@ -19,8 +19,7 @@ SHARED = dict( # what is the same at every size of SDXL
     unet=dict(in_channels=4, out_channels=4, use_linear_projection=True, addition_embed_type="text_time",
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
-    vae=dict(latent_channels=4, scaling_factor=0.13025, force_upcast=True,
-        down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4),
+    vae=dict(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
     scheduler=dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
         steps_offset=1, timestep_spacing="leading", prediction_type="epsilon"))
 
@@ -41,10 +40,10 @@ TINY = dict( # the sizes of sdxl-tiny: the same plan, about a hundredth of the p
         projection_dim=64),
     text_encoder_2=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
         projection_dim=128),
-    unet=dict(sample_size=16, block_out_channels=(64, 128, 192), layers_per_block=1,
-        transformer_layers_per_block=(1, 3, 1), attention_head_dim=(2, 4, 6), cross_attention_dim=64 + 128,
+    unet=dict(sample_size=32, block_out_channels=(64, 96, 192), layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 3, 6), cross_attention_dim=64 + 128,
         addition_time_embed_dim=32, projection_class_embeddings_input_dim=6*32 + 128),
-    vae=dict(sample_size=128, block_out_channels=(8, 24, 48, 96), layers_per_block=1, norm_num_groups=2))
+    vae=dict(sample_size=128, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4))
 
 # %% ../../nbs/library/model_architecture.ipynb #60a962f1
 def _build(
@@ -54,10 +53,12 @@ def _build(
 )->SDXLComponents: # parts without tokenizers
     "Networks of the given sizes, with the weights that their classes draw."
     sizes = {part: {**SHARED[part], **sizes.get(part, {})} for part in SHARED}
+    levels = len(sizes["vae"]["block_out_channels"]) # each but the first halves the picture
+    kinds = dict(down_block_types=("DownEncoderBlock2D",)*levels, up_block_types=("UpDecoderBlock2D",)*levels)
     with torch.device(device): networks = dict(
         text_encoder=CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"])),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"])),
-        unet=UNet2DConditionModel(**sizes["unet"]), vae=AutoencoderKL(**sizes["vae"]))
+        unet=UNet2DConditionModel(**sizes["unet"]), vae=AutoencoderKL(**sizes["vae"], **kinds))
     for network in networks.values(): network.eval()
     return SDXLComponents(tokenizer=None, tokenizer_2=None, **networks,
         scheduler=EulerDiscreteScheduler(**sizes["scheduler"]), name=name)

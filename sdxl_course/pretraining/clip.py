@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ClipOptions', 'contrastive_loss', 'false_negatives', 'mentioned_attributes', 'caption_ids', 'ClipPair', 'ClipLoss',
-           'make_clip_pair', 'initial_clip', 'clip_batch', 'train_clip', 'load_clip']
+           'make_clip_pair', 'clip_batch', 'train_clip', 'load_clip']
 
 # %% ../../nbs/library/pretraining_clip.ipynb #b4650f55
 import math
@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-from ..core import CourseError, load_tensors, seeded, seeded_rng
+from ..core import CourseError, seeded, seeded_rng
 from ..options import option
 from ..model.components import count_parameters
 from ..model.architecture import tiny_architecture
 from ..measure.judges import to_pixels
 from .stage import Hyperparameters, load_ema, log, steps_done, train_stage
-from .parent import load_parent_weights, parent_run
 from .data import SIDE, read_pictures
 from .tokenizer import read_tokenizers
 from .judges import attribute_codes
@@ -125,22 +124,6 @@ def make_clip_pair(
     with seeded_rng("vision", seed, number):
         return ClipPair(parts.text_encoder if number == 1 else parts.text_encoder_2)
 
-# %% ../../nbs/library/pretraining_clip.ipynb #47b72165
-def initial_clip(
-    run, # run folder
-    number:int, # 1 or 2
-    seed:int, # of the run
-)->ClipPair:
-    "The pair that training begins with: untrained, or that of the model that a run starts from."
-    pair, ending, folder = make_clip_pair(number, seed), "" if number == 1 else "_2", Path(run)/"start"
-    load_parent_weights(run, f"text_encoder{ending}", pair.text)
-    if not load_parent_weights(run, f"vision_model{ending}", pair.vision):
-        return pair # no parent, or its CLIP was never trained
-    rest = load_tensors(folder/f"vision_model{ending}"/"contrastive.safetensors")[0]
-    with torch.no_grad(): pair.scale.copy_(rest.pop("logit_scale"))
-    pair.projection.load_state_dict({key: tensor.float() for key, tensor in rest.items()})
-    return pair
-
 # %% ../../nbs/library/pretraining_clip.ipynb #6db8fb8f
 def clip_batch(
     pictures, # Pictures
@@ -166,17 +149,17 @@ def train_clip(
 ):
     "Train both pairs, one after the other."
     run, pictures = Path(config.output_dir), read_pictures(config.output_dir)
-    tokenizers, before = read_tokenizers(run), parent_run(run)["steps"]
+    tokenizers = read_tokenizers(run)
     codes, mentioned = attribute_codes(pictures.scenes), mentioned_attributes(pictures.scenes)
     plan = Hyperparameters(config.clip_steps, config.clip_lr, config.clip_schedule_steps, 100,
         matrix_rate=config.matrix_rate,
         weight_decay=0.1, betas=(0.9, 0.98))
     for number in (1, 2):
-        pair, first = initial_clip(run, number, config.seed).requires_grad_(True), before.get(f"clip_{number}", 0)
+        pair = make_clip_pair(number, config.seed).requires_grad_(True)
         ids = caption_ids(tokenizers[number - 1], pictures.scenes)
         log(f"clip_{number}", parameters=count_parameters(pair), longest_caption=ids.shape[-1])
         def batch_at(step):
-            return clip_batch(pictures, ids, codes, mentioned, number, first + step, config.seed,
+            return clip_batch(pictures, ids, codes, mentioned, number, step, config.seed,
                 config.clip_batch_size)
         train_stage(f"clip_{number}", ClipLoss(pair), batch_at, plan, config)
 
@@ -186,9 +169,9 @@ def load_clip(
     number:int, # 1 or 2
     seed:int, # of the run
 )->ClipPair: # frozen
-    "One averaged pair of a run, or the one that it starts from."
-    stage, pair = f"clip_{number}", initial_clip(run, number, seed)
-    if steps_done(run, stage): load_ema(run, stage, "pair", pair)
-    elif stage not in parent_run(run)["steps"]:
+    "One averaged pair of a run."
+    stage, pair = f"clip_{number}", make_clip_pair(number, seed)
+    if not steps_done(run, stage):
         raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
+    load_ema(run, stage, "pair", pair)
     return pair.eval().requires_grad_(False)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INSTANCE_SEED', 'SHOTS', 'JudgeOptions', 'augment', 'attribute_codes', 'picture_codes', 'attribute_loss',
-           'instance_scenes', 'render_instances', 'read_instances', 'supervised_contrastive_loss',
-           'reconstruct_pictures', 'mix_reconstructions', 'attribute_batch', 'instance_batch', 'AttributeLoss',
-           'InstanceLoss', 'recalibrate_bn', 'initial_judge', 'measure_attributes', 'measure_instances', 'judge_card',
-           'train_judge', 'train_attribute_judge', 'train_instance_judge', 'train_judges']
+           'instance_scenes', 'render_instances', 'read_instances', 'supervised_contrastive_loss', 'attribute_batch',
+           'instance_batch', 'AttributeLoss', 'InstanceLoss', 'recalibrate_bn', 'initial_judge', 'measure_attributes',
+           'measure_instances', 'judge_card', 'train_judge', 'train_attribute_judge', 'train_instance_judge',
+           'train_judges']
 
-# %% ../../nbs/library/pretraining_judges.ipynb #904d6f71
+# %% ../../nbs/library/pretraining_judges.ipynb #6d9a123a
 import json
 import numpy as np
 import torch
@@ -20,17 +20,12 @@ from ..core import CourseError, load_tensors, save_tensors, seeded, seeded_rng, 
 from ..options import option
 from ..world.scene import COLORS, HELD_OUT_STYLE, Scene, sample_scene
 from ..world.render import render_array
-from ..model.architecture import tiny_architecture
-from ..data.cache import fingerprint
 from ..measure.judges import ATTRIBUTES, COLORED, JUDGES, name_attributes, right_answers, save_judge
-from ..measure.judges import to_bytes, to_pixels
-from ..measure.metrics import reconstruct
-from .stage import Hyperparameters, load_ema, log, train_stage, training_device
-from .parent import load_parent_weights, parent_run
+from ..measure.judges import to_pixels
+from .stage import Hyperparameters, load_ema, train_stage
 from .data import Pictures, SIDE, draw_balanced, read_pictures, run_jobs, select_pictures
-from .vae import load_vae
 
-# %% ../../nbs/library/pretraining_judges.ipynb #79b68646
+# %% ../../nbs/library/pretraining_judges.ipynb #f41bd97a
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
     "How the judges are trained."
@@ -38,8 +33,6 @@ class JudgeOptions:
     instance_steps: int = option(750, "updates of the instance judge; 0: keep the one there is", "0 ..")
     judge_batch_size: int = option(64, "pictures in a batch", "4 ..")
     judge_lr: float = option(1e-3, "learning rate of AdamW; Muon's is matrix_rate times that", "0 ..")
-    judge_vae_share: float = option(0.5,
-        "share of the judges' pictures that go through the VAE first, as all do that the model draws", "0 .. 1")
     num_things: int = option(320, "individual objects, each in eight scenes, for the instance judge", "3 ..")
 
 # %% ../../nbs/library/pretraining_judges.ipynb #81667048
@@ -142,62 +135,26 @@ def supervised_contrastive_loss(
     alike = (things[:, None] == things) & ~itself
     return -(F.log_softmax(scores, 1)*alike).sum(1).div(alike.sum(1).clamp(min=1))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #ec1e7029
-def reconstruct_pictures(
-    pixels, # (n, ..., 128, 128, 3) uint8
-    name:str, # of the files
-    config, # RunOptions and SceneOptions
-): # the same shape
-    "What the VAE makes of pictures, kept in files."
-    vae = load_vae(config.output_dir, tiny_architecture(config.seed).vae).to(training_device())
-    notes, parts = dict(vae=fingerprint(vae), seed=str(config.seed)), []
-    for k, part in enumerate(pixels.split(max(1, config.shard_size//pixels.shape[1:-3].numel()))):
-        path = Path(config.output_dir)/"packed"/f"{name}-{k:05d}.safetensors"
-        wanted = dict(notes, pictures=str(len(part)))
-        if len(part) and not (path.exists() and load_tensors(path)[1] == wanted):
-            through = to_bytes(reconstruct(vae, part.flatten(0, -4).to(vae.device)))
-            save_tensors(path, dict(pixels=through.cpu().view(part.shape)), wanted)
-            log("judges", packed=path.stem)
-        parts.append(load_tensors(path)[0]["pixels"] if len(part) else part)
-    return torch.cat(parts)
-
-# %% ../../nbs/library/pretraining_judges.ipynb #be98ca4c
-def mix_reconstructions(
-    pixels, # (b, 128, 128, 3) uint8
-    through, # (b, 128, 128, 3) uint8: the same after the VAE, or None
-    share:float, # of the pictures that are taken from `through`
-    generator, # torch.Generator
-)->torch.Tensor: # (b, 128, 128, 3) uint8
-    "Each picture as it was rendered, or as the VAE gives it back."
-    if through is None: return pixels
-    return torch.where(torch.rand(len(pixels), 1, 1, 1, generator=generator) < share, through, pixels)
-
-# %% ../../nbs/library/pretraining_judges.ipynb #49d490f3
+# %% ../../nbs/library/pretraining_judges.ipynb #22eed460
 def attribute_batch(
     pictures:Pictures,
-    through, # Pictures after the VAE, or None
     codes, # of `picture_codes`
     step:int, # from 0
     seed:int, # of the run
     batch_size:int, # pictures
-    share:float, # of them that went through the VAE
 )->tuple: # pixels (b, 3, 128, 128), codes (b, 6)
     "Augmented pictures of all styles, a fifth of them in the held-out style."
     g, known = seeded(seed, "attribute judge", step), len(pictures.pixels)
     other = [torch.arange(known, len(codes))] if len(codes) > known else []
     index = draw_balanced([torch.arange(known)]*4 + other, batch_size, g)
-    copies = through and select_pictures(through, index)
-    shown = mix_reconstructions(select_pictures(pictures, index), copies, share, g)
-    return augment(to_pixels(shown), g), codes[index]
+    return augment(to_pixels(select_pictures(pictures, index)), g), codes[index]
 
-# %% ../../nbs/library/pretraining_judges.ipynb #be808c2d
+# %% ../../nbs/library/pretraining_judges.ipynb #17d8d4e5
 def instance_batch(
     pixels, # (n, SHOTS, 128, 128, 3) uint8 of all things
-    through, # the same pictures (perhaps more) after the VAE, or None
     step:int, # from 0
     seed:int, # of the run
     batch_size:int, # pictures
-    share:float, # of them that went through the VAE
 )->tuple: # pixels (b, 3, 128, 128), things (b,)
     "Four shots of each thing; every other batch holds chairs of one colour only."
     g, each, every = seeded(seed, "instance judge", step), len(COLORS)*2, torch.arange(len(pixels))
@@ -207,8 +164,7 @@ def instance_batch(
     if len(some) < 2: some = every
     things = some[torch.randperm(len(some), generator=g)[:batch_size//4]].repeat_interleave(4)
     shots = torch.cat([torch.randperm(SHOTS, generator=g)[:4] for _ in range(len(things)//4)])
-    shown = mix_reconstructions(pixels[things, shots], None if through is None else through[things, shots], share, g)
-    return augment(to_pixels(shown), g), things
+    return augment(to_pixels(pixels[things, shots]), g), things
 
 # %% ../../nbs/library/pretraining_judges.ipynb #c8ee263e
 class AttributeLoss(torch.nn.Module):
@@ -247,17 +203,13 @@ def recalibrate_bn(
         for pixels in batches: judge(pixels)
     return judge.eval()
 
-# %% ../../nbs/library/pretraining_judges.ipynb #f4262816
+# %% ../../nbs/library/pretraining_judges.ipynb #65abc336
 def initial_judge(
-    run, # run folder
     name:str, # attributes or instances
     seed:int, # of the run
-)->tuple: # AttributeJudge or InstanceJudge, how many steps it has behind it
-    "The judge that training begins with: of the model that the run starts from, or drawn from the seed alone."
-    with seeded_rng("judge", JUDGES[name].__name__, seed): judge = JUDGES[name]()
-    before = parent_run(run)
-    if f"judge_{name}" in before["stages"]: load_parent_weights(run, f"judges/{name}", judge)
-    return judge, before["steps"].get(f"judge_{name}", 0)
+): # AttributeJudge or InstanceJudge
+    "An untrained judge, its weights drawn from the seed alone."
+    with seeded_rng("judge", JUDGES[name].__name__, seed): return JUDGES[name]()
 
 # %% ../../nbs/library/pretraining_judges.ipynb #c953052c
 def measure_attributes(
@@ -290,7 +242,7 @@ def measure_instances(
         other_things=float(cosines[~alike].mean()),
         nearest_is_same=float((things[nearest_one] == things).float().mean()))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #d9067946
+# %% ../../nbs/library/pretraining_judges.ipynb #1d8d9523
 def judge_card(
     name:str, # attributes or instances
     config, # RunOptions and JudgeOptions
@@ -299,12 +251,11 @@ def judge_card(
 )->str: # markdown
     "What made a judge, and how good it is."
     return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` ({steps:,} steps of up to "
-        f"{config.judge_batch_size} pictures, the last of them with seed {config.seed}, "
-        f"{config.judge_vae_share:.0%} of their pictures after the VAE) on renders of the diorama world; read with "
+        f"{config.judge_batch_size} pictures, seed {config.seed}) on crisp renders of the diorama world only; read with "
         f"`sdxl_course.measure.judges.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n"
         f"```json\n{json.dumps(found, indent=1)}\n```\n")
 
-# %% ../../nbs/library/pretraining_judges.ipynb #9863c858
+# %% ../../nbs/library/pretraining_judges.ipynb #ee30a98b
 def train_judge(
     name:str, # attributes or instances
     loss, # class of the trainee
@@ -315,54 +266,44 @@ def train_judge(
 ):
     "Train one judge, measure it, and write it."
     run = Path(config.output_dir)
-    judge, first = initial_judge(run, name, config.seed)
+    judge = initial_judge(name, config.seed)
     plan = Hyperparameters(steps, config.judge_lr, 0, 50, matrix_rate=config.matrix_rate, weight_decay=0.05)
-    state = train_stage(f"judge_{name}", loss(judge), lambda step: batch_at(first + step), plan, config)
+    state = train_stage(f"judge_{name}", loss(judge), batch_at, plan, config)
     if state.step < steps: return
     load_ema(run, f"judge_{name}", "judge", judge)
     device = next(judge.parameters()).device
     recalibrate_bn(judge, (batch_at(-1 - k)[0].to(device) for k in range(20)))
     found = measure(judge.cpu())
-    save_judge(judge, run/"judges"/name, judge_card(name, config, first + steps, found))
+    save_judge(judge, run/"judges"/name, judge_card(name, config, steps, found))
     write_json(run/f"judge_{name}"/"measured.json", dict(found, step=steps))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #94144ca6
+# %% ../../nbs/library/pretraining_judges.ipynb #becb5754
 def train_attribute_judge(
     config, # RunOptions, SceneOptions, VaeOptions and JudgeOptions
 ):
     "Train on renders of the run."
-    pictures, through = read_pictures(config.output_dir), None
-    if config.judge_vae_share:
-        copies = [reconstruct_pictures(part, name, config) for part,
-            name in ((pictures.pixels, "known"), (pictures.held_out_style, "held-out"))]
-        through = replace(pictures, pixels=copies[0], held_out_style=copies[1])
-    codes, settings = picture_codes(pictures), (config.seed, config.judge_batch_size, config.judge_vae_share)
-    train_judge("attributes", AttributeLoss, lambda step: attribute_batch(pictures, through, codes, step, *settings),
-        config.judge_steps,
-        config, lambda judge: measure_attributes(judge, config.output_dir))
+    pictures = read_pictures(config.output_dir)
+    codes, settings = picture_codes(pictures), (config.seed, config.judge_batch_size)
+    train_judge("attributes", AttributeLoss, lambda step: attribute_batch(pictures, codes, step, *settings),
+        config.judge_steps, config, lambda judge: measure_attributes(judge, config.output_dir))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #01c784bb
+# %% ../../nbs/library/pretraining_judges.ipynb #26787af6
 def train_instance_judge(
     config, # RunOptions, SceneOptions, VaeOptions and JudgeOptions
 ):
     "Train on things; the last eighth of them is kept for measuring."
     pixels = read_instances(config)
-    through = reconstruct_pictures(pixels, "things", config) if config.judge_vae_share else None
-    unseen, settings = max(2, len(pixels)//8), (config.seed, config.judge_batch_size, config.judge_vae_share)
-    def measure(judge):
-        found = measure_instances(judge, pixels[-unseen:])
-        return found if through is None else dict(found, through_the_vae=measure_instances(judge, through[-unseen:]))
-    train_judge("instances", InstanceLoss, lambda step: instance_batch(pixels[:-unseen], through, step, *settings),
-        config.instance_steps,
-        config, measure)
+    unseen, settings = max(2, len(pixels)//8), (config.seed, config.judge_batch_size)
+    train_judge("instances", InstanceLoss, lambda step: instance_batch(pixels[:-unseen], step, *settings),
+        config.instance_steps, config, lambda judge: measure_instances(judge, pixels[-unseen:]))
 
-# %% ../../nbs/library/pretraining_judges.ipynb #ff2164d2
+# %% ../../nbs/library/pretraining_judges.ipynb #fc5c6b2a
 def train_judges(
     config, # RunOptions, SceneOptions, VaeOptions, JudgeOptions; CourseError if a judge to be kept is not there
 ):
     "Both judges, one after the other; none that is given no steps."
     for name, steps in (("attributes", config.judge_steps), ("instances", config.instance_steps)):
-        if steps or any((Path(config.output_dir)/part/"judges"/name).is_dir() for part in ("", "start")): continue
+        if steps or (Path(config.output_dir)/"judges"/name).is_dir(): continue
         raise CourseError(f"{config.output_dir} has no judge of {name} to keep: wanted some steps for it")
     if config.judge_steps: train_attribute_judge(config)
     if config.instance_steps: train_instance_judge(config)

@@ -36,8 +36,6 @@ class RunOptions:
     stage: str = option("all", "one of the stages, several with commas, or all")
     export_dir: str = option("",
         'where the stage export writes; empty: export inside the run folder, "tiny": into the package')
-    start_from: str = option("",
-        "go on from this model: tiny, or a folder that the stage export wrote; empty: from random weights")
     seed: int = option(0, "names every draw of the run", "0 ..")
     max_minutes: float = option(0., "stop each training stage after so long; 0: no limit", "0 ..")
     checkpoint_minutes: float = option(5., "minutes between two checkpoints: how much work a crash may cost", "0 ..")
@@ -52,7 +50,7 @@ def changed_options(
     "The options that differ from their defaults: what somebody asked for."
     given = {f.name: getattr(config, f.name) for f in fields(config) if not f.name.endswith("_dir")}
     given = {name: value for name, value in given.items() if value != type(config).__dataclass_fields__[name].default}
-    return dict(given, start_from=Path(config.start_from).name) if "start_from" in given else given
+    return given
 
 # %% ../../nbs/library/pretraining_stage.ipynb #7980ef11
 def log(
@@ -336,15 +334,10 @@ def train_stage(
 def read_log(
     path, # training_log.jsonl
     most:int=200, # rows that are left
-    before=None, # log that this one continues, as returned here
 )->dict: # name -> list of numbers; all but steps and seconds are averaged over what is dropped
     "A training log small enough to ship."
-    path, before = Path(path), before or {}
-    earlier = [dict(zip(before, values)) for values in zip(*before.values())]
+    path = Path(path)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    if earlier:
-        rows = earlier + [dict(row, **{key: row[key] + earlier[-1][key] for key in ("step", "seconds")})
-            for row in rows]
     keys = [key for key in (rows[0] if rows else ()) if key != "epoch" and all(key in row for row in rows)]
     size = max(1, math.ceil(len(rows)/most))
     groups = [rows[k:k + size] for k in range(0, len(rows), size)]
