@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'TRAIN_SEED', 'VALIDATION_SEED', 'MAPS', 'MAP_SIDE', 'SceneOptions', 'caption_facts', 'as_bytes', 'shape_maps',
            'render_shard', 'render_validation', 'start_worker', 'run_jobs', 'is_complete', 'make_data', 'Pictures',
-           'read_scenes', 'read_pictures', 'select_pictures', 'style_groups', 'draw_balanced']
+           'read_scenes', 'read_pictures', 'select_pictures', 'draw_balanced']
 
 # %% ../../nbs/library/pretraining_data.ipynb #5c6680ef
 import json
@@ -192,15 +192,8 @@ def select_pictures(
     known, other = pictures.pixels, pictures.held_out_style
     return torch.stack([known[k] if k < len(known) else other[k - len(known)] for k in index.tolist()])
 
-def style_groups(
-    pictures:Pictures,
-)->list: # for each style that occurs: (m,) int64, as in `select_pictures`
-    "Which pictures are drawn in which style."
-    styles = [scene["style"] for scene in pictures.scenes] + [HELD_OUT_STYLE]*len(pictures.held_out_style)
-    return [torch.tensor([k for k, one in enumerate(styles) if one == style]) for style in dict.fromkeys(styles)]
-
 def draw_balanced(
-    groups:list, # (m,) tensors of numbers, as in `style_groups`
+    groups:list, # (m,) tensors of numbers, as in `select_pictures`
     number:int, # how many are wanted
     generator, # torch.Generator
 )->torch.Tensor: # (number,)

@@ -251,7 +251,7 @@ def judge_card(
 )->str: # markdown
     "What made a judge, and how good it is."
     return (f"# Judge: {name}\n\nMade by `sdxl-course pretrain --stage judges` ({steps:,} steps of up to "
-        f"{config.judge_batch_size} pictures, seed {config.seed}) on crisp renders of the diorama world only; read with "
+        f"{config.judge_batch_size} pictures, seed {config.seed}) on crisp renders of the diorama world; read with "
         f"`sdxl_course.measure.judges.load_judge({name!r})`.\n\nMeasured on scenes that no training used:\n\n"
         f"```json\n{json.dumps(found, indent=1)}\n```\n")
 

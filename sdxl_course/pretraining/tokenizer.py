@@ -125,9 +125,8 @@ def make_tokenizers(
 def read_tokenizers(
     run, # run folder; CourseError if it has none
 )->tuple: # (tokenizer, tokenizer_2)
-    "Both tokenizers of a run, or of the model that it starts from."
-    folders = (Path(run), Path(run)/"start")
-    folder = next((one for one in folders if (one/"tokenizer_2"/"tokenizer_config.json").exists()), None)
-    if folder is None: raise CourseError(f"{run} has no tokenizers: run the stage `tokenizer` first")
-    return tuple(CLIPTokenizer.from_pretrained(str(folder/name), local_files_only=True)
+    "Both tokenizers of a run."
+    if not (Path(run)/"tokenizer_2"/"tokenizer_config.json").exists():
+        raise CourseError(f"{run} has no tokenizers: run the stage `tokenizer` first")
+    return tuple(CLIPTokenizer.from_pretrained(str(Path(run)/name), local_files_only=True)
         for name in ("tokenizer", "tokenizer_2"))

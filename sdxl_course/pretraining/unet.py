@@ -209,13 +209,14 @@ def sampling(
     folder:Path, # where the grids go
     every:int, # updates between two; 0: never
     parts, # SDXLComponents with the UNet that is trained
+    prompts=SAMPLE_PROMPTS, # what to draw
 ): # a hook for `fit`
     "Draw a grid with the averaged weights now and then."
     def hook(state, row):
         if not every or state.step % every: return
         with eval_weights(state), eval_mode(parts.unet):
             parts.vae.to(parts.unet.device)
-            image_grid(sample_pictures(parts, SAMPLE_PROMPTS), columns=4).save(folder/f"sample-{state.step:06d}.png")
+            image_grid(sample_pictures(parts, prompts), columns=4).save(folder/f"sample-{state.step:06d}.png")
     return hook
 
 # %% ../../nbs/library/pretraining_unet.ipynb #1c5080b7

@@ -26,7 +26,7 @@ from .data import Pictures, SIDE, read_pictures, select_pictures
 # %% ../../nbs/library/pretraining_vae.ipynb #13ea479d
 @dataclass(frozen=True, kw_only=True)
 class VaeOptions:
-    "How the autoencoder and its decoder are trained."
+    "How the autoencoder is trained."
     vae_steps: int = option(8000, "where VAE training ends", "0 ..")
     vae_schedule_steps: int = option(0, "length of its learning-rate plan; 0: vae_steps", "0 ..")
     vae_batch_size: int = option(16, "pictures, or windows of pictures, in a batch", "1 ..")
