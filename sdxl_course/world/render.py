@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PAINTERS', 'soften', 'halve', 'spread', 'ink_lines', 'photo', 'tone', 'watercolour', 'blueprint', 'hatch', 'pencil',
-           'old_book', 'painted', 'render_styles', 'render_array', 'render']
+           'view_axes', 'cutting_planes', 'slice_lines', 'engraved_shade', 'cast_shadow', 'hatching', 'engraved_lines',
+           'aged_paper', 'old_book', 'painted', 'render_styles', 'render_array', 'render']
 
-# %% ../../nbs/library/world_render.ipynb #50a0f853
+# %% ../../nbs/library/world_render.ipynb #1f9a023d
 import math
 import numpy as np
 from PIL import Image
 from .places import PLACE
 from .scene import HELD_OUT_STYLE, set_stage
 from .textures import mix, noise2, step
-from .trace import trace
+from .trace import camera_rays, trace
 
 # %% ../../nbs/library/world_render.ipynb #c6b79268
 def soften(
@@ -142,24 +143,116 @@ def pencil(
     line = soften(ink_lines(b, 1), 1)*.78
     return mix((.965, .96, .95), (.2, .2, .22), np.clip(np.maximum(lead*.85, line), 0, 1))
 
-# %% ../../nbs/library/world_render.ipynb #c75292fa
+# %% ../../nbs/library/world_render.ipynb #a04dcd89
+def view_axes(
+    stage, # `Stage`
+): # unit vectors to the right, upwards and towards the camera, (3,) each
+    "The picture's own axes in the world."
+    position, target = (np.asarray(a, np.float32) for a in stage.camera[:2])
+    back = (position - target)/np.linalg.norm(position - target)
+    right = np.cross(np.float32((0, 1, 0)), back); right /= np.linalg.norm(right)
+    return right, np.cross(back, right), back
+
+def cutting_planes(
+    b,       # `Buffers`
+    stage,   # `Stage`
+    where,   # (h, w) bool: n samples on solids or the ground
+    roll=0., # radians by which the planes of solids are turned in the picture
+): # (n, 3) unit normals
+    "Planes tilted towards the viewer, for each material a little differently; upright ones for the ground."
+    right, up, back = view_axes(stage)
+    turn = roll + np.array((0., .5, -.45), np.float32)[b.part[where] % 3]
+    solid = .73*(np.sin(turn)[:, None]*right + np.cos(turn)[:, None]*up) + .68*back
+    return np.where((b.figure[where] > 0)[:, None], solid, np.float32((.12, 0, .99))).astype(np.float32)
+
+# %% ../../nbs/library/world_render.ipynb #8a78607a
+def slice_lines(
+    b,          # `Buffers`
+    stage,      # `Stage`
+    planes,     # (n, 3) unit normals: which way each sample's surface is cut
+    where,      # (h, w) bool: the n samples
+    period=4.8, # pixels from line to line, up to a factor of 2**.5, in a picture of 128
+): # (n,) periods
+    "Count the planes that cut a surface; each second one is left out where lines would crowd."
+    origin, rays, *_ = camera_rays(stage.camera, b.part.shape[0])
+    ray, normal, depth = rays.T[where.reshape(-1)], b.normal[where], b.depth[where]
+    along, facing = (planes*ray).sum(-1), np.minimum((normal*ray).sum(-1), -.15)
+    # a step along an axis of the picture moves the point by axis - ray*(normal.axis)/(normal.ray)
+    x, y = (planes @ axis - along*(normal @ axis)/facing for axis in view_axes(stage)[:2])
+    crowd = np.sqrt(x*x + y*y)*depth*stage.camera[2]*period/64
+    return (planes @ origin + along*depth)/np.exp2(np.round(np.log2(np.maximum(crowd, 1e-3))))
+
+# %% ../../nbs/library/world_render.ipynb #cd49bfb7
+def engraved_shade(
+    b, # `Buffers`
+): # (h, w), 0 paper .. 1 black
+    "Shade as an engraver gives it: form first, the surface's own colour less, weather and hour not at all."
+    light = np.where(b.glow > .5, 1, .62*b.sun + .38*b.occlusion)
+    return np.clip(1.06 - light*(.64 + .62*(b.color @ np.float32((.3, .59, .11)))), 0, 1)
+
+def cast_shadow(
+    b,     # `Buffers`
+    stage, # `Stage`
+): # (h, w), 0 lit .. 1 in full shadow; 0 off the ground
+    "Shadows that lie on the ground."
+    sun = PLACE[stage.scene.place].sun
+    return np.clip(1 - b.sun*np.linalg.norm(sun)/sun[1], 0, 1)*((b.figure == 0) & (b.part < 200))
+
+def hatching(
+    b,       # `Buffers`
+    stage,   # `Stage`
+    dark,    # (h, w) share of each period that is inked
+    roll=0., # radians by which lines on solids are turned
+): # ink (h, w), 0..1
+    "Lines that follow the surfaces of solids and ground, drawn by a hand that trembles a little."
+    where = (dark > .02) & ((b.figure > 0) | (b.part < 200))
+    y, x = (a*128/14/len(dark) for a in np.nonzero(where))
+    count = slice_lines(b, stage, cutting_planes(b, stage, where, roll), where)
+    ink = np.zeros(dark.shape, np.float32)
+    ink[where] = hatch(count + .2*noise2(stage.grain, x, y), dark[where])
+    return ink
+
+# %% ../../nbs/library/world_render.ipynb #aa923b3a
+def engraved_lines(
+    b,     # `Buffers`
+    stage, # `Stage`
+    x, y,  # (h, w) each: places in a picture of 128
+): # ink (h, w), 0..1
+    "Hatching by shade, crossed in the object's darkest parts; around it little but shadows, paler far away."
+    solid, shade, cast = b.figure == 1, engraved_shade(b), cast_shadow(b, stage)
+    near, patch = np.exp(-np.maximum(b.depth - 3, 0)/3.5), noise2(stage.grain, x/16 + 5, y/5 + 5)
+    ground = np.where(cast > .25, .52*cast, .2*near*(patch > .72))
+    dark = np.where(b.figure == 0, ground, .4*shade*near - .06)
+    dark = np.where(solid, np.clip(.58*shade - .09, 0, .44), dark)
+    cross = np.where(solid, np.clip(1.3*(shade - .62), 0, .34), 0)
+    sky = .2*((b.part >= 300) & (b.figure == 0) & (patch > .5))*np.clip(1.5 - y/20, 0, 1)
+    return np.maximum.reduce([.95*hatching(b, stage, dark), .95*hatching(b, stage, cross, 1.15), .7*hatch(y/5, sky)])
+
+def aged_paper(
+    grain, # (64, 64) random table, 0..1
+    x, y,  # (h, w) each: places in a picture of 128
+): # (h, w, 3)
+    "Yellowed paper, stained, browner towards its edges."
+    edge = np.minimum(np.minimum(x, 127 - x), np.minimum(y, 127 - y))
+    age = noise2(grain, x/26, y/26)*.7 + noise2(grain, x/9 + 9, y/9)*.3
+    return mix((.955, .905, .785), (.82, .72, .54), np.clip(.5*age + .5*np.exp(-edge/9) - .22, 0, 1))
+
+# %% ../../nbs/library/world_render.ipynb #8d1f4808
 def old_book(
     b,     # `Buffers`
     stage, # `Stage`
 ): # (h, w, 3), 0..1
-    "Engraving on aged paper: lines of one direction that swell with the shade, as in Claude Mellan's prints."
+    "Engraving on aged paper: hatched along the form, the object's outline heaviest, its surroundings a pale vignette."
     side = b.part.shape[0]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)*128/side
-    g, dark = stage.grain, np.clip(1.08 - 1.05*tone(b, stage)**.85, 0, 1)
-    dark = np.where(b.figure == 1, np.clip(.75*dark, 0, .6), np.clip(.5*dark - .06, 0, .36))
-    swell = hatch(y/8 + .12*noise2(g, x/22, y/30), dark)
-    outline = spread((b.figure == 1).astype(np.float32), 2) - (b.figure == 1)
-    ink = np.clip(np.maximum.reduce([.92*swell, ink_lines(b, 1, .8), outline]), 0, 1)
-    edge = np.minimum(np.minimum(x, 127 - x), np.minimum(y, 127 - y))
-    age = noise2(g, x/26, y/26)*.7 + noise2(g, x/9 + 9, y/9)*.3
-    paper = mix((.955, .905, .785), (.82, .72, .54), np.clip(.5*age + .5*np.exp(-edge/9) - .22, 0, 1))
-    vignette = step(0, edge - 4 - 4*noise2(g, x/10 + 2, y/10), 3)
-    return mix(paper, (.45, .35, .25), ink*vignette)
+    figure = (b.figure == 1).astype(np.float32)
+    near, free = np.exp(-np.maximum(b.depth - 3, 0)/3.5), cast_shadow(b, stage) <= .25
+    outlined = spread(figure, 3)
+    halo = (spread(outlined, 4) - figure)*free                                    # a rim of paper sets the object off
+    lines = ink_lines(b, 1, .6)*np.where(figure > 0, .9, .2 + .36*near)
+    oval = step(0, 1.05 - .95*np.hypot(x/64 - 1, y/64 - 1) + .2*noise2(stage.grain, x/10 + 2, y/10), .3)
+    ink = np.maximum(engraved_lines(b, stage, x, y), lines)*(1 - halo)*np.where(figure > 0, 1, oval)
+    return mix(aged_paper(stage.grain, x, y), (.25, .16, .1), np.clip(np.maximum(ink, outlined - figure), 0, 1))
 
 # %% ../../nbs/library/world_render.ipynb #7b22e219
 PAINTERS = {"photo": photo, "watercolour": watercolour, "blueprint": blueprint, "pencil": pencil,
