@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OBJECTS', 'SUBJECT', 'COLORS', 'PLACES', 'STYLES', 'HELD_OUT_STYLE', 'VIEWS', 'ACCESSORIES', 'HELD_OUT', 'Scene',
-           'Stage', 'scene_random', 'main_tint', 'prop_groups', 'object_group', 'frame_camera', 'set_stage',
-           'held_out_combinations', 'is_held_out', 'sample_scene']
+           'Stage', 'scene_random', 'main_tint', 'prop_groups', 'object_group', 'world_balls', 'frame_camera',
+           'set_stage', 'held_out_combinations', 'is_held_out', 'sample_scene']
 
 # %% ../../nbs/library/world_scene.ipynb #de32aec8
 import math
 import numpy as np
 from dataclasses import dataclass
 from ..core import CourseError, nearest
-from .shapes import Group, box, make_group, part_reach
+from .shapes import Group, box, make_group, part_reach, spin_point
 from .objects import MAKERS, make_accessory
 from .places import PLACE
 
@@ -103,7 +103,7 @@ def prop_groups(
         groups.append(make_group([box(0, 0, 0, raft_width, .07, raft_width, "raft", r=.02)]))
     return groups
 
-# %% ../../nbs/library/world_scene.ipynb #67b4e17f
+# %% ../../nbs/library/world_scene.ipynb #57db1679
 def object_group(
     scene:Scene, # what is shown
     look,        # numpy.random.Generator for how it stands
@@ -119,6 +119,20 @@ def object_group(
     group = make_group(parts, yaw, scale, (look.uniform(-.24, .24), lift, look.uniform(-.15, .1)))
     return group, height*group.scale
 
+def world_balls(
+    group:Group, # the object
+)->tuple: # centres (n, 3), radii (n,), in the world
+    "Balls that hold a group's parts: a stick's two ends, half a wedge's long edge, any other part's whole reach."
+    balls = []
+    for p in group.parts:
+        at, a, turn = np.array(p.at), p.size, np.eye(3) if p.turn is None else np.array(p.turn)
+        if p.kind == "rod": balls += [(at, a[3]), (at + a[:3], a[4])]
+        elif p.kind == "wedge": balls.append((at + turn @ (a[0]/2, a[1]/2, 0), math.hypot(*a[:2])/2))
+        elif p.material != "cut": balls.append((at, part_reach(p)))
+    centres = np.array([spin_point(centre, group.yaw) for centre, _ in balls])
+    return np.array(group.at) + group.scale*centres, group.scale*np.array([radius for _, radius in balls])
+
+# %% ../../nbs/library/world_scene.ipynb #269312e4
 def frame_camera(
     scene:Scene,  # what is shown
     group:Group,  # the object
@@ -126,11 +140,15 @@ def frame_camera(
     look,         # numpy.random.Generator for where the camera stands
     lift:float,   # height of the ground the object stands on
 )->tuple: # (position, target, half field of view as a tangent)
-    "A camera that sees the whole object, from above if the view says so."
+    "A camera as near as still sees the whole object, from above if the view says so."
     rise = math.radians(look.uniform(44, 56) if scene.view == "from above" else look.uniform(7, 19))
     target = np.array([0., min(height, 1.7)*.46 + lift, 0.])
-    away = (2.15 + .8*min(max(height, 1.2*group.radius*group.scale), 1.75))*look.uniform(.9, 1.06)
-    return tuple((target + away*np.array([0., math.sin(rise), math.cos(rise)])).tolist()), tuple(target.tolist()), .31
+    usual = (2.15 + .8*min(max(height, 1.2*group.radius*group.scale), 1.75))*look.uniform(.9, 1.06)
+    back, up = np.array([(0., math.sin(rise), math.cos(rise)), (0., math.cos(rise), -math.sin(rise))])
+    centres, radii = world_balls(group)
+    nearer, across, upwards = ((centres - target) @ axis for axis in (back, (1., 0., 0.), up))
+    whole = (nearer + (np.maximum(np.abs(across), np.abs(upwards)) + radii)/(.94*.31)).max()
+    return tuple((target + np.clip(whole, .82*usual, 1.06*usual)*back).tolist()), tuple(target.tolist()), .31
 
 # %% ../../nbs/library/world_scene.ipynb #0780280e
 def set_stage(
