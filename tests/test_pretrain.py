@@ -2,37 +2,50 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from sdxl_course.core import CourseError, load_tensors, seeded
+from sdxl_course.core import load_tensors
+from sdxl_course.data.cache import fingerprint
+from sdxl_course.measure.judges import ATTRIBUTES, to_pixels
 from sdxl_course.model.architecture import TINY, tiny_architecture
-from sdxl_course.options import parse_config
-from sdxl_course.pretraining import unet as unet_room
-from sdxl_course.pretraining.alignment import Aligner, clean_features, make_aligner
-from sdxl_course.pretraining.cache import framed_picture
-from sdxl_course.pretraining.data import SIDE, draw_balanced, read_pictures, read_scenes, select_pictures, style_groups
-from sdxl_course.pretraining.export import PretrainConfig, main
-from sdxl_course.pretraining.judges import SHOTS, attribute_batch, attribute_loss, instance_batch, picture_codes, reconstruct_pictures
-from sdxl_course.pretraining.parent import load_parent_weights
+from sdxl_course.model.latents import posterior
+from sdxl_course.pretraining import unet as unet_room, vae as vae_room
+from sdxl_course.pretraining.alignment import make_aligner
+from sdxl_course.pretraining.cache import SIZES, encode_pictures, framed_maps, framed_picture, read_cache
+from sdxl_course.pretraining.data import MAPS, MAP_SIDE, SIDE, Pictures, draw_balanced, read_pictures, read_scenes, select_pictures
+from sdxl_course.pretraining.export import STAGES, TRAINED, main
+from sdxl_course.pretraining.judges import attribute_batch, attribute_loss, picture_codes
 from sdxl_course.pretraining.stage import steps_done
-from sdxl_course.pretraining.unet import ablation, drawn_pictures, load_parts, named_parts, reinitialise, sampling_weights
-from sdxl_course.pretraining.vae import load_vae, vae_batch
+from sdxl_course.pretraining.unet import ablation, load_parts
+from sdxl_course.pretraining.vae import encoding_part, load_vae
 from sdxl_course.train.checkpoint import latest_checkpoint, verify
-from sdxl_course.world.scene import HELD_OUT_STYLE, STYLES
-from sdxl_course.measure.judges import ATTRIBUTES, to_bytes, to_pixels
-from sdxl_course.measure.metrics import reconstruct
+from sdxl_course.world.scene import HELD_OUT_STYLE, STYLES, Scene, set_stage
+from sdxl_course.world.trace import trace
 
-SMALL = ("--num_scenes 9 --shard_size 5 --num_workers 1 --num_validation 1 --judge_batch_size 8 --num_things 4 --vae_batch_size 2 --clip_batch_size 4 --unet_batch_size 2 "
-         "--vae_schedule_steps 6 --decoder_steps 6 --clip_schedule_steps 6 --unet_schedule_steps 6 --log_every 1 --sample_every 0").split()
-STATES = ("judge_attributes", "judge_instances", "vae", "decoder", "clip_1", "clip_2", "unet")
+SMALL = ("--num_scenes 5 --shard_size 3 --num_workers 1 --num_validation 1 --captions_per_scene 2 --held_out_share 0.4 --judge_batch_size 4 --num_things 3 "
+         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --unet_small_share 0.5 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 "
+         "--vae_schedule_steps 4 --clip_schedule_steps 4 --unet_schedule_steps 4 --log_every 1 --sample_every 0").split()
 
 
-def chain(run, stage, **steps):
-    flags = [word for name, value in steps.items() for word in (f"--{name}", str(value))]
-    assert main(["--output_dir", str(run), "--stage", stage, *SMALL, *flags]) == 0
+def ask_main(run, stage, **flags): return main(["--output_dir", str(run), "--stage", stage, *SMALL, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))])
+
+
+def chain(run, stage, **flags): assert ask_main(run, stage, **flags) == 0
+
+
+def part_of(run, folder, *names):
+    "A run folder that has come as far as these folders of another run."
+    for name in names: shutil.copytree(run / name, folder / name)
+    return folder
+
+
+def rows(run, name):
+    "The log of a stage."
+    return [json.loads(line) for line in (run / name / "training_log.jsonl").read_text().splitlines()]
 
 
 def state(run, name):
@@ -42,74 +55,80 @@ def state(run, name):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("training_log.jsonl", "manifest.json")}
 
 
-def parse(*argv): return parse_config(PretrainConfig, argv)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    "A run of six steps in each training stage, never stopped."
+    "A run of four steps in each training stage, never stopped; nobody writes into it."
     run = tmp_path_factory.mktemp("straight")
-    chain(run, "all", judge_steps=6, instance_steps=6, vae_steps=6, clip_steps=6, unet_steps=6)
+    chain(run, "all")
     return run
 
 
 @pytest.fixture(scope="module")
 def stopped(straight, tmp_path_factory):
-    "The same run, stopped after three steps of each stage and continued."
-    run = tmp_path_factory.mktemp("stopped")
-    for name in ("data", "tokenizer", "tokenizer_2"): shutil.copytree(straight / name, run / name)
-    for stage in ("vae", "clip"):
-        for number in (3, 6): chain(run, stage, **{f"{stage}_steps": number})
-        for _ in range(6 if stage == "vae" else 0): chain(run, "decoder", vae_steps=6, max_minutes=1e-6)
-    for _ in range(6): chain(run, "judges", judge_steps=6, instance_steps=6, max_minutes=1e-6) # one step of each judge at a time
-    chain(run, "cache")
-    for number in (3, 6): chain(run, "unet", unet_steps=number)
+    "The same run, each stage stopped and continued, and the judges before there is a VAE."
+    run = part_of(straight, tmp_path_factory.mktemp("stopped"), "data")
+    chain(run, "judges,tokenizer,clip,vae", max_minutes=1e-6) # one step of each
+    chain(run, "judges")
+    chain(run, "vae,clip,cache,unet", unet_steps=2) # the next step is the first one with large pictures
+    chain(run, "unet")
     return run
 
 
-@pytest.mark.parametrize("name", STATES)
+# ------------------------------------------------ running and stopping
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_stopping_changes_no_byte(straight, stopped, name):
     assert state(straight, name) == state(stopped, name)
     folder = latest_checkpoint(straight / name)
     tensors = {path.name: load_tensors(path)[0] for path in folder.glob("*.safetensors")}
     kinds = {"exp_avg", "exp_avg_sq", "step"} | (set() if name == "unet" else {"momentum"}) # AdamW moves the whole UNet
-    assert folder.name == "checkpoint-6" and tensors.keys() == {"trained.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    assert folder.name == "checkpoint-4" and tensors.keys() == {"trained.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert {key.split("/")[0] for key in tensors["optimizer.safetensors"]} == kinds
-    if name.startswith("judge"): assert (straight / "judges" / name[6:] / "model.safetensors").read_bytes() == (stopped / "judges" / name[6:] / "model.safetensors").read_bytes()
     assert all(torch.isfinite(tensor).all() for group in tensors.values() for tensor in group.values())
-    steps = [json.loads(line)["step"] for line in (stopped / name / "training_log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(stopped, name)] == [1, 2, 3, 4]
+    if name.startswith("judge"): assert (straight / "judges" / name[6:] / "model.safetensors").read_bytes() == (stopped / "judges" / name[6:] / "model.safetensors").read_bytes()
 
 
-def test_a_finished_run_can_be_extended(straight, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
-    chain(run, "vae", vae_steps=8, vae_schedule_steps=12)
-    assert steps_done(run, "vae") == 8
-    assert json.loads((run / "vae" / "measured.json").read_text())["step"] == 8
+def test_a_stopped_session_leaves_a_checkpoint(straight, tmp_path, monkeypatch):
+    run, batch = part_of(straight, tmp_path / "run", "data"), vae_room.vae_batch
+    def ctrl_c(pictures, vae, step, *rest):
+        if step == 3: raise KeyboardInterrupt
+        return batch(pictures, vae, step, *rest)
+    monkeypatch.setattr(vae_room, "vae_batch", ctrl_c)
+    assert ask_main(run, "vae") == 130 and steps_done(run, "vae") == 3
+    monkeypatch.undo()
+    chain(run, "vae")
+    assert state(run, "vae") == state(straight, "vae")
+
+
+def test_a_longer_plan_another_rate_and_another_format(straight, tmp_path):
+    run = part_of(straight, tmp_path, "data", "vae")
+    chain(run, "vae", vae_steps=5, vae_schedule_steps=50, vae_lr=1e-13, mixed_precision="bf16")
+    assert steps_done(run, "vae") == json.loads((run / "vae" / "measured.json").read_text())["step"] == 5
+    assert rows(run, "vae")[2]["lr"] > 1e-4 and rows(run, "vae")[4]["lr"] == pytest.approx(1e-13, rel=1e-6) # at its height again, at once
+    half, full = (load_tensors(latest_checkpoint(one / "vae") / "trained.safetensors")[0] for one in (run, straight))
+    assert half.keys() == full.keys() and all(tensor.dtype == torch.float32 and torch.allclose(tensor, full[key], atol=1e-6) for key, tensor in half.items())
 
 
 def test_the_cache_follows_the_vae(straight, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(straight, run)
+    run = part_of(straight, tmp_path, "data", "tokenizer", "tokenizer_2", "vae", "clip_1", "clip_2", "cache")
     chain(run, "cache")
     assert "shard-" not in capsys.readouterr().out # still valid: nothing is encoded
-    chain(run, "vae", vae_steps=7)
-    assert main(["--output_dir", str(run), "--stage", "unet", *SMALL]) == 2 # latents of another VAE
-    assert "cache" in capsys.readouterr().err
+    chain(run, "vae", vae_steps=5)
+    assert ask_main(run, "unet") == 2 # latents of another VAE
+    assert "run the stage `cache` first" in capsys.readouterr().err
     chain(run, "cache")
     assert "shard-00001" in capsys.readouterr().out
 
 
 def test_data_grows_by_whole_shards(straight, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(straight / "data", run / "data")
+    run = part_of(straight, tmp_path, "data")
     before = (run / "data" / "shard-00000.safetensors").stat().st_mtime_ns
-    chain(run, "data", num_scenes=11)
+    chain(run, "data", num_scenes=6)
     assert (run / "data" / "shard-00000.safetensors").stat().st_mtime_ns == before
-    scenes = read_scenes(run)
-    assert len(scenes) == 11 and len({scene["seed"] for scene in scenes}) == 11
-    assert all(scene["style"] in STYLES for scene in scenes)
+    scenes, known = read_scenes(run), read_scenes(straight)
+    assert scenes[:5] == known and len({scene["seed"] for scene in scenes}) == 6
+    assert all(scene["style"] in STYLES and scene["style"] != HELD_OUT_STYLE for scene in scenes)
 
 
 def test_processes_render_the_same_pictures(straight, tmp_path):
@@ -118,134 +137,137 @@ def test_processes_render_the_same_pictures(straight, tmp_path):
         assert (tmp_path / "data" / name).read_bytes() == (straight / "data" / name).read_bytes()
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--stage", "paint"], "paint"), (["--vae_step", "3"], "vae_steps"), (["--num_scenes", "-1"], "num_scenes"), (["--unet_small_share", "70"], "at most 1"),
+    (["--stage", "vae"], "stage `data`"), (["--stage", "unet"], "stage `data`"), (["--stage", "cache"], "stage `vae`"),
+    (["--stage", "judges", "--judge_steps", "0"], "no judge of attributes to keep"), (["--stage", "export"], "stage `tokenizer`")])
+def test_mistakes_get_one_sentence(tmp_path, capsys, flags, words):
+    assert main(["--output_dir", str(tmp_path), *flags]) == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+
+
+# ------------------------------------------------ what comes out
+
 def test_stock_diffusers_draws_with_the_export(straight):
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPVisionModelWithProjection
     folder = straight / "export"
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(folder))
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("a red chair in the snow", num_inference_steps=2, height=128, width=128, generator=torch.Generator().manual_seed(1)).images[0]
-    assert picture.size == (128, 128)
+    picture = pipeline("a red chair in the snow", num_inference_steps=1, height=SIDE, width=SIDE, generator=torch.Generator().manual_seed(1)).images[0]
+    assert picture.size == (SIDE, SIDE) and pipeline.default_sample_size*pipeline.vae_scale_factor == SIDE
     parts, steps = load_parts(straight, 0)
-    assert steps == dict(FORMER, unet=6)
-    for name, part in (("unet", parts.unet), ("vae", parts.vae)): # the export holds the averaged weights, rounded to half
-        for mine, theirs in zip(part.parameters(), getattr(pipeline, name).parameters()): torch.testing.assert_close(mine.half().float(), theirs)
+    assert steps == dict.fromkeys(TRAINED, 4)
+    for name, part in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text_encoder)): # the averaged weights, rounded to half
+        theirs = getattr(pipeline, name).state_dict()
+        assert theirs.keys() == part.state_dict().keys() # REPA's head is thrown away
+        for key, mine in part.state_dict().items(): torch.testing.assert_close(mine.half().float(), theirs[key].float())
     for name, width in (("vision_model", 64), ("vision_model_2", 128)):
         tower, info = CLIPVisionModelWithProjection.from_pretrained(str(folder / name), output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert tower(torch.zeros(1, 3, 128, 128)).image_embeds.shape == (1, width)
-    card, log = (folder / "README.md").read_text(), json.loads((folder / "training_log.json").read_text())
-    assert "9 scenes" in card and "6 steps" in card and "not trained" not in card
-    assert log["unet"]["step"] == [1, 2, 3, 4, 5, 6]
+        assert tower(torch.zeros(1, 3, SIDE, SIDE)).image_embeds.shape == (1, width)
 
 
-def test_an_unfinished_run_can_be_exported(straight, tmp_path):
-    run = tmp_path / "run"
-    for name in ("data", "tokenizer", "tokenizer_2", "vae"): shutil.copytree(straight / name, run / name)
-    chain(run, "export", export_dir=tmp_path / "model")
+def test_the_card_says_what_made_it(straight, stopped, tmp_path):
+    card, log = (straight / "export" / "README.md").read_text(), json.loads((straight / "export" / "training_log.json").read_text())
+    assert "5 scenes" in card and card.count("| 4 steps, ") == len(TRAINED) and "not trained" not in card and "--num_scenes 5" in card
+    assert log.keys() == {*TRAINED, "facts"} and log["unet"]["step"] == [1, 2, 3, 4] and log["facts"]["held_out"] == len(read_pictures(straight).held_out_rows)
+    chain(part_of(stopped, tmp_path / "run", "data", "tokenizer", "tokenizer_2", "vae"), "export", export_dir=tmp_path / "model", num_scenes=6)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert card.count("not trained: random weights") == 3 and "| not done |" in card # clip_1, clip_2, unet; the decoder
-    assert not (tmp_path / "model" / "vision_model").exists()
-
-
-# ------------------------------------------------ a chain that goes on from an exported model
-
-WEIGHTS = [f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2", "vision_model", "vision_model_2", "judges/attributes", "judges/instances")]
-WEIGHTS += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet")] + [f"vision_model{ending}/contrastive.safetensors" for ending in ("", "_2")]
-WEIGHTS += [f"tokenizer{ending}/{name}" for ending in ("", "_2") for name in ("vocab.json", "merges.txt")]
-WEIGHTS += [f"{part}/config.json" for part in ("vae", "unet", "text_encoder", "text_encoder_2", "vision_model", "vision_model_2")] # the scaling factor too
-FORMER = dict(clip_1=6, clip_2=6, vae=6, decoder=6, judge_attributes=6, judge_instances=6)
-
-
-def differing(one, other): return {name for name in WEIGHTS if (one / name).read_bytes() != (other / name).read_bytes()}
-
-
-def fresh_run(folder, straight):
-    "A run folder on a new machine: pictures can be made again, nothing else is there."
-    shutil.copytree(straight / "data", folder / "data")
-    return folder
-
-
-def test_the_shipped_model_comes_out_as_it_went_in(tmp_path):
-    from sdxl_course.model.components import tiny_path
-    chain(tmp_path, "export", start_from="tiny")
-    assert not differing(tiny_path(), tmp_path / "export")
-    before, after = (json.loads((folder / "training_log.json").read_text()) for folder in (tiny_path(), tmp_path / "export"))
-    for name in before:
-        if name != "facts": assert after[name] == before[name]
-    for name in ("steps", "scenes", "held_out", "minutes", "losses", "psnr"): assert after["facts"][name] == before["facts"][name]
-    assert after["facts"]["history"][:-1] == before["facts"]["history"]
+    assert card.count("not trained: random weights") == 3 and card.count("| 4 steps, ") == 1 # no CLIP, no UNet, and no row for judges
+    assert not (tmp_path / "model" / "vision_model").exists() and not (tmp_path / "model" / "judges").exists()
+    sessions = [json.loads(line)["flags"] for line in (stopped / "history.jsonl").read_text().splitlines()]
+    assert [one["stage"] for one in sessions] == ["judges,tokenizer,clip,vae", "judges", "vae,clip,cache,unet", "unet"] and sessions[2]["unet_steps"] == 2
 
 
 @pytest.mark.slow
-def test_only_what_is_named_goes_on(straight, tmp_path):
-    run, source = fresh_run(tmp_path, straight), straight / "export"
-    chain(run, "cache,unet,export", start_from=source, unet_steps=2)
-    assert differing(source, run / "export") == {"unet/diffusion_pytorch_model.safetensors"}
-    log, card, first = json.loads((run / "export" / "training_log.json").read_text()), (run / "export" / "README.md").read_text(), json.loads((source / "training_log.json").read_text())
-    assert log["facts"]["steps"] == dict(FORMER, unet=8) and log["unet"]["step"] == list(range(1, 9)) and log["unet"]["loss"][:6] == first["unet"]["loss"]
-    assert log["unet"]["seconds"] == sorted(log["unet"]["seconds"]) and log["vae"] == first["vae"]
-    assert log["facts"]["history"][:-1] == first["facts"]["history"] and log["facts"]["history"][-1]["flags"]["start_from"] == "export"
-    assert "--vae_steps 6" in card and "--start_from export" in card and str(straight) not in card and "9 scenes" in card and "| `unet` | 8 steps" in card
-    assert steps_done(run, "unet") == 2 # moments and warm-up began again
-    third = fresh_run(tmp_path / "third", straight)
-    chain(third, "cache,unet,export", start_from=run / "export", unet_steps=1)
-    log = json.loads((third / "export" / "training_log.json").read_text())
-    assert log["facts"]["steps"] == dict(FORMER, unet=9) and len(log["facts"]["history"]) == len(first["facts"]["history"]) + 2
+def test_a_second_average_can_be_chosen_at_the_end(straight, tmp_path, capsys):
+    run = part_of(straight, tmp_path / "run", "data", "tokenizer", "tokenizer_2", "vae", "clip_1", "clip_2", "cache")
+    chain(run, "unet", unet_steps=2, unet_ema=0.1, unet_ema_slow=0.9, unet_lr=1e-2, unet_schedule_steps=100)
+    for name in ("ema", "ema_slow"): chain(run, "export", unet_average=name, export_dir=tmp_path / name)
+    differs = {path.relative_to(tmp_path / "ema").as_posix() for path in (tmp_path / "ema").rglob("*.safetensors") if path.read_bytes() != (tmp_path / "ema_slow" / path.relative_to(tmp_path / "ema")).read_bytes()}
+    assert differs == {"unet/diffusion_pytorch_model.safetensors"}
+    assert ask_main(part_of(straight, tmp_path / "other", *(path.name for path in straight.iterdir() if path.is_dir())), "export", unet_average="ema_slow") == 2
+    assert "second average" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_every_stage_begins_with_the_given_weights(straight, tmp_path):
-    run = fresh_run(tmp_path, straight)
-    rates = dict(vae_lr=1e-13, decoder_lr=1e-13, clip_lr=1e-13, unet_lr=1e-13) # too small to change a half
-    chain(run, "tokenizer,vae,decoder,clip,cache,unet,export", start_from=straight / "export", vae_steps=1, decoder_steps=1, clip_steps=1, unet_steps=1, **rates)
-    assert not (run / "tokenizer").exists() # the encoders know the tokens of the model they come from
-    for name in differing(straight / "export", run / "export") - {"vae/config.json"}: # measured again; else at most in the sign of a zero
-        before, after = (load_tensors(folder / name)[0] for folder in (straight / "export", run / "export"))
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), name
-    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["steps"] == dict(clip_1=7, clip_2=7, vae=7, decoder=7, unet=7, judge_attributes=6, judge_instances=6)
+def test_a_coarser_autoencoder_needs_no_other_code(straight, tmp_path, monkeypatch):
+    "The factor of the latents is a matter of the architecture alone."
+    monkeypatch.setitem(TINY, "vae", TINY["vae"] | dict(block_out_channels=(8, 8, 16, 16)))
+    monkeypatch.setitem(TINY, "unet", TINY["unet"] | dict(sample_size=16))
+    run = part_of(straight, tmp_path, "data", "tokenizer", "tokenizer_2")
+    chain(run, "vae,clip,cache,unet,export", vae_steps=1, clip_steps=1, unet_steps=3)
+    cached = load_tensors(run / "cache" / "shard-00000.safetensors")[0]
+    assert [cached[f"mean_{side}"].shape[2:] for side in SIZES] == [(4, 8, 8), (4, 16, 16)]
+    from diffusers import StableDiffusionXLPipeline
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(run / "export"))
+    assert (pipeline.vae_scale_factor, pipeline.default_sample_size) == (8, 16)
 
 
-def test_stages_that_a_run_already_has_stay_its_own(straight, tmp_path):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "vae", vae_steps=2)
-    chain(run, "export", start_from=straight / "export")
-    assert differing(straight / "export", run / "export") == {"vae/diffusion_pytorch_model.safetensors", "vae/config.json"}
-    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["steps"] == dict(FORMER, vae=2, unet=6)
+# ------------------------------------------------ pictures, their maps, and two sizes
+
+def test_maps_hold_what_the_tracer_knows(straight):
+    pictures = read_pictures(straight)
+    assert pictures.maps.shape == (5, MAP_SIDE, MAP_SIDE, 6) and len(pictures.scenes) == 5
+    for words, maps in zip(pictures.scenes, pictures.maps.numpy()/255):
+        buffers = trace(set_stage(Scene(**{key: value for key, value in words.items() if key != "captions"})), SIDE)
+        small = lambda full: F.adaptive_avg_pool2d(torch.from_numpy(np.float32(full)).reshape(*full.shape[:2], -1).permute(2, 0, 1), MAP_SIDE).permute(1, 2, 0).numpy().squeeze()
+        assert np.abs(maps[..., :3]*2 - 1 - small(buffers.normal)).max() < 0.01
+        assert np.abs(maps[..., 4] - small(buffers.figure == 1)).max() < 0.01 and np.abs(maps[..., 5] - small(buffers.figure == 2)).max() < 0.01
+        assert np.abs(maps[..., 3] - small(buffers.depth.min()/buffers.depth)).max() < 0.01
+        ground = maps[-1] # the lowest row of a picture: mostly ground, which faces up, and nearer than the horizon
+        assert np.median(ground[:, MAPS.index("up")]) > 0.7 and np.median(ground[:, MAPS.index("near")]) > np.median(maps[0][:, MAPS.index("near")])
 
 
-def test_a_chain_that_goes_on_draws_what_is_new(straight, tmp_path, monkeypatch):
-    drawn, batch, counted, loss = [], unet_room.unet_batch, [], unet_room.denoising_loss
-    monkeypatch.setattr(unet_room, "unet_batch", lambda words, scenes, cache, step, *rest: drawn.append(step) or batch(words, scenes, cache, step, *rest))
-    monkeypatch.setattr(unet_room, "denoising_loss", lambda unet, batch, *rest: counted.append((batch, rest)) or loss(unet, batch, *rest))
-    run = fresh_run(tmp_path, straight)
-    chain(run, "cache,unet", start_from=straight / "export", unet_steps=1)
-    chain(run, "unet", unet_steps=2) # the model is in the run folder by now
-    assert drawn == [6, 7]
-    chain(run, "unet", unet_steps=3, unet_batch_size=8, timestep_power=3., unmasked_weight=0.)
-    seen, (_, _, times, _, outside) = counted[-1]
-    mask = seen.extra["mask"]
-    assert outside == 0 and (times < 125).sum() == 4 and mask.shape == (8, 1, *seen.latents.shape[2:]) and 0 < mask.mean() < 0.7
+def test_maps_go_through_the_frame_of_their_picture(straight):
+    pictures = read_pictures(straight)
+    drawn = 2*(pictures.maps[..., 4].float().repeat_interleave(4, 1).repeat_interleave(4, 2) > 127) - 1 # the object, as a picture of its own
+    cut = []
+    for k in range(5):
+        picture = ((drawn[k] + 1)*127).to(torch.uint8)[..., None].expand(-1, -1, 3).contiguous()
+        framed, size, crop, _ = framed_picture(picture, k, 1., 0)
+        wanted, maps = F.avg_pool2d(to_pixels(framed[None]), 4)[0, 0], framed_maps(pictures.maps[k], k, 1., 0)
+        assert maps.shape == (2, 6, MAP_SIDE, MAP_SIDE) and (maps[0, 4] - wanted).abs().mean() < 0.15
+        assert torch.equal(maps[1, 1:], maps[0, 1:].flip(-1)) and torch.equal(maps[1, 0], -maps[0, 0].flip(-1)) # right is left in the mirror
+        if size == (SIDE, SIDE): cut.append((framed_maps(pictures.maps[k], k, 0., 0)[0, 4] - wanted).abs().mean())
+    assert cut and max(cut) > 0.3 # without the frame they would lie elsewhere
 
 
-def test_parts_of_the_unet_can_begin_anew(straight, tmp_path):
-    run, folder = fresh_run(tmp_path, straight), "unet/diffusion_pytorch_model.safetensors"
-    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=1, unet_lr=1e-13, unet_renewed="mid_block,up_blocks.0.resnets.1", seed=1)
-    before, after = (load_tensors(source / folder)[0] for source in (straight / "export", run / "export"))
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert {key for key in changed if not key.startswith(("mid_block.", "up_blocks.0.resnets.1."))} == set()
-    assert {"mid_block.resnets.0.conv1.weight", "up_blocks.0.resnets.1.conv_shortcut.weight"} <= changed
-    assert not after["mid_block.resnets.0.conv2.weight"].any() and not after["up_blocks.0.resnets.1.conv2.weight"].any() # they add nothing yet
-    assert json.loads((run / "export" / "training_log.json").read_text())["facts"]["history"][-1]["flags"]["unet_renewed"] == "mid_block,up_blocks.0.resnets.1"
-    ema = lambda: load_tensors(latest_checkpoint(run / "unet") / "ema.safetensors")[0]["unet.mid_block.resnets.0.conv1.weight"]
-    began = ema()
-    chain(run, "unet", unet_steps=2, unet_lr=1e-13, unet_renewed="mid_block", seed=2) # its checkpoint is there: nothing begins anew
-    assert torch.allclose(ema(), began, atol=1e-6)
+def test_each_size_is_told_in_its_own_numbers(straight):
+    pictures, vae = read_pictures(straight), load_vae(straight, tiny_architecture(0).vae)
+    frames = [framed_picture(picture, k, 1., 0) for k, picture in enumerate(pictures.pixels)]
+    small, large = (encode_pictures(vae, frames, side) for side in SIZES)
+    assert torch.equal(small["time_ids"], large["time_ids"]//2) and (large["time_ids"][..., :4] % 128).any() # 128 is what most are told
+    for k, (_, size, crop, mirrored) in enumerate(frames): assert large["time_ids"][k].tolist() == [[*size, *crop, SIDE, SIDE], [*size, *mirrored, SIDE, SIDE]]
+    halved = (framed := to_pixels(torch.stack([frame[0] for frame in frames])))[..., ::2, ::2] + framed[..., 1::2, ::2] + framed[..., ::2, 1::2] + framed[..., 1::2, 1::2]
+    for found, pixels in ((small, halved/4), (large, framed)):
+        for side, shown in enumerate((pixels, pixels.flip(-1))):
+            for name, wanted in zip(("mean", "std"), posterior(vae, shown)): torch.testing.assert_close(found[name][:, side].float(), wanted, atol=2e-2, rtol=2e-2)
 
 
-@pytest.fixture
-def unet(): return tiny_architecture(0).unet.requires_grad_(False)
+def test_small_pictures_come_first(straight, tmp_path, monkeypatch):
+    counted, loss = [], unet_room.denoising_loss
+    def counting(unet, batch, *rest):
+        found = loss(unet, batch, *rest)
+        counted.append((batch, *rest[2:], found.mean().item()))
+        return found
+    monkeypatch.setattr(unet_room, "denoising_loss", counting)
+    run = part_of(straight, tmp_path, "data", "tokenizer", "tokenizer_2", "vae", "clip_1", "clip_2", "cache")
+    chain(run, "unet", unet_steps=2, unet_batch_size=8, timestep_power=3., unmasked_weight=0.) # the plan has four updates
+    chain(run, "unet", unet_steps=3, unet_batch_size=8)
+    assert [batch.time_ids[:, 4:].unique().tolist() for batch, *_ in counted] == [[64.], [64.], [128.]] # half of the plan, not of the session
+    for side, (batch, *_) in zip((16, 16, 32), counted):
+        assert batch.latents.shape[-2:] == (side, side) and batch.extra["maps"].shape == (8, 6, MAP_SIDE, MAP_SIDE)
+        share = batch.extra["maps"][:, 4].unflatten(2, (side, -1)).unflatten(1, (side, -1)).mean((2, 4))/2 + .5
+        torch.testing.assert_close(batch.extra["mask"][:, 0], share, atol=1e-4, rtol=0)
+    assert [outside for *_, outside, _ in counted] == [0., 0., 0.33]
+    assert [(times < 125).sum() for _, times, *_ in counted[:2]] == [4, 4] # u**3: half of a batch lies below an eighth
+    for (*_, found), row in zip(counted, rows(run, "unet")): assert row["loss"] == pytest.approx(found + 0.5*row["apart"], rel=1e-5)
 
+
+# ------------------------------------------------ parts of a loss
 
 def ask(unet, x):
     "One answer of a UNet of sdxl-tiny's sizes."
@@ -253,98 +275,74 @@ def ask(unet, x):
     return unet(x, torch.tensor([9, 900]), torch.ones(2, 77, unet.config.cross_attention_dim), added_cond_kwargs=dict(text_embeds=torch.zeros(2, pooled), time_ids=torch.zeros(2, 6))).sample
 
 
-SMALL_SIDE = TINY["unet"]["sample_size"]
-X = torch.randn(2, 4, SMALL_SIDE, SMALL_SIDE, generator=torch.Generator().manual_seed(0))
+def noise(side): return torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def test_new_parts_add_nothing_and_keep_streams_at_size_one(unet):
-    for p in unet.down_blocks[0].downsamplers[0].parameters(): p.mul_(40.) # a stream that has grown
-    kept, anew, sizes = {name: p.clone() for name, p in unet.named_parameters()}, ("down_blocks.1.", "mid_block."), []
-    reinitialise(unet, anew, lambda: ask(unet, X))
-    for layer in (unet.down_blocks[1].resnets[0].conv_shortcut, unet.down_blocks[1].downsamplers[0].conv):
-        layer.register_forward_hook(lambda _, __, out: sizes.append(float(out.square().mean().sqrt())))
-    ask(unet, X)
-    assert sizes == pytest.approx([1., 1.], rel=1e-4)
-    assert {name for name, p in unet.named_parameters() if not torch.equal(p, kept[name])} <= {name for name in kept if name.startswith(anew)}
-    silent = {name for name, rise in ablation(unet, lambda: ask(unet, X).square().mean()).items() if rise == 0}
-    assert silent == {name for name, block in unet.named_modules() if name.startswith(anew) and type(block).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")}
-    given = torch.randn(2, unet.config.block_out_channels[-1], 4, 4)
-    assert torch.equal(unet.mid_block.attentions[0](given, encoder_hidden_states=torch.ones(2, 77, unet.config.cross_attention_dim)).sample, given)
-    assert named_parts(unet, " mid_block., up_blocks.0") == ("mid_block.", "up_blocks.0.") and named_parts(unet, "") == ()
-    for wrong in ("midblock", "mid_block,", "mid_block,,up_blocks.0"):
-        with pytest.raises(CourseError, match="which the UNet lacks: wanted modules"): named_parts(unet, wrong)
+@pytest.fixture
+def unet(): return tiny_architecture(0).unet.requires_grad_(False)
 
 
-def test_a_unet_can_grow_deeper_without_changing_its_answers(unet, tmp_path):
-    from sdxl_course.core import save_tensors
-    save_tensors(tmp_path / "start" / "unet" / "diffusion_pytorch_model.safetensors", unet.state_dict())
-    depth = [1, unet.config.transformer_layers_per_block[1] + 1, 1]
-    deeper, before = type(unet).from_config(dict(unet.config, transformer_layers_per_block=depth)).requires_grad_(False), ask(unet, X)
-    added = tuple(f"{place}.transformer_blocks.{depth[1] - 1}." for place in ("down_blocks.1.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"))
-    with pytest.raises(CourseError, match="another architecture"): load_parent_weights(tmp_path, "unet", deeper)
-    flatter = type(unet).from_config(dict(unet.config, transformer_layers_per_block=[1, 1, 1]))
-    with pytest.raises(CourseError, match=r"does not fit at .*transformer_blocks\.[12]"): load_parent_weights(tmp_path, "unet", flatter) # nothing is left out in silence
-    assert load_parent_weights(tmp_path, "unet", deeper, added)
-    assert not torch.allclose(ask(deeper, X), before, atol=1e-4)
-    reinitialise(deeper, added, lambda: None)
-    assert torch.allclose(ask(deeper, X), before, atol=1e-6)
+def test_alignment_is_a_square_where_the_object_is(unet):
+    aligner = make_aligner(unet, 0)
+    for side in (16, 32): # both sizes of pictures
+        ask(unet, noise(side))
+        said = aligner.head(aligner.hidden).detach()
+        assert said.shape == (2, 6, side//2, side//2)
+        object_ = torch.where(torch.arange(side//2) < side//4, 1., -1.).view(-1, 1).expand(2, side//2, side//2)
+        maps = said.clone()
+        maps[:, 4] = object_
+        wrong = lambda rows, by: torch.cat([maps[:, :4] + by*rows.view(-1, 1), maps[:, 4:]], 1) # the four maps before the object's
+        inside = (object_[0, :, 0] > 0).float()
+        base = {outside: aligner(maps, outside).mean().item() for outside in (0., 0.25, 1.)} # the head does not say `object` right
+        for outside in base:
+            for rows_, weight in ((inside, 1.), (1 - inside, outside)):
+                rise = aligner(wrong(rows_, 2.), outside).mean().item() - base[outside]
+                assert rise == pytest.approx(4*4/6*weight/(1 + outside), abs=1e-4)
 
 
-@pytest.mark.slow
-def test_hidden_states_learn_what_the_judge_sees(straight, tmp_path, capsys):
-    run = fresh_run(tmp_path, straight)
-    options = dict(alignment_weight=0.5, unet_lr=1e-3)
-    chain(run, "cache,unet,export", start_from=straight / "export", unet_steps=3, **options)
-    rows = [json.loads(line) for line in (run / "unet" / "training_log.jsonl").read_text().splitlines()]
-    assert all(0 < row["apart"] < 2 and row["loss"] > 0.5*row["apart"] for row in rows)
-    trained = load_tensors(latest_checkpoint(run / "unet") / "trained.safetensors")[0]
+def test_alignment_teaches_what_lies_before_it(unet):
+    aligner = make_aligner(unet.requires_grad_(True), 0)
+    ask(unet, noise(16))
+    aligner(torch.ones(2, 6, MAP_SIDE, MAP_SIDE), 1.).mean().backward()
+    taught = {name.split(".resnets")[0] for name, p in unet.named_parameters() if ".resnets." in name and p.grad is not None and p.grad.any()}
+    assert taught == {"down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"}
+    assert unet.up_blocks[1].resnets[1].conv1.weight.grad is None
+
+
+def test_a_checkpoint_holds_the_head_that_reads_maps(straight, tmp_path, capsys):
+    trained = load_tensors(latest_checkpoint(straight / "unet") / "trained.safetensors")[0]
     assert {key.split(".")[0] for key in trained} == {"unet", "aligner"}
-    assert differing(straight / "export", run / "export") == {"unet/diffusion_pytorch_model.safetensors"} # the head is thrown away
-    whole = state(run, "unet")
-    shutil.rmtree(run / "unet")
-    for steps in (2, 3): chain(run, "unet", unet_steps=steps, **options)
-    assert state(run, "unet") == whole
-    shutil.rmtree(run / "unet")
-    chain(run, "unet", unet_steps=1, unet_lr=1e-3)
-    assert main(["--output_dir", str(run), "--stage", "unet", "--alignment_weight", "0.5", *SMALL]) == 2
-    assert "other flags" in capsys.readouterr().err # its checkpoint has no head
+    run = part_of(straight, tmp_path, "data", "tokenizer", "tokenizer_2", "vae", "clip_1", "clip_2", "cache", "unet")
+    assert ask_main(run, "unet", unet_steps=5, alignment_weight=0) == 2
+    assert "other flags" in capsys.readouterr().err # this checkpoint has a head
 
 
-def test_alignment_needs_a_judge_and_pictures_framed_alike(straight, tmp_path, capsys):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "cache", start_from=straight / "export")
-    for flags, words in ((["--seed", "5"], "framed with other values"), (["--reframed_share", "0.5"], "framed with other values"), ([], "no judge to align with")):
-        if not flags: shutil.rmtree(run / "start" / "judges")
-        assert main(["--output_dir", str(run), "--stage", "unet", "--alignment_weight", "0.5", *SMALL, *flags]) == 2
-        assert words in capsys.readouterr().err
+def test_ablation_finds_the_block_that_does_nothing(unet):
+    block = unet.up_blocks[1].attentions[1].transformer_blocks[0]
+    for layer in (unet.up_blocks[2].resnets[0].conv2, block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]):
+        for p in layer.parameters(): p.zero_()
+    before = ask(unet, noise(16))
+    found = ablation(unet, lambda: (ask(unet, noise(16)) - 1).square().mean())
+    assert {name for name, rise in found.items() if rise == 0} == {"up_blocks.2.resnets.0", "up_blocks.1.attentions.1.transformer_blocks.0"}
+    blocks = {name for name, _ in unet.named_modules() if name.rpartition(".")[0].endswith(("resnets", "transformer_blocks"))}
+    assert found.keys() == blocks and torch.equal(ask(unet, noise(16)), before) # and every hook is gone
 
 
-def test_alignment_asks_the_judge_of_the_given_model(straight, tmp_path, unet):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "cache", start_from=straight / "export")
-    (run / "judges" / "attributes").mkdir(parents=True)
-    aligned = lambda: make_aligner(run, unet, 0.15, 0)
-    assert aligned()[1].shape == (9, 2, 128, 8, 8) # the new judge is not asked, even though it is there
-    shutil.rmtree(run / "start" / "judges")
-    with pytest.raises(CourseError, match="there is no judge"): aligned() # it is, where there is no other
-
-
-def test_rare_styles_are_met_more_often(straight):
+def test_judges_see_renders_and_the_held_out_style_in_a_fifth(straight):
     pictures = read_pictures(straight)
-    groups, codes = style_groups(pictures), picture_codes(pictures)
-    assert sorted(torch.cat(groups).tolist()) == list(range(len(codes))) == list(range(len(pictures.pixels) + len(pictures.held_out_style)))
+    codes, known = picture_codes(pictures), len(pictures.pixels)
+    assert len(codes) == known + len(pictures.held_out_rows) and pictures.held_out_rows
     for k, row in enumerate(pictures.held_out_rows):
-        one, other = codes[len(pictures.pixels) + k], codes[row]
+        one, other = codes[known + k], codes[row]
         assert one[3] == ATTRIBUTES["style"].index(HELD_OUT_STYLE) and torch.equal(one[[0, 1, 2, 4, 5]], other[[0, 1, 2, 4, 5]])
-        assert torch.equal(select_pictures(pictures, torch.tensor([len(pictures.pixels) + k]))[0], pictures.held_out_style[k])
+        assert torch.equal(select_pictures(pictures, torch.tensor([known + k]))[0], pictures.held_out_style[k])
     drawn = draw_balanced([torch.tensor([7]), torch.arange(100, 200)], 4000, torch.Generator().manual_seed(0))
     assert (drawn == 7).float().mean() == pytest.approx(0.5, abs=0.04) and drawn[drawn != 7].unique().tolist() == list(range(100, 200))
-    wanted = to_pixels(select_pictures(pictures, draw_balanced(groups, 6, seeded(0, "vae", 3))))
-    even, any_ = (vae_batch(pictures, tiny_architecture(0).vae, 3, 0, 6, SIDE, styles)[0] for styles in (groups, None))
-    same = lambda drawn: all(torch.equal(one, other) or torch.equal(one.flip(-1), other) for one, other in zip(drawn, wanted))
-    assert same(even) and not same(any_)
-    met = torch.cat([attribute_batch(pictures, None, codes, step, 0, 8, 0.5)[1][:, 3] for step in range(50)])
-    assert (met == ATTRIBUTES["style"].index(HELD_OUT_STYLE)).float().mean() == pytest.approx(0.2, abs=0.06) # the judge meets it in a fifth of its pictures
+    flat = Pictures(torch.stack([torch.full((SIDE, SIDE, 3), 40*k, dtype=torch.uint8) for k in range(known)]), pictures.scenes, torch.full((len(codes) - known, SIDE, SIDE, 3), 250, dtype=torch.uint8), pictures.held_out_rows, pictures.maps)
+    met = [attribute_batch(flat, codes, step, 0, 8) for step in range(40)]
+    seen, said = torch.cat([pixels.mean((1, 2, 3)) for pixels, _ in met]), torch.cat([one[:, 3] for _, one in met])
+    held_out = said == ATTRIBUTES["style"].index(HELD_OUT_STYLE)
+    assert held_out.float().mean() == pytest.approx(0.2, abs=0.06) and torch.equal(held_out, seen > 0.6) # pictures and answers belong together
 
 
 def test_drawings_in_one_ink_teach_nothing_about_colour():
@@ -355,198 +353,3 @@ def test_drawings_in_one_ink_teach_nothing_about_colour():
     loss.mean().backward()
     assert loss.mean().item() == pytest.approx(sum(math.log(len(words)) for name, words in ATTRIBUTES.items() if name != "color"), abs=1e-5)
     assert not logits["color"].grad.any() and logits["place"].grad.any() # zero, but there: every weight moves on
-
-
-def test_some_words_are_drawn_more_often(straight, tmp_path, capsys):
-    scenes = read_scenes(straight)
-    thing = scenes[0]["object"]
-    weights = sampling_weights(scenes, f"{thing}:3, {scenes[0]['style']}:1.5")
-    assert weights[0] == 4.5 and torch.equal(sampling_weights(scenes, ""), torch.ones(len(scenes)))
-    rows = torch.cat([drawn_pictures(weights, step, 0, 100)[1] for step in range(40)])
-    assert torch.allclose(torch.bincount(rows, minlength=len(scenes))/len(rows), weights/weights.sum(), atol=0.03)
-    run = fresh_run(tmp_path, straight)
-    chain(run, "cache", start_from=straight / "export")
-    for more in ("", f"{thing}:50"):
-        chain(run, "unet", unet_steps=1, unet_more=more)
-        shutil.move(run / "unet", tmp_path / f"unet{len(more)}")
-    assert state(tmp_path, "unet0") != state(tmp_path, f"unet{len(thing) + 3}")
-    for more in ("sofa:2", "duck", "duck:0", "duck:-1", "duck:many"):
-        assert main(["--output_dir", str(run), "--stage", "unet", "--unet_more", more, *SMALL]) == 2
-        assert f"{more!r}: wanted a word" in capsys.readouterr().err
-
-
-def test_features_are_those_of_the_framed_picture_and_its_mirror_image(straight):
-    from sdxl_course.measure.judges import load_judge
-    pictures, judge = read_pictures(straight).pixels, load_judge("attributes")
-    for share in (0., 1.):
-        found = clean_features(judge, pictures, share, 0).float()
-        pixels = to_pixels(torch.stack([framed_picture(picture, k, share, 0)[0] for k, picture in enumerate(pictures)]))
-        with torch.no_grad(): seen = torch.stack([judge.body(part, output_hidden_states=True).hidden_states[3] for part in (pixels, pixels.flip(-1))], 1)
-        spread, mean = seen.std((0, 1, 3, 4)), seen.mean((0, 1, 3, 4))
-        alive = spread > 0.05
-        wanted = (seen - mean.view(-1, 1, 1))/spread.view(-1, 1, 1)
-        assert found.shape == (len(pictures), 2, 128, 8, 8) and alive.float().mean() > 0.8
-        assert torch.allclose(found[:, :, alive], wanted[:, :, alive], atol=0.05) and not torch.allclose(found[:, 0], found[:, 1], atol=0.5)
-
-
-def test_alignment_is_a_cosine_where_the_object_is(unet):
-    aligner = Aligner(unet)
-    ask(unet, X)
-    said, mask = aligner.head(aligner.hidden).detach(), torch.zeros(2, 1, SMALL_SIDE, SMALL_SIDE)
-    mask[:, :, :SMALL_SIDE//2] = 1.
-    half = torch.cat([said[:, :, :4], -said[:, :, 4:]], 2) # right in the object, opposite elsewhere
-    for wanted, outside, loss in ((said, 1., 0.), (3*said, 0.2, 0.), (-said, 1., 2.), (half, 0., 0.), (half, 1., 1.), (half, 0.25, 2*0.25/1.25)):
-        assert aligner(wanted, mask, outside).mean().item() == pytest.approx(loss, abs=1e-5)
-    unet.requires_grad_(True)
-    ask(unet, X)
-    aligner(torch.ones_like(said), mask, 1.).mean().backward()
-    taught = {name.split(".resnets")[0] for name, p in unet.named_parameters() if ".resnets." in name and p.grad is not None and p.grad.any()}
-    assert taught == {"down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"} # all that lies before it
-    assert unet.up_blocks[1].resnets[1].conv1.weight.grad is None
-
-
-def test_ablation_finds_the_block_that_does_nothing(unet):
-    for p in unet.up_blocks[2].resnets[0].conv2.parameters(): p.zero_()
-    for p in (*(block := unet.up_blocks[1].attentions[1].transformer_blocks[0]).attn1.to_out[0].parameters(), *block.attn2.to_out[0].parameters(), *block.ff.net[2].parameters()): p.zero_()
-    before = ask(unet, X)
-    found = ablation(unet, lambda: (ask(unet, X) - 1).square().mean())
-    assert {name for name, rise in found.items() if rise == 0} == {"up_blocks.2.resnets.0", "up_blocks.1.attentions.1.transformer_blocks.0"}
-    assert len(found) == 11 + 13 and torch.equal(ask(unet, X), before) # and every hook is gone
-
-
-@pytest.mark.slow
-def test_judges_go_on_from_those_of_the_given_model(straight, tmp_path):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=2)
-    assert differing(straight / "export", run / "export") == {"judges/attributes/model.safetensors", "judges/instances/model.safetensors"}
-    log = json.loads((run / "export" / "training_log.json").read_text())
-    assert log["facts"]["steps"] == dict(FORMER, judge_attributes=8, judge_instances=8, unet=6) and log["judge_attributes"]["step"] == list(range(1, 9))
-    for judge in ("attributes", "instances"): assert "8 steps of up to 8" in (run / "export" / "judges" / judge / "README.md").read_text()
-    still = fresh_run(tmp_path / "still", straight)
-    chain(still, "judges", start_from=straight / "export", judge_steps=1, instance_steps=1, judge_lr=1e-13)
-    for judge in ("attributes", "instances"):
-        before, after = (load_tensors(folder / "judges" / judge / "model.safetensors")[0] for folder in (straight / "export", still))
-        for key in before: assert "running" in key or "batches" in key or torch.equal(before[key], after[key]), key # batch normalisation is measured anew
-
-
-def test_half_of_what_judges_see_went_through_the_vae(straight, tmp_path):
-    run = tmp_path / "run"
-    for name in ("data", "vae", "decoder"): shutil.copytree(straight / name, run / name)
-    pictures, vae = read_pictures(run), load_vae(run, tiny_architecture(0).vae)
-    codes, config = picture_codes(pictures), parse("--output_dir", str(run), *SMALL)
-    packed = replace(pictures, pixels=reconstruct_pictures(pictures.pixels, "known", config), held_out_style=reconstruct_pictures(pictures.held_out_style, "other", config))
-    gap = packed.pixels.int() - to_bytes(reconstruct(vae, pictures.pixels)).int()
-    assert gap.abs().max() <= 1 and packed.pixels.shape == pictures.pixels.shape  # one: other sizes of batches round otherwise
-    files = {path: path.stat().st_mtime_ns for path in (run / "packed").iterdir()}
-    assert torch.equal(reconstruct_pictures(pictures.pixels, "known", config), packed.pixels) and {path: path.stat().st_mtime_ns for path in files} == files  # nothing is done twice
-    assert reconstruct_pictures(pictures.pixels[:0], "none", config).shape == (0, 128, 128, 3)
-    things, unpacked = torch.stack([pictures.pixels[:SHOTS], pictures.pixels[-SHOTS:]]), torch.stack([packed.pixels[:SHOTS], packed.pixels[-SHOTS:]])
-    attributes = lambda one, other, share: attribute_batch(one, other, codes, 5, 0, 64, share)[0]
-    instances = lambda one, other, share: instance_batch(one, other, 4, 0, 64, share)[0]
-    for batch, one, other in ((attributes, pictures, packed), (instances, things, unpacked)):
-        drawn, all_, none = batch(one, other, .5), batch(one, other, 1.), batch(other, one, 1.)
-        went = torch.tensor([torch.equal(a, b) for a, b in zip(drawn, all_)])
-        assert len(went)/5 < went.sum() < len(went)*4/5 and torch.equal(drawn[~went], none[~went])
-
-
-def test_judges_that_see_through_the_vae_need_one(straight, tmp_path, capsys):
-    run = fresh_run(tmp_path, straight)
-    flags = ["--output_dir", str(run), "--stage", "judges", "--judge_steps", "1", "--instance_steps", "1", *SMALL]
-    assert main(flags) == 2 and "run the stage `vae` first" in capsys.readouterr().err
-    assert main([*flags, "--judge_vae_share", "0"]) == 0
-    assert main([*flags, "--judge_vae_share", "50"]) == 2 and "wanted at least 0 and at most 1" in capsys.readouterr().err
-
-
-def test_a_judge_that_is_given_no_steps_is_kept(straight, tmp_path, capsys):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "judges,export", start_from=straight / "export", judge_steps=2, instance_steps=0)
-    assert differing(straight / "export", run / "export") == {"judges/attributes/model.safetensors"}
-    assert not (run / "judges" / "instances").exists() and not (run / "judge_instances").exists()
-    other = fresh_run(tmp_path / "other", straight)
-    assert main(["--output_dir", str(other), "--stage", "judges", "--judge_steps", "0", "--instance_steps", "2", *SMALL]) == 2
-    assert "no judge of attributes to keep" in capsys.readouterr().err
-
-
-def test_starts_that_cannot_be_are_refused(straight, tmp_path, capsys):
-    def refused(run, start, words):
-        assert main(["--output_dir", str(run), "--stage", "export", "--start_from", str(start)]) == 2
-        told = capsys.readouterr().err
-        assert words in told and "Traceback" not in told
-    refused(tmp_path / "a", tmp_path, "no model_index.json")
-    shutil.copytree(straight / "tokenizer", tmp_path / "b" / "tokenizer")
-    (tmp_path / "b" / "tokenizer" / "merges.txt").write_text("#version: 0.2\na b\n")
-    refused(tmp_path / "b", straight / "export", "splits words otherwise")
-    chain(tmp_path / "c", "export", start_from=straight / "export")
-    refused(tmp_path / "c", "tiny", "started from export")
-    chain(tmp_path / "c", "export", start_from=straight / "export") # the same again is no mistake
-    folder = shutil.copytree(straight / "export", tmp_path / "narrow")
-    from sdxl_course.core import save_tensors
-    tensors = load_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors")[0]
-    save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", dict(tensors, **{"conv_in.bias": torch.zeros(3)}))
-    refused(tmp_path / "d", folder, "another architecture")
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--stage", "paint"], "paint"), (["--vae_step", "3"], "vae_steps"), (["--num_scenes", "-1"], "num_scenes"),
-    (["--stage", "vae"], "stage `data`"), (["--stage", "unet"], "stage `data`"), (["--stage", "cache"], "stage `vae`"),
-    (["--stage", "export"], "stage `tokenizer`")])
-def test_mistakes_get_one_sentence(tmp_path, capsys, flags, words):
-    assert main(["--output_dir", str(tmp_path), *flags]) == 2
-    message = capsys.readouterr().err
-    assert words in message and "Traceback" not in message
-
-
-def test_a_stopped_session_leaves_a_checkpoint(straight, tmp_path, monkeypatch):
-    run = fresh_run(tmp_path, straight)
-    from sdxl_course.pretraining import vae as room
-    batch = room.vae_batch
-    def ctrl_c(pictures, vae, step, *rest):
-        if step == 4: raise KeyboardInterrupt
-        return batch(pictures, vae, step, *rest)
-    monkeypatch.setattr(room, "vae_batch", ctrl_c)
-    assert main(["--output_dir", str(run), "--stage", "vae", "--vae_steps", "6", *SMALL]) == 130
-    assert steps_done(run, "vae") == 4
-    monkeypatch.undo()
-    chain(run, "vae", vae_steps=6)
-    assert state(run, "vae") == state(straight, "vae")
-
-
-def test_another_learning_rate_holds_at_once(straight, tmp_path):
-    run = fresh_run(tmp_path, straight)
-    for steps, rate in ((3, 1.5e-3), (4, 1e-13)): chain(run, "vae", vae_steps=steps, vae_lr=rate)
-    rows = [json.loads(line) for line in (run / "vae" / "training_log.jsonl").read_text().splitlines()]
-    assert rows[2]["lr"] > 1e-4 and rows[3]["lr"] < 1e-12
-
-
-@pytest.mark.slow
-def test_a_second_average_can_be_chosen_at_the_end(straight, tmp_path, capsys):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "cache", start_from=straight / "export")
-    chain(run, "unet", unet_steps=2, unet_ema=0.1, unet_ema_slow=0.9, unet_lr=1e-2, unet_schedule_steps=100)
-    for name in ("ema", "ema_slow"): chain(run, "export", unet_average=name, export_dir=tmp_path / name)
-    assert differing(tmp_path / "ema", tmp_path / "ema_slow") == {"unet/diffusion_pytorch_model.safetensors"}
-    other = fresh_run(tmp_path / "other", straight)
-    chain(other, "cache,unet", start_from=straight / "export", unet_steps=1)
-    assert main(["--output_dir", str(other), "--stage", "export", "--unet_average", "ema_slow", *SMALL]) == 2
-    assert "second average" in capsys.readouterr().err
-
-
-def test_bf16_trains_fp32_weights(straight, tmp_path):
-    run = fresh_run(tmp_path, straight)
-    chain(run, "vae", vae_steps=1, mixed_precision="bf16")
-    half, full = (load_tensors(latest_checkpoint(one / "vae") / "trained.safetensors")[0] for one in (run, straight))
-    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in half.values()) and half.keys() == full.keys()
-
-
-@pytest.mark.slow
-def test_a_finer_autoencoder_needs_no_other_code(tmp_path, monkeypatch):
-    "The factor of the latents is a matter of the architecture alone."
-    factor4 = dict(block_out_channels=(8, 16, 32), down_block_types=("DownEncoderBlock2D",)*3, up_block_types=("UpDecoderBlock2D",)*3)
-    monkeypatch.setitem(TINY, "vae", TINY["vae"] | factor4)
-    monkeypatch.setitem(TINY, "unet", TINY["unet"] | dict(sample_size=32))
-    chain(tmp_path, "all", judge_steps=1, instance_steps=1, vae_steps=2, decoder_steps=1, clip_steps=1, unet_steps=1, alignment_weight=0.5)
-    cached = load_tensors(tmp_path / "cache" / "shard-00000.safetensors")[0]
-    assert cached["mean"].shape[2:] == (4, 32, 32) and cached["mask"].shape[2:] == (1, 32, 32)
-    from diffusers import StableDiffusionXLPipeline
-    pipeline = StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "export"))
-    assert (pipeline.vae_scale_factor, pipeline.default_sample_size) == (4, 32)
