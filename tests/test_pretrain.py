@@ -23,6 +23,7 @@ from sdxl_course.pretraining.stage import steps_done
 from sdxl_course.pretraining.unet import ablation, load_parts
 from sdxl_course.pretraining.vae import encoding_part, load_vae
 from sdxl_course.train.checkpoint import latest_checkpoint, verify
+from sdxl_course.world.render import render_array
 from sdxl_course.world.scene import HELD_OUT_STYLE, STYLES, Scene, set_stage
 from sdxl_course.world.trace import trace
 
@@ -171,7 +172,7 @@ def test_stock_diffusers_draws_with_the_export(straight):
 
 def test_the_card_says_what_made_it(straight, stopped, tmp_path):
     card, log = (straight / "export" / "README.md").read_text(), json.loads((straight / "export" / "training_log.json").read_text())
-    assert "5 scenes" in card and card.count("| 4 steps, ") == len(TRAINED) and "not trained" not in card and "--num_scenes 5" in card
+    assert "5 scenes" in card and card.count("| 4 steps, ") == len(TRAINED) and "not trained" not in card and "--num_scenes 5" in card and "| `judges/attributes` | 4 steps" in card
     assert log.keys() == {*TRAINED, "facts"} and log["unet"]["step"] == [1, 2, 3, 4] and log["facts"]["held_out"] == len(read_pictures(straight).held_out_rows)
     chain(part_of(stopped, tmp_path / "run", "data", "tokenizer", "tokenizer_2", "vae"), "export", export_dir=tmp_path / "model", num_scenes=6)
     card = (tmp_path / "model" / "README.md").read_text()
@@ -335,7 +336,8 @@ def test_judges_see_renders_and_the_held_out_style_in_a_fifth(straight):
     for k, row in enumerate(pictures.held_out_rows):
         one, other = codes[known + k], codes[row]
         assert one[3] == ATTRIBUTES["style"].index(HELD_OUT_STYLE) and torch.equal(one[[0, 1, 2, 4, 5]], other[[0, 1, 2, 4, 5]])
-        assert torch.equal(select_pictures(pictures, torch.tensor([known + k]))[0], pictures.held_out_style[k])
+        scene = Scene(**{key: value for key, value in pictures.scenes[row].items() if key != "captions"} | dict(style=HELD_OUT_STYLE))
+        assert np.array_equal(select_pictures(pictures, torch.tensor([known + k]))[0].numpy(), render_array(scene, SIDE))
     drawn = draw_balanced([torch.tensor([7]), torch.arange(100, 200)], 4000, torch.Generator().manual_seed(0))
     assert (drawn == 7).float().mean() == pytest.approx(0.5, abs=0.04) and drawn[drawn != 7].unique().tolist() == list(range(100, 200))
     flat = Pictures(torch.stack([torch.full((SIDE, SIDE, 3), 40*k, dtype=torch.uint8) for k in range(known)]), pictures.scenes, torch.full((len(codes) - known, SIDE, SIDE, 3), 250, dtype=torch.uint8), pictures.held_out_rows, pictures.maps)
