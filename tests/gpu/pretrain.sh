@@ -1,30 +1,33 @@
 #!/bin/bash
 # From nothing to exported weights of sdxl-tiny on one GPU, in about ten minutes, and then its scores.
 #
-#   bash tests/gpu/pretrain.sh [--vae 1.5] [--clip 0.4] [--unet 3.5] [--scenes 8000] [--out FOLDER] [--precision bf16]
+#   bash tests/gpu/pretrain.sh [--vae 1.5] [--clip 0.4] [--unet 3.5] [--small 0.7] [--scenes 8000] [--out FOLDER] [--precision bf16]
 #       minutes of training: of the autoencoder, of each CLIP, of the UNet. Each first makes PROBE updates to learn how long one
-#       takes, then as many as fit, with a schedule of that length.
+#       takes, then as many as fit, with a schedule of that length. The UNet sees pictures of 64 pixels in the share --small of it.
+#   bash tests/gpu/pretrain.sh --begin unet [...]
+#       goes on in a folder that holds pictures, CLIPs, the autoencoder and cached latents
 #   STEPS=20 bash tests/gpu/pretrain.sh
 #       a try on any machine: so many updates of every stage, a few scenes, a few pictures to judge
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 
-VAE=1.5 CLIP=0.4 UNET=3.5 SCENES=8000 OUT=${OUT:-pretrain-run} PRECISION=bf16
+VAE=1.5 CLIP=0.4 UNET=3.5 SMALL=0.7 BEGIN=data SCENES=8000 OUT=${OUT:-pretrain-run} PRECISION=bf16
 while [ $# -gt 0 ]; do
     case $1 in
-        --vae) VAE=$2 ;; --clip) CLIP=$2 ;; --unet) UNET=$2 ;; --scenes) SCENES=$2 ;; --out) OUT=$2 ;; --precision) PRECISION=$2 ;;
+        --vae) VAE=$2 ;; --clip) CLIP=$2 ;; --unet) UNET=$2 ;; --small) SMALL=$2 ;; --begin) BEGIN=$2 ;; --scenes) SCENES=$2 ;; --out) OUT=$2 ;; --precision) PRECISION=$2 ;;
         *) echo "unknown flag $1" >&2; exit 2 ;;
     esac
     shift 2
 done
+case $BEGIN in data|unet) ;; *) echo "--begin $BEGIN: wanted data or unet" >&2; exit 2 ;; esac
 
-PROBE=40 STEPS=${STEPS:-} DECODER=400 JUDGES=600 INSTANCES=300
+PROBE=40 STEPS=${STEPS:-} JUDGES=600 INSTANCES=300
 SIZES="--shard_size 100 --num_validation 48 --num_things 160 --log_every 200
     --vae_batch_size 64 --clip_batch_size 512 --unet_batch_size 128 --judge_batch_size 128"
 ASKED="--num_prompts 200 --num_held_out 100 --num_inference_steps 25 --batch_size 50"
 if [ -n "$STEPS" ]; then
-    SCENES=24 PRECISION=no PROBE=2 DECODER=$STEPS JUDGES=$STEPS INSTANCES=$STEPS
+    SCENES=24 PRECISION=no PROBE=2 JUDGES=$STEPS INSTANCES=$STEPS
     SIZES="--shard_size 8 --num_validation 2 --num_things 6 --log_every 10
         --vae_batch_size 4 --clip_batch_size 16 --unet_batch_size 4 --judge_batch_size 8"
     ASKED="--num_prompts 4 --num_held_out 2 --num_inference_steps 4 --batch_size 3"
@@ -32,7 +35,8 @@ fi
 
 pretrain() { # stages, further flags
     python -m sdxl_course.pretraining.export --output_dir "$OUT" --mixed_precision "$PRECISION" --num_scenes "$SCENES" \
-        --num_workers "$(nproc)" --sample_every 0 $SIZES --decoder_steps "$DECODER" --judge_steps "$JUDGES" --instance_steps "$INSTANCES" \
+        --num_workers "$(nproc)" --sample_every 0 $SIZES --unet_small_share "$SMALL" \
+        --judge_steps "$JUDGES" --instance_steps "$INSTANCES" \
         --stage "$@"
 }
 
@@ -50,9 +54,13 @@ PYTHON
 }
 
 began=$SECONDS
-pretrain data,tokenizer,vae $(probe vae)
-pretrain vae,decoder,judges,clip $(fit vae vae "$VAE" 1.2) $(probe clip)
-pretrain clip,cache,unet $(fit clip clip_2 "$CLIP" 1) $(probe unet)
-pretrain unet,export $(fit unet unet "$UNET" 1)
+if [ "$BEGIN" = data ]; then
+    pretrain data,tokenizer,vae $(probe vae)
+    pretrain vae,judges,clip $(fit vae vae "$VAE" 1.2) $(probe clip)
+    pretrain clip,cache,unet $(fit clip clip_2 "$CLIP" 1) $(probe unet)
+else
+    pretrain unet $(probe unet)
+fi
+pretrain unet,export $(fit unet unet "$UNET" "$(python -c "print(4 - 3*$SMALL)")") # a large picture is four small ones
 echo "trained and exported in $((SECONDS - began)) seconds: $OUT/export"
 python -m sdxl_course.evaluate --model "$OUT/export" $ASKED --output "$OUT/evaluation.json" --grid "$OUT/samples.png"
