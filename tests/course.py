@@ -36,7 +36,7 @@ text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_
 memory plan remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
 measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.vae pretraining.judges pretraining.clip
-pretraining.cache pretraining.alignment pretraining.unet pretraining.export
+pretraining.cache pretraining.alignment pretraining.unet pretraining.refiner pretraining.export
 cli
 """.split()
 RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion", "custom_diffusion", "controlnet", "t2i_adapter", "instruct_pix2pix", "lcm", "dpo", "ddpo", "unconditional"}

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'SCORE_SECTION', 'THROUGH_SECTION', 'CARD_HEAD', 'CARD_TAIL
            'save_towers', 'score_row', 'vae_row', 'score_section', 'training_row', 'card_text', 'stage_logs',
            'gather_facts', 'export_model', 'tokenize_run', 'run_stages', 'main']
 
-# %% ../../nbs/library/pretraining_export.ipynb #90d216fe
+# %% ../../nbs/library/pretraining_export.ipynb #17ad8068
 import json
 import shutil
 import sys
@@ -28,12 +28,13 @@ from .judges import JudgeOptions, train_judges
 from .clip import ClipOptions, load_clip, train_clip
 from .cache import CacheOptions, make_cache
 from .unet import UNetOptions, load_parts, train_unet
+from .refiner import RefinerOptions, save_refiner, train_refiner
 
-# %% ../../nbs/library/pretraining_export.ipynb #24d2cf99
-STAGES = ("data", "tokenizer", "vae", "judges", "clip", "cache", "unet", "export")
+# %% ../../nbs/library/pretraining_export.ipynb #a0cf0168
+STAGES = ("data", "tokenizer", "vae", "judges", "clip", "cache", "unet", "refiner", "export")
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(UNetOptions, CacheOptions, ClipOptions, JudgeOptions, VaeOptions, SceneOptions, RunOptions):
+class PretrainConfig(RefinerOptions, UNetOptions, CacheOptions, ClipOptions, JudgeOptions, VaeOptions, SceneOptions, RunOptions):
     "Make sdxl-tiny from scratch, or go on making it."
     def __post_init__(self): # raises CourseError
         check_options(self)
@@ -163,7 +164,7 @@ def training_row(
     minutes, loss = facts["minutes"].get(stage, 0), facts["losses"].get(stage, float("nan"))
     return f"| {part} | {facts['steps'][stage]:,} steps, {minutes:.0f} minutes, final loss {loss:.4f} |\n"
 
-# %% ../../nbs/library/pretraining_export.ipynb #b7fb048c
+# %% ../../nbs/library/pretraining_export.ipynb #f3e10e60
 def card_text(
     facts:dict, # what `export` gathered
 )->str: # markdown
@@ -176,15 +177,15 @@ def card_text(
     rows = [training_row("`vae`", "vae", facts),
         training_row("`text_encoder` with `vision_model`", "clip_1", facts),
         training_row("`text_encoder_2` with `vision_model_2`", "clip_2", facts),
-        training_row("`unet`", "unet", facts)]
+        training_row("`unet`", "unet", facts), training_row("`refiner`", "refiner", facts, "not there")]
     rows += [training_row(f"`judges/{name}`", f"judge_{name}", facts, "see its own card") for name in facts["judges"]]
     psnr, styles = facts["psnr"], ", ".join(f"{style} {value:.1f}" for style, value in facts["psnr"].items())
     measured = f"{sum(psnr.values())/len(psnr):.1f} dB on average: {styles}" if psnr else "not measured"
     through = f"\nReconstruction of unseen scenes by the VAE: {measured}.\n"
     return "".join((head, *rows, through, score_section(facts["scores"]), CARD_TAIL))
 
-# %% ../../nbs/library/pretraining_export.ipynb #adbf5cb1
-TRAINED = ("judge_attributes", "judge_instances", "vae", "clip_1", "clip_2", "unet") # folders of the stages that train
+# %% ../../nbs/library/pretraining_export.ipynb #628b2757
+TRAINED = ("judge_attributes", "judge_instances", "vae", "clip_1", "clip_2", "unet", "refiner") # folders of the stages that train
 
 def stage_logs(
     run:Path, # run folder
@@ -212,7 +213,7 @@ def gather_facts(
         provenance=provenance(),
         scores={name: read(run/f"{name}.json") for name in ("evaluation", "ceiling") if (run/f"{name}.json").exists()})
 
-# %% ../../nbs/library/pretraining_export.ipynb #68e774f7
+# %% ../../nbs/library/pretraining_export.ipynb #cd4bc67c
 def export_model(
     config:PretrainConfig,
 )->Path: # folder of a diffusers pipeline
@@ -224,6 +225,7 @@ def export_model(
     facts = gather_facts(run, steps, logs)
     save_components(parts, folder)
     save_towers(run, config.seed, folder)
+    save_refiner(run, config.seed, folder/"refiner")
     if (run/"judges").is_dir(): shutil.copytree(run/"judges", folder/"judges", dirs_exist_ok=True)
     if (run/"samples.jpg").exists(): shutil.copy(run/"samples.jpg", folder/"samples.jpg")
     else: (folder/"samples.jpg").unlink(missing_ok=True) # of another model
@@ -231,14 +233,15 @@ def export_model(
     write_atomic(folder/"README.md", card_text(facts).encode())
     return folder
 
-# %% ../../nbs/library/pretraining_export.ipynb #3aed26e2
+# %% ../../nbs/library/pretraining_export.ipynb #f49e8c54
 def tokenize_run(
     config:PretrainConfig,
 ):
     "Make the tokenizers."
     make_tokenizers(config.output_dir)
 WORK = dict(zip(STAGES,
-    (make_data, tokenize_run, train_vae, train_judges, train_clip, make_cache, train_unet, export_model)))
+    (make_data, tokenize_run, train_vae, train_judges, train_clip, make_cache, train_unet, train_refiner,
+    export_model)))
 
 # %% ../../nbs/library/pretraining_export.ipynb #b9cd79cf
 def run_stages(

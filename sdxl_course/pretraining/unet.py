@@ -135,6 +135,7 @@ def load_encoders(
     for name in ("vae", *(f"judge_{name}" for name in JUDGES)):
         if (run/name/"measured.json").exists():
             steps[name] = json.loads((run/name/"measured.json").read_text("utf-8"))["step"]
+    if refined := steps_done(run, "refiner"): steps["refiner"] = refined
     return steps
 
 # %% ../../nbs/library/pretraining_unet.ipynb #314239ac
