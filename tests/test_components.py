@@ -247,11 +247,12 @@ def original_unet(tensors, layers):
 
 
 def original_vae(tensors):
-    "Diffusers' VAE names -> the names of the latent diffusion code base."
+    "Diffusers' VAE names -> the names of the latent diffusion code base, which counts the decoder's levels from the picture."
+    levels = len({name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")})
     swaps = [("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2."), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
         *[(f"mid_block.attentions.0.to_{old}.", f"mid.attn_1.{new}.") for old, new in (("q", "q"), ("k", "k"), ("v", "v"), ("out.0", "proj_out"))],
         ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("resnets.", "block."),
-        ("down_blocks.", "down."), *[(f"up_blocks.{i}.", f"up.{3 - i}.") for i in range(4)]]
+        ("down_blocks.", "down."), *[(f"up_blocks.{i}.", f"up.{levels - 1 - i}.") for i in range(levels)]]
     made = {}
     for name, value in tensors.items():
         new = name
