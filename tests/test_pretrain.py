@@ -28,7 +28,7 @@ from sdxl_course.world.scene import HELD_OUT_STYLE, STYLES, Scene, set_stage
 from sdxl_course.world.trace import trace
 
 SMALL = ("--num_scenes 5 --shard_size 3 --num_workers 1 --num_validation 1 --captions_per_scene 2 --held_out_share 0.4 --judge_batch_size 4 --num_things 3 "
-         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --unet_small_share 0.5 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 "
+         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --unet_small_share 0.5 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 --refiner_steps 4 --refiner_batch_size 2 "
          "--vae_schedule_steps 4 --clip_schedule_steps 4 --unet_schedule_steps 4 --log_every 1 --sample_every 0").split()
 
 
@@ -71,7 +71,8 @@ def stopped(straight, tmp_path_factory):
     chain(run, "judges,tokenizer,clip,vae", max_minutes=1e-6) # one step of each
     chain(run, "judges")
     chain(run, "vae,clip,cache,unet", unet_steps=2) # the next step is the first one with large pictures
-    chain(run, "unet")
+    chain(run, "unet,refiner", max_minutes=1e-6)
+    chain(run, "unet,refiner")
     return run
 
 
@@ -82,7 +83,7 @@ def test_stopping_changes_no_byte(straight, stopped, name):
     assert state(straight, name) == state(stopped, name)
     folder = latest_checkpoint(straight / name)
     tensors = {path.name: load_tensors(path)[0] for path in folder.glob("*.safetensors")}
-    kinds = {"exp_avg", "exp_avg_sq", "step"} | (set() if name == "unet" else {"momentum"}) # AdamW moves the whole UNet
+    kinds = {"exp_avg", "exp_avg_sq", "step"} | (set() if name in ("unet", "refiner") else {"momentum"}) # AdamW moves the whole UNet
     assert folder.name == "checkpoint-4" and tensors.keys() == {"trained.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert {key.split("/")[0] for key in tensors["optimizer.safetensors"]} == kinds
     assert all(torch.isfinite(tensor).all() for group in tensors.values() for tensor in group.values())
@@ -164,6 +165,8 @@ def test_stock_diffusers_draws_with_the_export(straight):
         theirs = getattr(pipeline, name).state_dict()
         assert theirs.keys() == part.state_dict().keys() # REPA's head is thrown away
         for key, mine in part.state_dict().items(): torch.testing.assert_close(mine.half().float(), theirs[key].float())
+    refiner, averaged = pipeline.unet.from_pretrained(str(folder / "refiner" / "unet")), load_tensors(latest_checkpoint(straight / "refiner") / "ema.safetensors")[0]
+    for name, p in refiner.named_parameters(): torch.testing.assert_close(averaged[f"unet.{name}"].half().float(), p.detach())
     for name, width in (("vision_model", 64), ("vision_model_2", 128)):
         tower, info = CLIPVisionModelWithProjection.from_pretrained(str(folder / name), output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -177,9 +180,10 @@ def test_the_card_says_what_made_it(straight, stopped, tmp_path):
     chain(part_of(stopped, tmp_path / "run", "data", "tokenizer", "tokenizer_2", "vae"), "export", export_dir=tmp_path / "model", num_scenes=6)
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.count("not trained: random weights") == 3 and card.count("| 4 steps, ") == 1 # no CLIP, no UNet, and no row for judges
-    assert not (tmp_path / "model" / "vision_model").exists() and not (tmp_path / "model" / "judges").exists()
+    assert "| `refiner` | not there |" in card
+    assert not any((tmp_path / "model" / name).exists() for name in ("vision_model", "judges", "refiner"))
     sessions = [json.loads(line)["flags"] for line in (stopped / "history.jsonl").read_text().splitlines()]
-    assert [one["stage"] for one in sessions] == ["judges,tokenizer,clip,vae", "judges", "vae,clip,cache,unet", "unet"] and sessions[2]["unet_steps"] == 2
+    assert [one["stage"] for one in sessions] == ["judges,tokenizer,clip,vae", "judges", "vae,clip,cache,unet", "unet,refiner", "unet,refiner"] and sessions[2]["unet_steps"] == 2
 
 
 @pytest.mark.slow
