@@ -1,5 +1,5 @@
 #!/bin/bash
-# From nothing to exported weights of sdxl-tiny on one GPU, in about ten minutes, and then its scores.
+# From nothing to exported weights of sdxl-tiny on one GPU, without a refiner, in about ten minutes, and then its scores.
 #
 #   bash tests/gpu/pretrain.sh [--vae 1.5] [--clip 0.4] [--unet 3.5] [--small 0.7] [--scenes 8000] [--out FOLDER] [--precision bf16]
 #       minutes of training: of the autoencoder, of each CLIP, of the UNet. Each first makes PROBE updates to learn how long one
