@@ -34,7 +34,8 @@ from .refiner import RefinerOptions, save_refiner, train_refiner
 STAGES = ("data", "tokenizer", "vae", "judges", "clip", "cache", "unet", "refiner", "export")
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RefinerOptions, UNetOptions, CacheOptions, ClipOptions, JudgeOptions, VaeOptions, SceneOptions, RunOptions):
+class PretrainConfig(RefinerOptions, UNetOptions, CacheOptions, ClipOptions, JudgeOptions, VaeOptions, SceneOptions,
+    RunOptions):
     "Make sdxl-tiny from scratch, or go on making it."
     def __post_init__(self): # raises CourseError
         check_options(self)
@@ -185,7 +186,8 @@ def card_text(
     return "".join((head, *rows, through, score_section(facts["scores"]), CARD_TAIL))
 
 # %% ../../nbs/library/pretraining_export.ipynb #628b2757
-TRAINED = ("judge_attributes", "judge_instances", "vae", "clip_1", "clip_2", "unet", "refiner") # folders of the stages that train
+# folders of the stages that train
+TRAINED = ("judge_attributes", "judge_instances", "vae", "clip_1", "clip_2", "unet", "refiner")
 
 def stage_logs(
     run:Path, # run folder
