@@ -32,7 +32,7 @@ SIDE = 128 # pixels of a training picture
 class SceneOptions:
     "Which scenes are drawn, and by how many processes."
     num_scenes: int = option(12000, "pictures of the known styles", "0 ..")
-    held_out_share: float = option(0.15,
+    held_out_share: float = option(0.12,
         "share of the scenes also drawn in the held-out style, for VAE and judges only", "0 .. 1")
     num_validation: int = option(128, "scenes drawn in every style for measuring", "0 ..")
     captions_per_scene: int = option(3, "phrasings of each picture", "1 ..")

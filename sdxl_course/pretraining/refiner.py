@@ -21,7 +21,7 @@ from .stage import Hyperparameters, load_ema, log, steps_done, train_stage, trai
 from .data import SIDE, read_scenes
 from .vae import encoding_part
 from .cache import read_cache
-from .unet import load_parts, unet_batch
+from .unet import load_parts, trainable, unet_batch
 
 # %% ../../nbs/library/pretraining_refiner.ipynb #94c4c881
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def train_refiner(
             raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
     for part in (parts.text_encoder, parts.text_encoder_2): part.to(device)
-    unet, width = refiner_architecture(config.seed).requires_grad_(True), parts.text_encoder_2.config.hidden_size
+    unet, width = trainable(refiner_architecture(config.seed), device), parts.text_encoder_2.config.hidden_size
     log("refiner", parameters=count_parameters(unet))
     def batch_at(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, step, config.seed, config.refiner_batch_size,

@@ -110,10 +110,12 @@ def make_state(
     plan:Hyperparameters,
     seed:int, # of the run
     prepare=lambda optimizer: optimizer, # accelerator.prepare
+    precision:str="no", # bf16: Muon's products as well
 )->TrainState: # at its first step
     "Optimizer, schedule and averages of a stage."
     parameters = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
-    optimizer = muon_with_adamw(trainee, plan.learning_rate, plan.matrix_rate, plan.betas, plan.weight_decay)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    optimizer = muon_with_adamw(trainee, plan.learning_rate, plan.matrix_rate, plan.betas, plan.weight_decay, dtype)
     updates = plan.schedule_steps or plan.steps
     scheduler = warmup_stable_decay(optimizer, min(plan.warmup, updates//10), updates, plan.decay_share)
     return TrainState(parameters, prepare(optimizer), scheduler, seed, ema=MultiEma(parameters, plan.ema))
@@ -314,7 +316,7 @@ def train_stage(
         if accelerator.num_processes > 1:
             raise CourseError("pretrain runs in one process: wanted no launcher of several")
         trainee, scaler, device = accelerator.prepare(trainee), accelerator.scaler, accelerator.device
-        state = make_state(trainee, plan, config.seed, accelerator.prepare)
+        state = make_state(trainee, plan, config.seed, accelerator.prepare, accelerator.mixed_precision)
         resume_stage(folder, state, scaler)
         save = partial(save_stage, folder, plan=plan, scaler=scaler)
         hooks = [timing(state, trainee), logging_to(folder/"training_log.jsonl", state),

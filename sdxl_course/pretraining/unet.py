@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_PROMPTS', 'UNetOptions', 'spread_timesteps', 'unet_batch', 'sample_pictures', 'load_encoders', 'load_parts',
-           'ablation', 'UNetLoss', 'unet_batches', 'sampling', 'train_unet']
+           'ablation', 'UNetLoss', 'unet_batches', 'sampling', 'trainable', 'train_unet']
 
 # %% ../../nbs/library/pretraining_unet.ipynb #5c823a74
 import json
 import torch
 import torch.nn.functional as F
 from dataclasses import dataclass
+from diffusers.models.attention_processor import AttnProcessor
 from pathlib import Path
 from ..core import CourseError, image_grid, seeded
 from ..options import option
@@ -37,16 +38,16 @@ from .alignment import make_aligner
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:
     "How the UNet is trained."
-    unet_steps: int = option(16000, "where UNet training ends", "0 ..")
+    unet_steps: int = option(9500, "where UNet training ends", "0 ..")
     unet_schedule_steps: int = option(0, "length of its learning-rate plan; 0: unet_steps", "0 ..")
     unet_batch_size: int = option(32, "latents in a batch", "1 ..")
     unet_lr: float = option(1e-3, "learning rate of AdamW; Muon's is unet_matrix_rate times that", "0 ..")
-    unet_matrix_rate: float = option(0., "learning rate of Muon, as a multiple of AdamW's; 0: AdamW alone", "0 ..")
-    unet_small_share: float = option(0.7, "share of the plan that sees pictures of 64 pixels; the rest sees 128",
+    unet_matrix_rate: float = option(3., "learning rate of Muon, as a multiple of AdamW's; 0: AdamW alone", "0 ..")
+    unet_small_share: float = option(0.65, "share of the plan that sees pictures of 64 pixels; the rest sees 128",
         "0 .. 1")
     unet_decay_share: float = option(0.3, "last part of the plan, in which the rate falls to zero", "0 .. 1")
     unet_ema: float = option(0.999, "decay of the average of the weights that is kept", "0 .. < 1")
-    unet_ema_slow: float = option(0., "decay of a second, slower average to choose from afterwards; 0: none",
+    unet_ema_slow: float = option(0.9998, "decay of a second, slower average to choose from afterwards; 0: none",
         "0 .. < 1")
     unet_average: str = option("ema", "average that samples and the stage export show", choices=("ema", "ema_slow"))
     caption_dropout: float = option(0.1, "share of the pictures trained with zeros for words", "0 .. 1")
@@ -220,6 +221,17 @@ def sampling(
             image_grid(sample_pictures(parts, prompts), columns=4).save(folder/f"sample-{state.step:06d}.png")
     return hook
 
+# %% ../../nbs/library/pretraining_unet.ipynb #e3aac5f1
+def trainable(
+    unet, # UNet2DConditionModel
+    device, # where it will be trained
+): # the same UNet there, all of it to be trained
+    "A UNet laid out for fast training on its device."
+    order = torch.channels_last if device.type == "cuda" else torch.contiguous_format # slower on a CPU
+    # backwards, torch's fused attention takes a CPU three to five times as long for matrices as small as here
+    if device.type == "cpu": unet.set_attn_processor(AttnProcessor())
+    return unet.to(device, memory_format=order).requires_grad_(True)
+
 # %% ../../nbs/library/pretraining_unet.ipynb #1c5080b7
 def train_unet(
     config, # RunOptions, CacheOptions and UNetOptions; CourseError if something that it needs is not trained
@@ -232,8 +244,7 @@ def train_unet(
         raise CourseError(f"{run} has no trained {needed}: run the stage `{needed.split('_')[0]}` first")
     cache = read_cache(run, len(scenes), fingerprint(encoding_part(parts.vae)))
     for part in (parts.text_encoder, parts.text_encoder_2): part.to(device)
-    order = torch.channels_last if device.type == "cuda" else torch.contiguous_format # slower on a CPU
-    unet = parts.unet.to(device, memory_format=order).requires_grad_(True)
+    unet = trainable(parts.unet, device)
     log("unet", pictures=len(scenes), parameters=count_parameters(unet))
     aligner = make_aligner(unet, config.seed) if config.alignment_weight else None
     weighting = make_weighting(snr_gamma=config.snr_gamma or None, debiased_estimation_loss=not config.snr_gamma)

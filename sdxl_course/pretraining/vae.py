@@ -27,11 +27,11 @@ from .data import Pictures, SIDE, read_pictures, select_pictures
 @dataclass(frozen=True, kw_only=True)
 class VaeOptions:
     "How the autoencoder is trained."
-    vae_steps: int = option(8000, "where VAE training ends", "0 ..")
+    vae_steps: int = option(3000, "where VAE training ends", "0 ..")
     vae_schedule_steps: int = option(0, "length of its learning-rate plan; 0: vae_steps", "0 ..")
     vae_batch_size: int = option(16, "pictures, or windows of pictures, in a batch", "1 ..")
     vae_crop: int = option(64, "side of the random crops of the first part", "1 ..")
-    vae_full_share: float = option(0.2,
+    vae_full_share: float = option(0.1,
         "share of the plan, at its end, that sees whole pictures, half a batch at a time", "0 .. 1")
     vae_lr: float = option(1.5e-3, "learning rate of AdamW; Muon's is matrix_rate times that", "0 ..")
     matrix_rate: float = option(6., "learning rate of Muon, as a multiple of AdamW's, in every stage but unet", "0 ..")

@@ -167,18 +167,19 @@ class Ema:
 
 # %% ../../nbs/library/train_optimizer.ipynb #48095fff
 def orthogonalize(
-    matrix, # (n, m)
+    matrix, # (..., n, m)
     steps:int=5, # iterations; each makes the singular values more equal
-): # (n, m)
+    dtype=None, # number format of the products, such as torch.bfloat16; None: the matrix's own
+): # (..., n, m)
     "Nearly the closest matrix with singular values of one, by a Newton-Schulz iteration (Jordan et al., 2024)."
-    x = matrix / (matrix.norm() + 1e-7)
-    if len(x) > len(x.T): return orthogonalize(matrix.T, steps).T
-    gram, turn = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps): # only the small square matrices go round; x itself is multiplied once
-        factor = (-4.7750*gram).addmm_(gram, gram, alpha=2.0315)
-        factor.diagonal().add_(3.4445)
-        gram, turn = factor @ gram @ factor, factor @ turn
-    return turn @ x
+    if matrix.shape[-2] > matrix.shape[-1]: return orthogonalize(matrix.mT, steps, dtype).mT
+    x = (matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype or matrix.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        factor = 2.0315*(gram @ gram) - 4.7750*gram
+        factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+        x = factor @ x
+    return x.to(matrix.dtype)
 
 # %% ../../nbs/library/train_optimizer.ipynb #9ef1c2b2
 class Muon(torch.optim.Optimizer):
@@ -188,19 +189,27 @@ class Muon(torch.optim.Optimizer):
         lr:float, # step size, on AdamW's scale
         momentum:float=0.95, # share of the old direction that is kept
         weight_decay:float=0.0, # pull towards zero, times lr
-    ): super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        dtype=None, # of the orthogonalization; Jordan's own code takes torch.bfloat16
+    ):
+        self.dtype = dtype
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
         "Move every matrix by one step."
         for group in self.param_groups:
+            alike = {} # shape of a matrix -> parameters; products of many small matrices are quicker as one
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad,
-                    1 - group["momentum"])
-                # Nesterov: look one step ahead
-                step = orthogonalize(p.grad.lerp(momentum, group["momentum"]).flatten(1))
-                p.mul_(1 - group["lr"]*group["weight_decay"])
-                p.add_(step.view(p.shape), alpha=-group["lr"]*0.2*max(step.shape)**0.5)
+                alike.setdefault(p.flatten(1).shape, []).append(p)
+            for shape, parameters in alike.items():
+                ahead = torch.stack([self._ahead(p, group["momentum"]).flatten(1) for p in parameters])
+                for p, step in zip(parameters, orthogonalize(ahead, dtype=self.dtype)):
+                    p.mul_(1 - group["lr"]*group["weight_decay"])
+                    p.add_(step.reshape(p.shape), alpha=-group["lr"]*0.2*max(shape)**0.5)
+
+    def _ahead(self, p, keep): # momentum as Nesterov's: one step ahead
+        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - keep)
+        return p.grad.lerp(momentum, keep)
 
 # %% ../../nbs/library/train_optimizer.ipynb #04988d77
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -233,6 +242,7 @@ def muon_with_adamw(
     matrix_rate:float=1.0, # learning rate of Muon, as a multiple of AdamW's; 0: AdamW for everything
     betas=(0.9, 0.999), # AdamW's two decay rates
     weight_decay:float=1e-2, # of both
+    dtype=None, # of Muon's orthogonalization; None: the parameters' own
 ): # torch optimizer; AdamW's groups come first
     "Muon for matrices and kernels, AdamW for embeddings, for what is thinner than eight, and for the rest."
     tables = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
@@ -242,7 +252,7 @@ def muon_with_adamw(
     others = [p for p in trained if not (matrix_rate and wide(p))]
     parts = [torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=weight_decay,
         fused=True)] if others else []
-    if matrices: parts.append(Muon(matrices, learning_rate*matrix_rate, weight_decay=weight_decay))
+    if matrices: parts.append(Muon(matrices, learning_rate*matrix_rate, weight_decay=weight_decay, dtype=dtype))
     return CombinedOptimizer(parts)
 
 # %% ../../nbs/library/train_optimizer.ipynb #604839b5
