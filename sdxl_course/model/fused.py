@@ -75,7 +75,8 @@ def one_path(
     layer, # nn.Module
     x, # its input
 ): # its only adapter's name, or None where PEFT has more to do
-    "Which LoRA of a layer can take the short way."
+    "Which LoRA of a layer can take the short way, which is for training: drawing keeps PEFT's to the last bit."
+    if not torch.is_grad_enabled(): return
     if not isinstance(layer, FusedLinear) or layer.disable_adapters or layer.merged: return
     name, *others = layer.active_adapters
     if others or name not in layer.lora_A or name in getattr(layer, "lora_variant", ()): return
