@@ -6,7 +6,8 @@ import torch
 from sdxl_course.core import seeded
 from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.architecture import tiny_architecture
-from sdxl_course.model.fused import FusedLinear, fuse_layers, one_path
+from sdxl_course.model import fused as room
+from sdxl_course.model.fused import FusedLinear, fuse_layers, one_path, through
 from torch import nn
 
 
@@ -92,12 +93,23 @@ def test_the_state_of_a_layer_is_asked_each_time(change):
     assert torch.equal(plain(x), fused(x))
 
 
-def test_attention_of_which_only_a_part_has_a_lora():
+def test_attention_of_which_only_a_part_has_a_lora(monkeypatch):
     plain = add_lora(tiny_architecture(0).unet, rank=2, layers="to_q,to_v", generator=seeded("part"))
     for name, p in lora_parameters(plain): p.data.normal_(generator=seeded(name))
-    fused, given = fuse_layers(copy.deepcopy(plain)), dict(text_embeds=torch.ones(1, 128), time_ids=torch.ones(1, 6))
-    with torch.no_grad(): ours, theirs = (unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 192), added_cond_kwargs=given).sample for unet in (fused, plain))
+    model, given, short = fuse_layers(copy.deepcopy(plain)), dict(text_embeds=torch.ones(1, 128), time_ids=torch.ones(1, 6)), []
+    monkeypatch.setattr(room, "through", lambda *more: short.append(1) or through(*more))
+    draw = lambda unet: unet(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 192), added_cond_kwargs=given).sample
+    ours, theirs = (draw(unet).detach() for unet in (model, plain))
+    assert len(short) == sum(isinstance(layer, FusedLinear) for layer in model.modules()) > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_drawing_keeps_pefts_own_way(monkeypatch):
+    model = fuse_layers(add_lora(tiny_architecture(0).unet, rank=2, generator=seeded("drawing")))
+    monkeypatch.setattr(room, "through", None)  # calling it would fail
+    given = dict(text_embeds=torch.ones(1, 128), time_ids=torch.ones(1, 6))
+    with torch.no_grad(): model(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 192), added_cond_kwargs=given)
+    with pytest.raises(TypeError): model(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 192), added_cond_kwargs=given)
 
 
 def test_names_and_files_stay(tmp_path):
