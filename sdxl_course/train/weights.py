@@ -16,7 +16,6 @@ from ..core import load_tensors, save_tensors
 from ..model.components import save_components
 from ..model.adapters import block_rates, enable_gradient_checkpointing, inject_lora, lora_modules
 from ..model.adapters import parameter_groups, text_encoder_rates
-from ..model.fused import fuse_layers
 from ..model.lora_files import initialize_lora_from, load_lora_into, save_kohya
 from ..model.lora_factors import load_factors, save_factors
 from ..model.lora_files import save_lora
@@ -107,7 +106,6 @@ def lora_weights(
     named = inject_lora(parts, seed, config.rank, config.lora_alpha, config.lora_layers, config.gradient_checkpointing,
         dropout=config.lora_dropout, init=config.init_lora_weights, use_dora=config.use_dora,
         use_rslora=config.use_rslora, adapter=config.adapter)
-    for part in parts.values(): fuse_layers(part)
     if config.init_lora: initialize_lora_from(*three, config.init_lora)
     texts = [] if config.optimizer.lower() == "prodigy" else text_encoder_rates(config) # Prodigy has one step size
     groups = parameter_groups(named, config.learning_rate*scale, [rate*scale for rate in texts] or None,
