@@ -1,4 +1,5 @@
 "Shared by all tests: a copy of the repository, so that no test changes the checkout."
+import gc
 import os
 import signal
 import sys
@@ -87,6 +88,16 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; run with --slow only, as the workflow does")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection(session):
+    "What the test files import is left alone: garbage is looked for among what the tests make, and not in all the libraries again and again."
+    gc.disable()
+    yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

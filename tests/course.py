@@ -1,6 +1,7 @@
 "What the tests and tests/refresh.py know about the course: where things are, how a notebook is read, run and judged."
 import ast
 import configparser
+import functools
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ EXPORTS = {"export", "exports", "exporti"}
 ROOMS = """
 core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples world.maps
-model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.attention model.rank model.subspace model.lora model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
+model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.attention model.rank model.subspace model.lora model.fused model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
 model.lora_tools model.weight_files
 model.words model.key_values model.control
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
@@ -44,9 +45,13 @@ RECIPES = {"text_to_image", "dreambooth", "full", "textual_inversion", "custom_d
 
 # ---------------------------------------------------------------- reading
 
+@functools.cache
+def _read(path, changed): return nbformat.read(path, as_version=4)
+
+
 def read(path):
-    "A notebook, with sources as strings."
-    return nbformat.read(path, as_version=4)
+    "A notebook, with sources as strings. It is parsed once for all who read it: not to be changed."
+    return _read(path, path.stat().st_mtime_ns)
 
 
 def page_name(path):
@@ -100,10 +105,15 @@ def code_cells(nb):
     return [(i, cell) for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and bare(cell.source)]
 
 
-def parse(cell):
-    "The syntax tree of a code cell; lines for the shell or IPython are left out."
-    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in cell.source.splitlines()]
+@functools.lru_cache(5000)
+def _parse(source):
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
     return ast.parse("\n".join(lines))
+
+
+def parse(cell):
+    "The syntax tree of a code cell, not to be changed; lines for the shell or IPython are left out."
+    return _parse(cell.source)
 
 
 IMPORTS = (ast.Import, ast.ImportFrom)

@@ -25,8 +25,8 @@ def warm(env):
         address = os.path.join(folder, "kernels")
         listener.bind(address)
         listener.listen()
-        server = subprocess.Popen([sys.executable, __file__, "serve", str(listener.fileno())], env=env, stdin=subprocess.PIPE,
-                                  pass_fds=[listener.fileno()], start_new_session=True)
+        server = subprocess.Popen([sys.executable, __file__, "serve", str(listener.fileno()), *["keep"]*(not sys.dont_write_bytecode)], env=env,
+                                  stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True)
         listener.close()
         try: yield [sys.executable, __file__, "start", address, "-f", "{connection_file}"]
         finally:
@@ -43,13 +43,15 @@ def import_libraries(package):
             with contextlib.suppress(ImportError): exec(compile(ast.Module([node], []), str(path), "exec"), {})
 
 
-def serve(number):
-    "Fork a kernel for everyone who connects, until standard input ends."
+def serve(number, keep=None):
+    "Fork a kernel for everyone who connects, until standard input ends. keep: whether the bytecode of the libraries may be written."
     del sys.path[0]  # this folder, which a plain kernel does not have
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a plain kernel sets it
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # a kernel ends with its parent
+    forbidden, sys.dont_write_bytecode = sys.dont_write_bytecode, keep is None # of the course, whose modules may change within a second, none is kept
     from ipykernel import kernelapp
     import_libraries(Path(os.environ["PYTHONPATH"]) / "sdxl_course")
+    sys.dont_write_bytecode = forbidden
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     with socket.socket(fileno=number) as listener:
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
@@ -82,4 +84,4 @@ def start(address, *words):
         connection.recv(1)
 
 
-if __name__ == "__main__": serve(int(sys.argv[2])) if sys.argv[1] == "serve" else start(*sys.argv[2:])
+if __name__ == "__main__": serve(int(sys.argv[2]), *sys.argv[3:]) if sys.argv[1] == "serve" else start(*sys.argv[2:])

@@ -22,7 +22,8 @@ from pygments.util import ClassNotFound
 
 from course import ROOT, SETTINGS, environment
 
-STAGE = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+# It ends without ceremony: IPython would collect garbage once for each page, which takes four times as long as making them.
+STAGE = "import os; from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0); os._exit(0)"
 
 
 @dataclass

@@ -289,7 +289,7 @@ def test_repeats_lengthen_an_epoch_and_do_not_leak_into_validation(dream):
 def test_an_epoch_with_class_pictures_is_as_long_as_the_reference_scripts(usual, toy, tmp_path, batch, most, sizes):
     "trainers.md 2.5: len = max(class, instance), indices modulo each, so that five pictures beside eight fill two batches of four."
     make_pictures(tmp_path / "class", 8)  # somebody's own
-    config = make(usual, train_batch_size=batch, num_train_epochs=2, max_train_steps=None, **{**prior_of(tmp_path), "num_class_images": most})
+    config = make(usual, train_batch_size=batch, num_train_epochs=2, max_train_steps=None, **{**prior_of(tmp_path), "num_class_images": most, "output_dir": str(tmp_path / "o")})
     run = open_dreambooth(config, toy(), lambda text: None)
     try:
         epochs = [[m for m in run.sampler.micro_steps(0, run.updates) if m.epoch == epoch] for epoch in (0, 1)]

@@ -226,6 +226,16 @@ def test_nothing_that_the_library_needs_is_missing_from_the_requirements():
     assert {names.get(name, name).lower() for name in found - optional} - wanted == set()
 
 
+TOP = {".ci", ".gitattributes", ".github", ".gitignore", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "_quarto.yml", "data_samples", "nbs", "sdxl_course",
+       "settings.ini", "setup.py", "tests"}
+
+
+def test_no_folder_of_a_run_was_committed():
+    found = subprocess.run(["git", "-c", "core.quotePath=false", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode: pytest.skip("not a git checkout")
+    assert {line.split("/")[0] for line in found.stdout.splitlines()} <= TOP
+
+
 def test_ci_runs_the_command_that_the_readme_gives():
     command = 'pip install -e ".[dev]" && pytest'
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,11 +6,11 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from sdxl_course.core import CourseError, SampleRNG
+from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.text_to_image import TextToImageConfig, main
 from sdxl_course.data.sampler import BatchSampler
 from sdxl_course.options import config_dict, parse_config
-from sdxl_course.train.optimizer import make_optimizer, make_schedule
+from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
 from sdxl_course.train.machine import usable_tracker
 
 REFERENCE = dict(  # the flags of the reference text-to-image LoRA script: (type, default)
@@ -131,3 +131,27 @@ def test_importing_and_training_leave_no_trace_in_the_global_state(train):
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.get_default_dtype() == torch.float32 and torch.get_num_threads() == threads
     assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+def test_an_update_in_one_kernel_is_adams():
+    weight = torch.randn(5, 3, generator=seeded("weight"))
+    grads = [torch.randn(5, 3, generator=seeded("grad", i)) for i in range(3)]
+    p = torch.nn.Parameter(weight.clone())
+    optimizer, mean, square, wanted = make_optimizer([dict(params=[p], lr=1e-2, weight_decay=0.1)], 1e-2), 0, 0, weight.double()
+    for step, grad in enumerate(grads, 1):
+        p.grad = grad.clone()
+        optimizer.step()
+        mean, square = 0.9*mean + 0.1*grad.double(), 0.999*square + 0.001*grad.double()**2
+        wanted = wanted*(1 - 1e-2*0.1) - 1e-2*(mean/(1 - 0.9**step))/((square/(1 - 0.999**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(p.detach().double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_averages_move_together_as_they_would_one_by_one():
+    weights = {name: torch.randn(4, 2, generator=seeded(name)) for name in "abc"}
+    ema, alone = Ema(weights, 0.9), {name: w.clone() for name, w in weights.items()}
+    for step in (1, 2, 3):
+        for name, w in weights.items(): w.add_(0.1*step)
+        ema.update(weights, step)
+        decay = min(0.9, step/(9 + step)) if step > 1 else 0.0
+        for name, w in weights.items(): alone[name].lerp_(w, 1 - decay)
+    assert all(torch.equal(ema.average[name], alone[name]) for name in weights)

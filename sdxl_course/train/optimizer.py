@@ -118,15 +118,16 @@ def make_optimizer(
 ): # torch optimizer
     "An optimizer by name; Adafactor: Shazeer and Stern, 2018; schedule-free: Defazio et al., 2024."
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
-    cuda, common = first.device.type == "cuda", dict(lr=learning_rate, weight_decay=weight_decay)
+    device, common = first.device.type, dict(lr=learning_rate, weight_decay=weight_decay)
     adam = dict(betas=betas, eps=epsilon, **common)
-    if name == "adamw": return torch.optim.AdamW(parameters, fused=cuda, foreach=not cuda, **adam)
+    fused = device in ("cuda", "cpu") # one kernel for all of a step
+    if name == "adamw": return torch.optim.AdamW(parameters, fused=fused, foreach=not fused, **adam)
     if name == "prodigy": return _package("prodigyopt", name).Prodigy(parameters, **adam, **(prodigy or {}))
     if name == "schedulefree": return _package("schedulefree", name).AdamWScheduleFree(parameters, **adam)
     if name == "adafactor":
         return Adafactor(parameters, relative_step=False, scale_parameter=False, warmup_init=False, **common)
-    if not cuda: raise CourseError("--optimizer adamw8bit needs an NVIDIA GPU: leave it out, a LoRA's Adam state is "
-        "small")
+    if device != "cuda":
+        raise CourseError("--optimizer adamw8bit needs an NVIDIA GPU: leave it out, a LoRA's Adam state is small")
     return _package("bitsandbytes", name).optim.AdamW8bit(parameters, **adam)
 
 # %% ../../nbs/library/train_optimizer.ipynb #3b0a7806
@@ -163,7 +164,8 @@ class Ema:
     ):
         "Move towards the parameters; as in diffusers' EMAModel, the first steps are long."
         decay = min(self.decay, step / (9 + step)) if step > 1 else 0.0
-        for name, p in parameters.items(): self.average[name].lerp_(p.detach(), 1 - decay)
+        torch._foreach_lerp_([self.average[name] for name in parameters], [p.detach() for p in parameters.values()],
+            1 - decay)
 
 # %% ../../nbs/library/train_optimizer.ipynb #48095fff
 def orthogonalize(
