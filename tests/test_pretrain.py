@@ -294,8 +294,8 @@ def test_alignment_is_a_square_where_the_object_is(unet):
     for side in (16, 32): # both sizes of pictures
         ask(unet, noise(side))
         said = aligner.head(aligner.hidden).detach()
-        assert said.shape == (2, 6, side//2, side//2)
-        object_ = torch.where(torch.arange(side//2) < side//4, 1., -1.).view(-1, 1).expand(2, side//2, side//2)
+        assert said.shape == (2, 6, side, side)
+        object_ = torch.where(torch.arange(side) < side//2, 1., -1.).view(-1, 1).expand(2, side, side)
         maps = said.clone()
         maps[:, 4] = object_
         wrong = lambda rows, by: torch.cat([maps[:, :4] + by*rows.view(-1, 1), maps[:, 4:]], 1) # the four maps before the object's
@@ -312,8 +312,8 @@ def test_alignment_teaches_what_lies_before_it(unet):
     ask(unet, noise(16))
     aligner(torch.ones(2, 6, MAP_SIDE, MAP_SIDE), 1.).mean().backward()
     taught = {name.split(".resnets")[0] for name, p in unet.named_parameters() if ".resnets." in name and p.grad is not None and p.grad.any()}
-    assert taught == {"down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1"}
-    assert unet.up_blocks[1].resnets[1].conv1.weight.grad is None
+    assert taught == {"down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0"}
+    assert unet.up_blocks[1].resnets[0].conv1.weight.grad is None and unet.up_blocks[0].upsamplers[0].conv.weight.grad.any()
 
 
 def test_a_checkpoint_holds_the_head_that_reads_maps(straight, tmp_path, capsys):

@@ -13,19 +13,20 @@ from .data import MAPS
 
 # %% ../../nbs/library/pretraining_alignment.ipynb #4368466c
 class Aligner(torch.nn.Module):
-    "A head that reads the renderer's maps out of the UNet's middle level (REPA, Yu et al., 2024)."
+    "A head that reads the renderer's maps out of the UNet's deepest level (REPA, Yu et al., 2024; U-REPA, Tian et al., 2025)."
     def __init__(self,
         unet, # UNet2DConditionModel to listen to
     ):
         super().__init__()
-        inner = unet.config.block_out_channels[1]
-        layers = torch.nn.Conv2d(inner, 2*inner, 1), torch.nn.SiLU(), torch.nn.Conv2d(2*inner, len(MAPS), 1)
-        self.head = torch.nn.Sequential(*layers)
-        unet.up_blocks[1].attentions[0].register_forward_hook(self.listen)
+        inner = unet.config.block_out_channels[-1]
+        # four numbers for each map: what leaves the deepest level is half as wide as the latents
+        layers = torch.nn.Conv2d(inner, 2*inner, 1), torch.nn.SiLU(), torch.nn.Conv2d(2*inner, 4*len(MAPS), 1)
+        self.head = torch.nn.Sequential(*layers, torch.nn.PixelShuffle(2))
+        unet.up_blocks[0].register_forward_hook(self.listen)
 
     def listen(self, _, __, out):
         "Keep what the UNet's last pass made at this place."
-        self.hidden = out[0]
+        self.hidden = out
 
     def forward(self,
         maps, # (b, 6, 32, 32) from -1 to 1, of `framed_maps`
