@@ -24,7 +24,7 @@ from .train.class_images import uncaptioned_pictures
 from .train.concepts import ConceptOptions, concepts_of, join_reports, prior_records
 from .train.config import LoraConfig
 from .train.objective import PriorDistillation
-from .train.prepare import make_loss
+from .train.prepare import make_loss, read_validation
 from .train.run import Method
 from .train.weights import lora_weights, together, token_weights
 
@@ -124,8 +124,7 @@ def validation_subjects(
     config, # DreamBoothConfig
 )->list: # ImageRecord
     "The pictures to measure the loss on, of every thing that has some, each with the words of its thing."
-    ones = [one for one in concepts_of(config) if one.validation_data_dir]
-    return sum((find_subject(one, folder=one.validation_data_dir).usable(config.on_problem) for one in ones), [])
+    return sum((read_validation(one, find_subject) for one in concepts_of(config)), [])
 
 # %% ../nbs/library/dreambooth.ipynb #6651d50d
 def check_placeholders(
