@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUSTOM_DIFFUSION', 'open_custom_diffusion', 'train_custom_diffusion', 'main', 'CustomDiffusionConfig',
            'nearest_captions', 'real_records', 'class_records', 'check_modifiers', 'publish_concepts', 'custom_card',
-           'custom_weights', 'custom_loss']
+           'custom_weights']
 
 # %% ../nbs/library/custom_diffusion.ipynb #45516367
 import sys
@@ -24,9 +24,9 @@ from .model.words import LearnedTokens, add_tokens, check_new_words, replace_pla
 from .options import option
 from .train.build import functions
 from .train.class_images import ClassOptions
-from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_records
+from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_loss, prior_records
 from .train.config import TrainConfig
-from .train.prepare import load_model, make_loss
+from .train.prepare import load_model
 from .train.results import CardText
 from .train.run import Method
 from .train.weights import PRECISIONS, Trained, together, token_weights, words_usage
@@ -170,17 +170,7 @@ def custom_weights(
     return together(matrices, token_weights(tokens, rate, decay, publish=lambda folder: None))
 
 # %% ../nbs/library/custom_diffusion.ipynb #1a2b4f29
-def custom_loss(
-    config, # CustomDiffusionConfig
-    components, # SDXLComponents
-    schedule, # NoiseSchedule
-    encode_text:bool, # captions are encoded in every step
-): # module: batch -> loss of each sample
-    "The denoising loss, with class pictures beside those of the thing where that is asked for."
-    weight = config.prior_loss_weight if config.with_prior_preservation else None
-    return make_loss(config, components, schedule, encode_text, prior_loss_weight=weight)
-
-CUSTOM_DIFFUSION = Method("custom-diffusion", CustomDiffusionConfig, find_subjects, custom_weights, custom_loss,
+CUSTOM_DIFFUSION = Method("custom-diffusion", CustomDiffusionConfig, find_subjects, custom_weights, prior_loss,
     read_validation=validation_subjects, class_records=class_records, check=check_modifiers,
     trigger=lambda config: ", ".join(one.instance_prompt for one in concepts_of(config)),
     unused_gradients=lambda config: True)
