@@ -23,9 +23,10 @@ from .model.key_values import KEY_VALUE_FILE, add_key_values, load_key_values, s
 from .model.words import LearnedTokens, add_tokens, check_new_words, replace_placeholders, save_embeddings
 from .options import option
 from .train.build import functions
-from .train.class_images import ClassOptions
+from .train.class_images import ClassOptions, process_group, training_dtype
 from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_loss, prior_records
 from .train.config import TrainConfig
+from .train.machine import data_parallel
 from .train.prepare import load_model
 from .train.results import CardText
 from .train.run import Method
@@ -111,10 +112,12 @@ def class_records(
 )->tuple: # (ImageRecords of class pictures, components)
     "The class pictures: drawn by the base model, or real ones that were captioned."
     if not config.real_prior: return prior_records(config, components, log)
-    reader = components or load_model(config, torch.float32)
+    own, reader = components is None, components or load_model(config, torch.float32) # which is trained afterwards
     records = [record for one in classes_of(config) for record in real_records(one, reader)]
     log(f"each picture of the thing is trained with one of {len(records)} captioned pictures beside it")
-    return records, components
+    if own:
+        with data_parallel(lambda text: None): reader.to(dtype=training_dtype(config, process_group().device))
+    return records, reader
 
 # %% ../nbs/library/custom_diffusion.ipynb #291f9b64
 def check_modifiers(

@@ -9,8 +9,10 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
 from sdxl_course.core import CourseError
-from sdxl_course.custom_diffusion import CustomDiffusionConfig, main, train_custom_diffusion
+from sdxl_course.custom_diffusion import CustomDiffusionConfig, class_records, main, train_custom_diffusion
+from sdxl_course.model.components import NETWORKS
 from sdxl_course.model.key_values import KEY_VALUE_FILE, key_values, load_concepts
+from sdxl_course.train import prepare
 from test_trainer import REFERENCE
 from toy import files_of
 
@@ -68,6 +70,24 @@ def test_resume_is_exact(learn, make_pictures, more):
     more = dict(more, max_train_steps=4, checkpointing_steps=2, lr_scheduler="cosine")
     folder = learn("straight", **more).output_dir
     assert lasting(learn("resumed", **more, resume_from_checkpoint=str(folder / "checkpoint-2")).output_dir) == lasting(folder)
+
+
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_real_class_pictures_are_chosen_by_the_model_that_trains(options, make_pictures, monkeypatch, precision, dtype):
+    "It was loaded a second time for them."
+    loaded, load = [], prepare.load_components
+    monkeypatch.setattr(prepare, "load_components", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1])
+    more = dict(with_prior_preservation=True, real_prior=True, class_prompt="a house", class_data_dir=str(make_pictures(4, "class")), num_class_images=3)
+    config = options(**more, mixed_precision=precision)
+    records, components = class_records(config, None, lambda text: None)
+    assert len(records) == 3 and loaded == [components]
+    wanted = load(config.pretrained_model_name_or_path, dtype)  # as it is loaded without them
+    for part in NETWORKS:
+        found, meant = (getattr(one, part).state_dict() for one in (components, wanted))
+        assert found.keys() == meant.keys() and all(found[name].dtype == meant[name].dtype and torch.equal(found[name], meant[name]) for name in meant), part
+    loaded.clear()
+    train_custom_diffusion(config, None, lambda text: None)
+    assert len(loaded) == 1
 
 
 def stock(model, folder, words):
