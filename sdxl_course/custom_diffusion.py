@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUSTOM_DIFFUSION', 'open_custom_diffusion', 'train_custom_diffusion', 'main', 'CustomDiffusionConfig',
            'nearest_captions', 'real_records', 'class_records', 'check_modifiers', 'publish_concepts', 'custom_card',
-           'custom_weights', 'custom_loss']
+           'custom_weights']
 
 # %% ../nbs/library/custom_diffusion.ipynb #45516367
 import sys
@@ -23,10 +23,11 @@ from .model.key_values import KEY_VALUE_FILE, add_key_values, load_key_values, s
 from .model.words import LearnedTokens, add_tokens, check_new_words, replace_placeholders, save_embeddings
 from .options import option
 from .train.build import functions
-from .train.class_images import ClassOptions
-from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_records
+from .train.class_images import ClassOptions, process_group, training_dtype
+from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_loss, prior_records
 from .train.config import TrainConfig
-from .train.prepare import load_model, make_loss
+from .train.machine import data_parallel
+from .train.prepare import load_model
 from .train.results import CardText
 from .train.run import Method
 from .train.weights import PRECISIONS, Trained, together, token_weights, words_usage
@@ -111,10 +112,12 @@ def class_records(
 )->tuple: # (ImageRecords of class pictures, components)
     "The class pictures: drawn by the base model, or real ones that were captioned."
     if not config.real_prior: return prior_records(config, components, log)
-    reader = components or load_model(config, torch.float32)
+    own, reader = components is None, components or load_model(config, torch.float32) # which is trained afterwards
     records = [record for one in classes_of(config) for record in real_records(one, reader)]
     log(f"each picture of the thing is trained with one of {len(records)} captioned pictures beside it")
-    return records, components
+    if own:
+        with data_parallel(lambda text: None): reader.to(dtype=training_dtype(config, process_group().device))
+    return records, reader
 
 # %% ../nbs/library/custom_diffusion.ipynb #291f9b64
 def check_modifiers(
@@ -170,17 +173,7 @@ def custom_weights(
     return together(matrices, token_weights(tokens, rate, decay, publish=lambda folder: None))
 
 # %% ../nbs/library/custom_diffusion.ipynb #1a2b4f29
-def custom_loss(
-    config, # CustomDiffusionConfig
-    components, # SDXLComponents
-    schedule, # NoiseSchedule
-    encode_text:bool, # captions are encoded in every step
-): # module: batch -> loss of each sample
-    "The denoising loss, with class pictures beside those of the thing where that is asked for."
-    weight = config.prior_loss_weight if config.with_prior_preservation else None
-    return make_loss(config, components, schedule, encode_text, prior_loss_weight=weight)
-
-CUSTOM_DIFFUSION = Method("custom-diffusion", CustomDiffusionConfig, find_subjects, custom_weights, custom_loss,
+CUSTOM_DIFFUSION = Method("custom-diffusion", CustomDiffusionConfig, find_subjects, custom_weights, prior_loss,
     read_validation=validation_subjects, class_records=class_records, check=check_modifiers,
     trigger=lambda config: ", ".join(one.instance_prompt for one in concepts_of(config)),
     unused_gradients=lambda config: True)

@@ -21,10 +21,10 @@ from .options import is_set, option
 from .train.build import functions
 from .train.class_images import PriorOptions, fill_captions, has_captions
 from .train.class_images import uncaptioned_pictures
-from .train.concepts import ConceptOptions, concepts_of, join_reports, prior_records
+from .train.concepts import ConceptOptions, concepts_of, join_reports, prior_loss, prior_records
 from .train.config import LoraConfig
 from .train.objective import PriorDistillation
-from .train.prepare import make_loss
+from .train.prepare import make_loss, read_validation
 from .train.run import Method
 from .train.weights import lora_weights, together, token_weights
 
@@ -124,8 +124,7 @@ def validation_subjects(
     config, # DreamBoothConfig
 )->list: # ImageRecord
     "The pictures to measure the loss on, of every thing that has some, each with the words of its thing."
-    ones = [one for one in concepts_of(config) if one.validation_data_dir]
-    return sum((find_subject(one, folder=one.validation_data_dir).usable(config.on_problem) for one in ones), [])
+    return sum((read_validation(one, find_subject) for one in concepts_of(config)), [])
 
 # %% ../nbs/library/dreambooth.ipynb #6651d50d
 def check_placeholders(
@@ -185,8 +184,7 @@ def subject_loss(
     if config.prior_teacher:
         return make_loss(config, components, schedule, encode_text, PriorDistillation, class_prompt=config.class_prompt,
             teacher_weight=config.prior_loss_weight)
-    weight = config.prior_loss_weight if config.with_prior_preservation else None
-    return make_loss(config, components, schedule, encode_text, prior_loss_weight=weight)
+    return prior_loss(config, components, schedule, encode_text)
 
 # %% ../nbs/library/dreambooth.ipynb #426685e0
 def _trigger(config): # the instance prompt as the trained words spell it

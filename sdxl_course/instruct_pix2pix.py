@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORIGINAL', 'INSTRUCT_PIX2PIX', 'open_instruct_pix2pix', 'train_instruct_pix2pix', 'main', 'InstructPix2PixConfig',
-           'read_edits', 'validation_edits', 'widen', 'edit_weights', 'EditLoss', 'edit_loss', 'picture_to_edit',
-           'edit_pipeline', 'edited_drawing', 'check_edit']
+           'read_edits', 'widen', 'edit_weights', 'EditLoss', 'edit_loss', 'picture_to_edit', 'edit_pipeline',
+           'edited_drawing', 'check_edit']
 
 # %% ../nbs/library/instruct_pix2pix.ipynb #578fda2e
 import sys
@@ -26,7 +26,7 @@ from .train.build import functions
 from .train.config import TrainConfig
 from .train.control import read_accompanied
 from .train.objective import DenoisingLoss, predict
-from .train.prepare import make_loss
+from .train.prepare import make_loss, read_validation
 from .train.run import Method
 from .train.weights import PRECISIONS, unet_weights
 
@@ -66,14 +66,6 @@ def read_edits(
     "Pictures after an edit, each with its instruction and the picture before."
     return read_accompanied(config, {ORIGINAL.name: config.original_image_column}, folder, config.edited_image_column,
         config.edit_prompt_column)
-
-# %% ../nbs/library/instruct_pix2pix.ipynb #35f3cf41
-def validation_edits(
-    config, # InstructPix2PixConfig
-)->list: # ImageRecord
-    "The pictures to measure the loss on, if a folder of them was named."
-    folder = config.validation_data_dir
-    return read_edits(config, folder=folder).usable(config.on_problem) if folder else []
 
 # %% ../nbs/library/instruct_pix2pix.ipynb #f46058c9
 @torch.no_grad()
@@ -176,8 +168,8 @@ def check_edit(
     if config.val_image_url_or_path: picture_to_edit(config)
 
 INSTRUCT_PIX2PIX = Method("instruct-pix2pix", InstructPix2PixConfig, read_edits, edit_weights, edit_loss,
-    read_validation=validation_edits, check=check_edit, companions=(ORIGINAL,), drawn_with=edited_drawing,
-    full_precision=("unet",))
+    read_validation=partial(read_validation, read=read_edits), check=check_edit, companions=(ORIGINAL,),
+    drawn_with=edited_drawing, full_precision=("unet",))
 
 open_instruct_pix2pix, train_instruct_pix2pix, main = functions(INSTRUCT_PIX2PIX)
 

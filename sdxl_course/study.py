@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from .core import CourseError, image_grid, to_jsonable, write_json
 from .devices import provenance
-from .options import check_limits, option, run_command
+from .options import CONTINUED, check_limits, option, run_command
 from .world.scene import Scene
 from .world.render import render
 from .world.captions import with_article
@@ -382,8 +382,7 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
     "`python -m sdxl_course.study`"
-    again = "the same command goes on with the training that was stopped"
-    return run_command(StudyConfig, run_study, argv, "study", again)
+    return run_command(StudyConfig, run_study, argv, "study", CONTINUED)
 
 # %% ../nbs/library/study.ipynb #53626e95
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

@@ -21,7 +21,7 @@ from pathlib import Path
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .core import CourseError, nearest, seeded, to_jsonable, write_json
 from .devices import provenance
-from .options import check_limits, option, run_command
+from .options import CONTINUED, check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
 from .model.components import load_components, tiny_path
@@ -402,8 +402,7 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int: # exit code
     "`python -m sdxl_course.sweep`"
-    again = "the same command goes on with the training that was stopped"
-    return run_command(SweepConfig, run_sweep, argv, "sweep", again)
+    return run_command(SweepConfig, run_sweep, argv, "sweep", CONTINUED)
 
 # %% ../nbs/library/sweep.ipynb #f7723f0c
 if __name__ == "__main__" and __spec__: sys.exit(main()) # python -m; a notebook has no __spec__

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECT', 'STYLE', 'TEMPLATES', 'USAGE', 'TEXTUAL_INVERSION', 'open_textual_inversion', 'train_textual_inversion',
-           'main', 'TextualInversionConfig', 'read_pictures', 'validation_pictures', 'publish_tokens',
-           'publish_when_due', 'new_token']
+           'main', 'TextualInversionConfig', 'read_pictures', 'publish_tokens', 'publish_when_due', 'new_token']
 
 # %% ../nbs/library/textual_inversion.ipynb #2b82a6c1
 import sys
@@ -24,7 +23,7 @@ from .train.build import functions
 from .train.class_images import uncaptioned_pictures
 from .train.config import TrainConfig
 from .train.loop import eval_weights
-from .train.prepare import load_model
+from .train.prepare import load_model, read_validation
 from .train.results import CardText
 from .train.run import Method
 from .train.weights import PIPELINE, token_weights
@@ -78,13 +77,6 @@ def read_pictures(
     report = uncaptioned_pictures(place, None if folder else config.max_train_samples, config.seed, repeats)
     captions = tuple(one.format(config.placeholder_token) for one in TEMPLATES[config.learnable_property])
     return replace(report, records=[replace(record, captions=captions) for record in report.records])
-
-def validation_pictures(
-    config, # TextualInversionConfig
-)->list: # ImageRecord
-    "The pictures to measure the loss on, if a folder of them was named."
-    folder = config.validation_data_dir
-    return read_pictures(config, folder=folder).usable(config.on_problem) if folder else []
 
 # %% ../nbs/library/textual_inversion.ipynb #c1519546
 def publish_tokens(
@@ -143,7 +135,7 @@ def new_token(
 
 # %% ../nbs/library/textual_inversion.ipynb #ffe52a8e
 TEXTUAL_INVERSION = Method("textual-inversion", TextualInversionConfig, read_pictures, new_token,
-    read_validation=validation_pictures,
+    read_validation=partial(read_validation, read=read_pictures),
     trigger=lambda config: config.placeholder_token, unused_gradients=lambda config: True)
 
 open_textual_inversion, train_textual_inversion, main = functions(TEXTUAL_INVERSION)

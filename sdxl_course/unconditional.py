@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNCONDITIONAL', 'open_unconditional', 'train_unconditional', 'main', 'PixelOptions', 'UnconditionalConfig',
-           'pictures_in', 'held_out_pictures', 'pixel_loss']
+           'pictures_in', 'pixel_loss']
 
 # %% ../nbs/library/unconditional.ipynb #9165f0bf
 import sys
@@ -23,7 +23,7 @@ from .train.optimizer import SCHEDULES
 from .train.pixels import FRESH, PixelLoader, PixelLoss, draw_pixels, error_on_pixels, load_pixel_model
 from .train.pixels import middle_pixels, pixel_weights
 from .train.objective import active_weightings, make_weighting
-from .train.prepare import make_loader
+from .train.prepare import make_loader, read_validation
 from .train.run import Method
 
 # %% ../nbs/library/unconditional.ipynb #b6600203
@@ -89,14 +89,6 @@ def pictures_in(
         config.cache_dir, config.max_train_samples, config.seed, require_captions=False)
     return replace(report, records=[replace(record, captions=("",)) for record in report.records])
 
-# %% ../nbs/library/unconditional.ipynb #40b96f8c
-def held_out_pictures(
-    config, # UnconditionalConfig
-)->list: # ImageRecord
-    "The pictures to measure the loss on, if a folder of them was named."
-    folder = config.validation_data_dir
-    return pictures_in(config, folder=folder).usable(config.on_problem) if folder else []
-
 # %% ../nbs/library/unconditional.ipynb #aa01bb06
 def pixel_loss(
     config, # UnconditionalConfig
@@ -110,8 +102,8 @@ def pixel_loss(
 
 # %% ../nbs/library/unconditional.ipynb #bdf017d8
 UNCONDITIONAL = Method("unconditional", UnconditionalConfig, pictures_in, pixel_weights, pixel_loss,
-    read_validation=held_out_pictures, full_precision=("unet",), base=load_pixel_model, draw=draw_pixels,
-    loader=partial(make_loader, kind=PixelLoader), validation=middle_pixels, measure=error_on_pixels)
+    read_validation=partial(read_validation, read=pictures_in), full_precision=("unet",), base=load_pixel_model,
+    draw=draw_pixels, loader=partial(make_loader, kind=PixelLoader), validation=middle_pixels, measure=error_on_pixels)
 
 open_unconditional, train_unconditional, main = functions(UNCONDITIONAL)
 

@@ -69,6 +69,16 @@ def toy(toy_model):
 
 
 @pytest.fixture
+def hub(monkeypatch):
+    "A hub in place of huggingface.co: see `Hub`."
+    from toy import Hub
+    monkeypatch.setattr("sdxl_course.train.hub.HfApi", Hub)
+    monkeypatch.setattr("sdxl_course.train.hub.PAUSES", (0, 0))
+    Hub.told, Hub.broken, Hub.sent = [], (), {}
+    return Hub
+
+
+@pytest.fixture
 def train(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     "A function that trains the toy model on five toy pictures in tmp_path/NAME; options are those of the command."
     from sdxl_course.text_to_image import TextToImageConfig, train_text_to_image

@@ -9,8 +9,11 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
 from sdxl_course.core import CourseError
-from sdxl_course.custom_diffusion import CustomDiffusionConfig, main, train_custom_diffusion
+from sdxl_course.custom_diffusion import CustomDiffusionConfig, class_records, main, train_custom_diffusion
+from sdxl_course.model.components import NETWORKS
+from sdxl_course.model.conditioning import encode_prompts
 from sdxl_course.model.key_values import KEY_VALUE_FILE, key_values, load_concepts
+from sdxl_course.train import prepare
 from test_trainer import REFERENCE
 from toy import files_of
 
@@ -70,6 +73,24 @@ def test_resume_is_exact(learn, make_pictures, more):
     assert lasting(learn("resumed", **more, resume_from_checkpoint=str(folder / "checkpoint-2")).output_dir) == lasting(folder)
 
 
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_real_class_pictures_are_chosen_by_the_model_that_trains(options, make_pictures, monkeypatch, precision, dtype):
+    "It was loaded a second time for them."
+    loaded, load = [], prepare.load_components
+    monkeypatch.setattr(prepare, "load_components", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1])
+    more = dict(with_prior_preservation=True, real_prior=True, class_prompt="a house", class_data_dir=str(make_pictures(4, "class")), num_class_images=3)
+    config = options(**more, mixed_precision=precision)
+    records, components = class_records(config, None, lambda text: None)
+    assert len(records) == 3 and loaded == [components]
+    wanted = load(config.pretrained_model_name_or_path, dtype)  # as it is loaded without them
+    for part in NETWORKS:
+        found, meant = (getattr(one, part).state_dict() for one in (components, wanted))
+        assert found.keys() == meant.keys() and all(found[name].dtype == meant[name].dtype and torch.equal(found[name], meant[name]) for name in meant), part
+    loaded.clear()
+    train_custom_diffusion(config, None, lambda text: None)
+    assert len(loaded) == 1
+
+
 def stock(model, folder, words):
     "diffusers' pipeline with the files loaded as the card says."
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(model))
@@ -91,7 +112,6 @@ def test_stock_diffusers_draws_our_picture(learn, toy, toy_model, freeze):
     ours = live.pipeline()
     ours.set_progress_bar_config(disable=True)
     for part in (live.unet, live.text_encoder, live.text_encoder_2): part.eval()
-    from sdxl_course.model.conditioning import encode_prompts
     with torch.no_grad(): embeds, pooled = encode_prompts(live, ["a <new1> c"])
     theirs = stock(toy_model, folder, ["<new1>"])
     found, _, found_pooled, _ = theirs.encode_prompt("a <new1> c", do_classifier_free_guidance=False)
@@ -127,6 +147,37 @@ def test_two_things_in_one_run(options, toy, make_pictures, tmp_path):
     assert load_file(folder / "run_emb.safetensors")["clip_l"].shape[0] == 2
     with pytest.raises(CourseError, match="no prompt says the new word <new3>"):
         train_custom_diffusion(options("no", **{**more, "modifier_token": "<new1>+<new3>"}), toy(), lambda text: None)
+
+
+def test_what_is_pushed_is_all_that_others_need(options, toy, hub, make_pictures, tmp_path, toy_model):
+    "Two words in one run; the code of the card draws with what was uploaded and nothing else."
+    other = make_pictures(2, "other")
+    (other / "metadata.jsonl").unlink()
+    (tmp_path / "things.json").write_text(json.dumps([dict(instance_data_dir=options().instance_data_dir, instance_prompt="a <new1> c"), dict(instance_data_dir=str(other), instance_prompt="a <new2> d")]))
+    more = dict(concepts=str(tmp_path / "things.json"), instance_data_dir=None, instance_prompt="", modifier_token="<new1>+<new2>", initializer_token="c+d", checkpointing_steps=1)
+    live = toy()
+    result = train_custom_diffusion(options(**more, push_to_hub=True, hub_model_id="two", validation_prompt="a <new1> <new2>", num_validation_images=1), live, lambda text: None)
+    assert [words[:2] for words in hub.told] == [("create", "two"), ("upload", "me/two")] and result.url == "https://hub/me/two"
+    words = ["run_emb.safetensors", "run_0__new1__emb.safetensors", "run_1__new2__emb.safetensors"]
+    assert set(hub.sent) == {"README.md", "config.yaml", "image_0.png", KEY_VALUE_FILE, "training_log.jsonl", *words}
+    assert not any(str(tmp_path).encode() in data for data in hub.sent.values())
+    away = tmp_path / "fetched"
+    away.mkdir()
+    for name, data in hub.sent.items(): (away / name).write_bytes(data)
+    card = hub.sent["README.md"].decode()
+    *code, draw = card.split("```python\n")[1].split("```")[0].replace("this folder", str(away)).replace(f"the folder of {toy_model.name}", str(toy_model)).strip().splitlines()
+    names = {}
+    exec("\n".join(code), names)
+    assert draw.startswith("picture = pipeline(") and "Trigger words: `a <new1> c, a <new2> d`" in card
+    for part in (live.unet, live.text_encoder, live.text_encoder_2): part.eval()
+    with torch.no_grad(): wanted = encode_prompts(live, ["a <new1> <new2>"])
+    found = names["pipeline"].encode_prompt("a <new1> <new2>", do_classifier_free_guidance=False)
+    assert (wanted[0] - found[0]).abs().max() < 1e-5 and (wanted[1] - found[2]).abs().max() < 1e-5
+    told = dict(prompt_embeds=wanted[0], pooled_prompt_embeds=wanted[1], num_inference_steps=2, height=64, width=64, output_type="np", guidance_scale=1.0)
+    ours, theirs = (pipeline(**told, generator=torch.Generator().manual_seed(3)).images for pipeline in (live.pipeline(), names["pipeline"]))
+    assert abs(ours - theirs).max() < 1e-4
+    before = hub.sent
+    assert command(["push", str(result.output_dir), "--hub_model_id", "two"]) == 0 and hub.sent == before  # by hand: the same
 
 
 @pytest.mark.parametrize("words, sentence", [(["--modifier_token", "<a>+<a>"], "all different"), (["--freeze_model", "all"], "invalid choice"), (["--initializer_token", "c+"], "is 0 tokens"),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 from sdxl_course.core import CourseError
+from sdxl_course.data import files
 from sdxl_course.data.files import natural_key
 from sdxl_course.data.metadata import caption_list, read_metadata, row_name
 from sdxl_course.data.records import MASK, Companion, companions_of, decode, inspect_picture, open_companion, open_image, open_mask
@@ -286,8 +287,11 @@ def test_a_caption_that_says_next_to_nothing_is_remarked_on(caption, few):
     assert [remark.split(": ")[0] for remark in caption_remarks((caption,))] == ["a caption of one word"] * few
 
 
-def test_a_long_report_stays_short_and_its_values_complete(tmp_path):
+def test_a_long_report_stays_short_and_its_values_complete(tmp_path, monkeypatch):
     for i in range(30): picture(seed=i).convert("L").save(tmp_path / f"{i}.png"); (tmp_path / f"{i + 100}.png").write_bytes(b"")
+    walked = []
+    monkeypatch.setattr(files, "_walk", lambda folder, walk=files._walk: walked.append(folder) or walk(folder))
+    assert len(scan(tmp_path, require_captions=None).problems) == 30 and walked == [tmp_path]  # once
     report = scan(tmp_path, require_captions=False)
     text, values = str(report), report.values()
     assert len(text.splitlines()) < 40 and "and 10 more" in text and "and 25 more" in text

@@ -15,6 +15,7 @@ from sdxl_course.ddpo import DdpoConfig, main, open_ddpo, train_ddpo
 from sdxl_course.model.noise import PREDICTION_TYPES, NoiseSchedule
 from sdxl_course.rewards import REWARDS, jpeg_kilobytes
 from sdxl_course.train.policy import advantages, chain_times, clipped_loss, log_probability, next_latents
+from forked import run_ranks
 from toy import files_of
 
 # names and defaults of TRL's DDPOConfig, those that have no other name here
@@ -118,6 +119,23 @@ def test_resume_is_exact_even_in_the_middle_of_a_round(ddpo, options):
     straight = lasting(folder)
     assert "checkpoint-5/policy.safetensors" in straight
     for k in (1, 2, 3): assert lasting(ddpo(f"from-{k}", **options, resume_from_checkpoint=str(folder / f"checkpoint-{k}")).output_dir) == straight, k
+
+
+def test_each_of_two_processes_draws_its_share_of_a_round(tmp_path, toy_model):
+    "Each drew the whole round; three groups of two pictures are shared out as two and one."
+    (tmp_path / "prompts.txt").write_text("a house\na tree\n")
+    def words(name, batch): return [str(word) for word in ["--pretrained_model_name_or_path", toy_model, "--prompt_file", tmp_path / "prompts.txt", "--reward", "jpeg_compressibility", "--resolution", 64,
+        "--sample_num_steps", 2, "--sample_batch_size", 2, "--sample_num_batches_per_epoch", 3, "--train_batch_size", batch, "--sample_guidance_scale", 1, "--max_train_steps", 6, "--learning_rate", 1e-2,
+        "--seed", 0, "--report_to", "none", "--rank", 2, "--output_dir", tmp_path / name]]
+    codes, printed = run_ranks("told_drawings", words("two", 1), tmp_path)
+    assert codes == [0, 0], printed
+    found = [[line for line in text.splitlines() if line.startswith("drawn: (0") or line.startswith("drawn: (1")] for text in printed]
+    assert found == [["drawn: (0, 0) (0, 1)", "drawn: (0, 4) (0, 5)", "drawn: (1, 0) (1, 1)", "drawn: (1, 4) (1, 5)"], ["drawn: (0, 2) (0, 3)", "drawn: (1, 2) (1, 3)"]]
+    assert main(words("one", 2)) == 0
+    one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert max(x.abs().max() for x in one.values()) > 1e-2 and max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    rows = [[json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert [row["epoch"] for row in rows[0]] == [0, 0, 0, 1, 1, 1] and [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], abs=1e-4)
 
 
 @pytest.mark.slow

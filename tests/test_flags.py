@@ -401,32 +401,6 @@ def test_empty_prompts_are_the_pipelines_own_and_drawn_anew(train, toy, toy_mode
     assert len({tuple(dropped[i:i + 2]) for i in range(0, 24, 2)}) > 2  # not the same in every epoch
 
 
-class Hub:
-    "A hub that notes what it is told."
-    told, broken = [], ()
-
-    def __init__(self, token=None): self.token = token
-
-    def create_repo(self, name, **options):
-        if "create" in self.broken: raise OSError("no network")
-        self.told.append(("create", name, self.token, len(list(Path.cwd().glob("*")))))
-        return SimpleNamespace(repo_id=f"me/{name}")
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns=None, ignore_patterns=None, **options):
-        from huggingface_hub.utils import filter_repo_objects
-        if "upload" in self.broken: raise OSError("no network")
-        self.told.append(("upload", repo_id, self.token, sorted(filter_repo_objects(files_of(folder_path), allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))))
-        return f"https://hub/{repo_id}"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("sdxl_course.train.hub.HfApi", Hub)
-    monkeypatch.setattr("sdxl_course.train.hub.PAUSES", (0, 0))
-    Hub.told, Hub.broken = [], ()
-    return Hub
-
-
 @shows("push_to_hub", "hub_model_id", "hub_token")
 def test_the_result_goes_to_the_hub_and_nothing_else_does(train, hub, monkeypatch, tmp_path):
     "trainers.md 2.14 number 35 and 33, anchors.md 6 trap 1, 3 and 4: no push without a validation prompt, token leaked, checkpoints and logs uploaded."

@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdxl_course import core
 from sdxl_course.core import seeded, write_json
 from sdxl_course.lora import main, open_lora
 from sdxl_course.model.adapters import adaptable_layers, add_lora, lora_parameters
@@ -36,8 +37,10 @@ def sdxl_file(tmp_path_factory):
     return path
 
 
-def test_a_file_of_sdxl_is_known_as_such(sdxl_file, capsys):
-    assert main(["info", sdxl_file, "--json"]) == 0
+def test_a_file_of_sdxl_is_known_as_such(sdxl_file, capsys, monkeypatch):
+    read, parse = [], core.parse_safetensors
+    monkeypatch.setattr(core, "parse_safetensors", lambda data: read.append(len(data)) or parse(data))
+    assert main(["info", sdxl_file, "--json"]) == 0 and read == [sdxl_file.stat().st_size]  # once
     found = json.loads(capsys.readouterr().out)
     assert found["base"] == "SDXL 1.0" and sorted(found["parts"]) == ["text_encoder", "text_encoder_2", "unet"] and found["metadata"]["modelspec.title"] == "style"
     assert found["parts"]["unet"]["ranks"] == [2] and found["parts"]["unet"]["alphas"] == [1.0] and found["parts"]["text_encoder_2"]["layers"] == 32

@@ -3,7 +3,6 @@ import base64
 import io
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,7 +19,7 @@ REPORT = dict(num_pictures=6, judges=dict(clip="a|b", dino="c"), scores=[dict(na
 
 # ------------------------------------------------ cards and files
 
-def test_a_finished_run_is_ready_for_others(train, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_ready_for_others(train, hub, tmp_path, capsys):
     "One run: its card, its kohya file, a push that lists, a push that takes scores along."
     folder = train("foxes", max_train_steps=1, validation_prompt="a | fox `x`", num_validation_images=1, output_kohya_format=True, checkpointing_steps=1).output_dir
     card = (folder / "README.md").read_text()
@@ -34,20 +33,13 @@ def test_a_finished_run_is_ready_for_others(train, tmp_path, monkeypatch, capsys
     assert command(["push", str(folder), "--dry_run"]) == 0
     names = {line.split()[-1] for line in capsys.readouterr().out.splitlines()}
     assert {"README.md", "image_0.png", "pytorch_lora_weights_kohya.safetensors", "config.yaml"} <= names and not any("checkpoint" in name for name in names)
-    sent = {}
-    class Hub:
-        def __init__(self, token=None): pass
-        def create_repo(self, name, **options): return SimpleNamespace(repo_id=f"me/{name}")
-        def upload_folder(self, folder_path, **options):
-            sent["README.md"] = open(f"{folder_path}/README.md").read()
-            return "https://hub/me"
-    monkeypatch.setattr("sdxl_course.train.hub.HfApi", Hub)
     (tmp_path / "scores.json").write_text(json.dumps(REPORT))
     for _ in range(2): assert command(["push", str(folder), "--evaluation", str(tmp_path / "scores.json")]) == 0
-    data = ModelCard(sent["README.md"]).data
+    sent = hub.sent["README.md"].decode()
+    data = ModelCard(sent).data
     assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [("dino", .5), ("frechet_distance", 9.)] and data.eval_results[0].metric_args == dict(interval=[.4, .6])
-    assert sent["README.md"].count("## Evaluation") == 1 and "| dino | 0.500 | [0.400, 0.600] | 0.100 | 0.900 |" in sent["README.md"] and data.widget[0]["text"] == "a | fox `x`"
-    assert yaml.safe_load(sent["README.md"].split("---")[1])["model-index"][0]["name"] == "foxes"
+    assert sent.count("## Evaluation") == 1 and "| dino | 0.500 | [0.400, 0.600] | 0.100 | 0.900 |" in sent and data.widget[0]["text"] == "a | fox `x`"
+    assert yaml.safe_load(sent.split("---")[1])["model-index"][0]["name"] == "foxes"
 
 
 def test_a_kohya_file_has_no_thumbnail_without_a_picture(train):

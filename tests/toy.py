@@ -1,6 +1,7 @@
 "A very small SDXL and very small pictures, made on the spot: tests need no download and no trained weights."
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 LETTERS = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]  # how CLIP writes the 256 bytes
 
@@ -90,3 +91,24 @@ def make_upstream_pipe(folder, playground=False):
 def files_of(folder):
     "Every file below a folder: relative name -> bytes."
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+class Hub:
+    "A hub that notes what it is told, and keeps what it was sent last."
+    told, broken, sent = [], (), {}
+
+    def __init__(self, token=None): self.token = token
+
+    def create_repo(self, name, **options):
+        if "create" in self.broken: raise OSError("no network")
+        self.told.append(("create", name, self.token, len(list(Path.cwd().glob("*")))))
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns=None, ignore_patterns=None, **options):
+        from huggingface_hub.utils import filter_repo_objects
+        if "upload" in self.broken: raise OSError("no network")
+        files = files_of(folder_path)
+        names = sorted(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        self.told.append(("upload", repo_id, self.token, names))
+        type(self).sent = {name: files[name] for name in names}
+        return f"https://hub/{repo_id}"

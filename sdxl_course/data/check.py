@@ -170,9 +170,10 @@ def find_examples(
     caption_column:str="text", # which metadata column is the caption
     split:bool=False,          # leave out what folders named test or validation hold
     columns:dict={},           # name of a `Companion` -> metadata column that names its file
+    listing=None,              # of the folder, where it is at hand
 )->Examples:
     "Pair the pictures of a folder with their captions; no picture is opened yet."
-    listing = list_folder(folder)
+    listing = listing or list_folder(folder)
     names, remarks = train_split(listing.names) if split else (listing.names, [])
     captions, problems = _metadata(folder, names, image_column, caption_column)
     companions, unnamed, alone = _companions(folder, names, image_column, columns) if columns else ({}, [], set())
@@ -229,10 +230,10 @@ def scan(
     **options,                  # tokenizer, max_token_length, bar: see `check_candidates`
 )->DataReport: # a report to read before training
     "Check a folder of pictures; CourseError if it is not there."
-    folder = existing_folder(folder, "")
-    found = find_examples(folder, image_column, caption_column)
+    listing = list_folder(folder := existing_folder(folder, ""))
+    found = find_examples(folder, image_column, caption_column, listing=listing)
     if require_captions is None:
-        listed = any(PurePosixPath(name).name in METADATA for name in list_files(folder))
+        listed = any(PurePosixPath(name).name in METADATA for name in listing.names)
         require_captions = listed or any(captions for file, path, captions in found.candidates)
     found, repeats = with_repeats(found, repeats_from_folders)
     return check_candidates(folder.resolve().name, **vars(found), require_captions=require_captions, repeats=repeats,

@@ -20,7 +20,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch import nn
 from ..core import CourseError, nearest, seeded
 from .components import quiet
-from .fused import fuse_layers
+from .lora_forward import use_one_pass
 from .lora import count_lora_parameters
 from typing import ClassVar
 from ..options import is_set, option
@@ -387,7 +387,7 @@ def inject_lora(
             raise CourseError(f"the {name} has an adapter already: "
                 "wanted freshly loaded components, since training adds its own")
         groups = layers if name == "unet" else ",".join(["attention"] + ["feedforward"]*("feedforward" in chosen))
-        fuse_layers(add_lora(model.requires_grad_(False), rank, alpha, groups, generator=seeded(seed, "lora", name),
+        use_one_pass(add_lora(model.requires_grad_(False), rank, alpha, groups, generator=seeded(seed, "lora", name),
             **options))
         if gradient_checkpointing: enable_gradient_checkpointing(model)
     return {f"{name}.{key}": p for name, model in parts.items() for key, p in lora_parameters(model)}

@@ -83,7 +83,7 @@ class SDXLComponents:
         "Move and cast every network in place."
         for part in NETWORKS:
             if device is not None: getattr(self, part).to(device)
-            if dtype is not None: getattr(self, part).to(dtype)
+            if dtype is not None: torch.nn.Module.to(getattr(self, part), dtype) # diffusers' own warns of nothing
         return self
 
 # %% ../../nbs/library/model_components.ipynb #ae81b7ec

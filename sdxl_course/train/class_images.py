@@ -7,7 +7,7 @@ __all__ = ['SETTINGS_FILE', 'folders_overlap', 'ClassOptions', 'PriorOptions', '
            'fill_captions', 'class_file', 'class_seed', 'missing_pictures', 'read_settings', 'model_name',
            'weights_name', 'drawing_settings', 'check_settings', 'make_class_folder', 'draw_class_pictures',
            'prior_precision', 'drawing_precision', 'drawing_components', 'process_group', 'log_differences',
-           'complete_class', 'class_pictures']
+           'training_dtype', 'complete_class', 'class_pictures']
 
 # %% ../../nbs/library/train_class_images.ipynb #8e2329dc
 import copy
@@ -325,6 +325,13 @@ def log_differences(
             f"now it is {wanted[name]}: they are used all the same")
 
 # %% ../../nbs/library/train_class_images.ipynb #5ccae3f7
+def training_dtype(
+    config, # TrainConfig
+    device, # that trains
+)->torch.dtype:
+    "The number format that frozen weights will have in training."
+    return weight_dtype(resolve_precision(config.mixed_precision, log=lambda text: None), device)
+
 def _drawn_and_trained(
     config, # DreamBoothConfig
     components, # already loaded ones, or None
@@ -333,8 +340,7 @@ def _drawn_and_trained(
     device, # that draws
 )->tuple: # components that draw, components that may be trained afterwards; None where they are not loaded
     "Load the base model once where one number format serves both."
-    training = resolve_precision(config.mixed_precision, log=lambda text: None)
-    trains_so = PRECISIONS[precision] == weight_dtype(training, device)
+    trains_so = PRECISIONS[precision] == training_dtype(config, device)
     at_hand = trains_so if components is None else components.unet.dtype == PRECISIONS[precision]
     base = drawing_components(config, components, precision, device) if missing or at_hand else None
     return base, components if components is not None else base if trains_so else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'SHARDED', 'REFUSED', 'HardwareOptions', 'MemoryOptions', 'is_out_of_memory', 'optional', 'unfailing',
-           'env_flag', 'is_main_process', 'resolve_precision', 'usable_tracker', 'data_parallel', 'accelerating',
-           'check_machine', 'open_output', 'output_lock', 'check_disk', 'tf32']
+           'env_flag', 'is_main_process', 'shared_work', 'resolve_precision', 'usable_tracker', 'data_parallel',
+           'accelerating', 'check_machine', 'open_output', 'output_lock', 'check_disk', 'tf32']
 
 # %% ../../nbs/library/train_machine.ipynb #3c883515
 import os
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from filelock import FileLock, Timeout
 from ..core import CourseError
 from ..options import option, writable_folder
@@ -87,6 +87,17 @@ def env_flag(
 def is_main_process()->bool: # before accelerate is set up
     "Whether this is the only process, or the first of several."
     return os.environ.get("RANK", "0") == "0"
+
+def shared_work(
+    jobs:list, # the same in all processes
+    do, # function of a job; what it gives must lie on the CPU
+)->list: # what all jobs gave, in their order
+    "Do jobs, each in one of the processes; every process gets all results."
+    apart = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if apart else (0, 1)
+    mine = [do(job) for job in jobs[rank::count]]
+    found = gather_object([mine]) if apart else [mine]
+    return [found[k % count][k//count] for k in range(len(jobs))]
 
 # %% ../../nbs/library/train_machine.ipynb #4de10a3c
 def resolve_precision(

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from ..core import CourseError
 from ..data.cache import LatentCache
-from ..data.check import read_dataset
+from ..data.check import check_dataset
 from ..data.loader import BatchLoader, CaptionOptions
 from ..data.preprocess import ImageOptions
 from ..data.files import read_file
@@ -212,11 +212,15 @@ def make_loss(
         max_token_length=config.max_token_length, clip_skip=config.clip_skip, **options)
 
 # %% ../../nbs/library/train_prepare.ipynb #96a5cce1
+def _captioned(config, folder): # DataReport
+    "Captioned pictures of a folder."
+    return check_dataset(folder, image_column=config.image_column, caption_column=config.caption_column,
+        cache_dir=config.cache_dir, repeats_from_folders=False)
+
 def read_validation(
     config, # TrainConfig
+    read=_captioned, # function of (config, folder=...): DataReport
 )->list: # ImageRecord
-    "The pictures to measure the loss on, if a folder of them was named."
-    if not config.validation_data_dir: return []
-    return read_dataset(config.validation_data_dir, image_column=config.image_column,
-        caption_column=config.caption_column, cache_dir=config.cache_dir,
-        repeats_from_folders=False, on_problem=config.on_problem)
+    "The pictures to measure the loss on, if a folder of them was named; `read` reads it."
+    folder = config.validation_data_dir
+    return read(config, folder=folder).usable(config.on_problem) if folder else []

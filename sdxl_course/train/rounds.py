@@ -17,6 +17,7 @@ from ..model.conditioning import make_time_ids
 from ..model.latents import decode_latents, vae_scale_factor
 from ..model.sampling import eval_mode
 from .loop import copy_into
+from .machine import shared_work
 from .objective import DenoisingLoss, predict
 from .policy import advantages, chain_times, clipped_loss, log_probability, next_latents
 
@@ -161,14 +162,17 @@ def judge(self:PromptLoader,
 def roll_out(self:PromptLoader,
     number:int, # of the round
 ):
-    "Draw and judge the pictures of a round."
+    "Draw the pictures of a round, each in one of the processes, and judge them."
     rows = torch.randint(len(self.all), (self.pictures,), generator=seeded(self.seed, "prompts", number)).tolist()
     prompts, keys = [self.all[row].captions[0] for row in rows], [(number, k) for k in range(self.pictures)]
     groups = [slice(k, k + self.at_once) for k in range(0, self.pictures, self.at_once)]
-    with self.policy.at_beginning(number): drawn = [self.draw(prompts[g], keys[g]) for g in groups]
+    def draw(group): # for all processes
+        pictures, *tensors = self.draw(prompts[group], keys[group])
+        return pictures, *(tensor.cpu() for tensor in tensors)
+    with self.policy.at_beginning(number): drawn = shared_work(groups, draw)
     rewards = self.judge(sum((one[0] for one in drawn), []), prompts)
     gain = advantages(rewards, prompts if self.min_count else (), self.min_count).clamp(-self.most, self.most)
-    chain, chances = (torch.cat([one[k] for one in drawn]) for k in (1, 2))
+    chain, chances = (torch.cat([one[k] for one in drawn]).to(self.device) for k in (1, 2))
     self.drawn = number, prompts, chain, chances, rewards, gain
 
 # %% ../../nbs/library/train_rounds.ipynb #1492e4da
