@@ -185,7 +185,7 @@ def generate_refined(
     negative_aesthetic_score:float=2.5, # of those that are not
     **options, # as in `generate`
 )->list: # PIL images
-    "Draw with an ensemble of two denoisers (Balaji et al., 2022; Podell et al., 2023); CourseError as in `split_steps`."
+    "Draw with two denoisers (Balaji et al., 2022; Podell et al., 2023); CourseError as in `split_steps`."
     if options.get("init_image") is not None:
         raise CourseError("got a picture to begin with and a refiner: wanted one of both, since the refiner goes on "
             "where the base model stops drawing from noise")
