@@ -6,13 +6,14 @@
 __all__ = ['spare_memory', 'load_pipeline', 'sweep_lora_scale', 'save_pictures', 'unlearned_words', 'SpareOptions',
            'GenerateConfig', 'warn_about_prompts', 'one_or_all', 'settings_of', 'word_files', 'load_words',
            'draw_planned', 'asked_rows', 'rows_to_draw', 'open_output', 'drawing_size', 'used_files', 'picture_notes',
-           'draw_and_save', 'main']
+           'open_pipelines', 'draw_and_save', 'main']
 
-# %% ../nbs/library/inference.ipynb #9d887d8a
+# %% ../nbs/library/inference.ipynb #0e107db1
 import json
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +27,9 @@ from .model.components import load_components
 from .model.conditioning import removed_text
 from .model.samplers import SamplerOptions, named_scheduler
 from .model.prompts import PromptOptions, plain_text
-from .model.sampling import Film, StartOptions, generate, picture_size, save_film, save_picture
+from .model.sampling import Film, StartOptions, generate, own_generator, picture_size, save_film
+from .model.sampling import save_picture
+from .model.refiner import RefineOptions, load_refiner, refine, split_steps
 from .model.lora_files import attach_lora, find_lora, lora_file
 from .model.lora_scales import LoraPlan, LoraUseOptions, adapter_names, fused_loras, name_loras, plan_loras
 from .model.lora_scales import set_lora_scale
@@ -124,7 +127,7 @@ class SpareOptions:
 
 # %% ../nbs/library/inference.ipynb #7be1a001
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SpareOptions, StartOptions, LoraUseOptions, PromptOptions, SamplerOptions):
+class GenerateConfig(SpareOptions, RefineOptions, StartOptions, LoraUseOptions, PromptOptions, SamplerOptions):
     "Draw pictures from prompts, with or without LoRAs."
     prompt: list[str] | None = option(None, "what to draw; give the flag again for more prompts", action="extend")
     negative_prompt: list[str] | None = option(None, "what to go away from; one for all prompts, or one for each",
@@ -183,10 +186,11 @@ def settings_of(
     negative_prompt:str=None, # of this picture
 )->dict: # name -> plain value
     "What is written into every picture besides its prompt and seed, for people to read."
-    model = Path(config.model).name if Path(config.model).exists() else config.model # no folders of this machine
+    named = lambda one: Path(one).name if one and Path(one).exists() else one # no folders of this machine
     strengths = list(scales.values()) or [None]
     return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale, clip_skip=config.clip_skip, model=model, lora=", ".join(scales) or None,
+        guidance_scale=config.guidance_scale, clip_skip=config.clip_skip, model=named(config.model),
+        refiner=named(config.refiner), lora=", ".join(scales) or None,
         lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
 # %% ../nbs/library/inference.ipynb #a1eec1bc
@@ -212,7 +216,7 @@ def load_words(
         print(f"read the words {', '.join(found)} from {Path(file).name}")
     return found
 
-# %% ../nbs/library/inference.ipynb #8ab00377
+# %% ../nbs/library/inference.ipynb #fc746039
 def draw_planned(
     pipeline, # StableDiffusionXLPipeline with the LoRAs of the plan
     plan:LoraPlan,
@@ -221,16 +225,19 @@ def draw_planned(
     spell=lambda text: text, # puts learnt words into a prompt
     negatives=None, # negative prompts as given, one per picture
     fuse:bool=False, # bake LoRAs into the weights meanwhile
+    finish=None, # `refine` with a refiner: makes pictures of latents, plain prompts and seeds, without LoRAs
     **options, # as in `generate`
 )->tuple: # (PIL images, name -> strength for each)
     "Draw prompts, each with the LoRAs that it asks for."
     pictures, scales = [], [{**plan.scales, **plan.prompts[prompt][1]} for prompt in prompts]
-    rows = list(zip(prompts, negatives or [None]*len(prompts), seeds, scales))
+    rows = list(zip([plan.prompts[prompt][0] for prompt in prompts], negatives or [None]*len(prompts), seeds, scales))
     for strengths, some in groupby(rows, key=lambda row: row[3]):
-        texts, without, own = zip(*[(spell(plan.prompts[prompt][0]), negative and spell(negative), seed)
-            for prompt, negative, seed, _ in some])
+        texts, without, own, _ = map(list, zip(*some))
         set_lora_scale(pipeline, strengths, plan.places)
-        with fused_loras(pipeline, fuse): pictures += generate(pipeline, texts, own, negative_prompt=without, **options)
+        with fused_loras(pipeline, fuse):
+            drawn = generate(pipeline, [spell(text) for text in texts], own,
+                negative_prompt=[one and spell(one) for one in without], **options)
+        pictures += finish(drawn, texts, own, negative_prompt=without) if finish else drawn
     return pictures, scales
 
 # %% ../nbs/library/inference.ipynb #8ab0037a
@@ -284,7 +291,7 @@ def used_files(
     folder, # of the pictures
 )->list: # of what `used_file` gives, without strengths
     "Every file that a picture depends on."
-    found = [used_file(name, where, folder) for name in ("model", "vae", "init_image", "mask")
+    found = [used_file(name, where, folder) for name in ("model", "vae", "refiner", "init_image", "mask")
         if (where := getattr(config, name)) is not None]
     found += [used_file("lora", where, folder, find_lora(where), adapter=name) for name, where in plan.files.items()]
     words = word_files(plan.files.values(), config.embeddings)
@@ -315,36 +322,56 @@ def picture_notes(
             | {CHUNK: json_text})
     return notes
 
-# %% ../nbs/library/inference.ipynb #8ab00378
-def _draw(config, pipeline, plan, rows, words, film):
+# %% ../nbs/library/inference.ipynb #9bd25b73
+def _draw(config, pipeline, plan, rows, words, film, refiner):
     "The pictures of some rows and the strengths that drew them; and what stands for options that were not given."
     spell, (size, batch) = lambda text: replace_placeholders(text, words), drawing_size(config, pipeline)
-    prompts, negatives, seeds = zip(*rows)
-    more = fields_of(config, SamplerOptions, PromptOptions, StartOptions)
-    pictures, scales = draw_planned(pipeline, plan, prompts, seeds, spell, negatives, config.fuse_lora,
-        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale, size=size,
-        batch_size=batch, progress=is_interactive(), clip_skip=config.clip_skip, **more,
-        **(dict(callback_on_step_end=film) if film else {}))
+    (prompts, negatives, seeds), finish, steps = zip(*rows), None, config.num_inference_steps
+    shared = dict(num_inference_steps=steps, guidance_scale=config.guidance_scale, batch_size=batch,
+        progress=is_interactive(), clip_skip=config.clip_skip, prompt_weights=config.prompt_weights,
+        **fields_of(config, SamplerOptions))
+    more = dict(size=size, max_token_length=config.max_token_length)
+    if refiner:
+        split_steps(pipeline, refiner, steps, config.denoising_end, config.scheduler)
+        seeds, finish = [own_generator(seed) for seed in seeds], partial(refine, refiner, **shared,
+            denoising_start=config.denoising_end)
+        more |= dict(latents=True, denoising_end=config.denoising_end)
+    else: more |= fields_of(config, StartOptions) | (dict(callback_on_step_end=film) if film else {})
+    pictures, scales = draw_planned(pipeline, plan, prompts, seeds, spell, negatives, config.fuse_lora, finish,
+        **shared, **more)
     precision = {"float16": "fp16", "bfloat16": "bf16"}.get(str(pipeline.unet.dtype).split(".")[-1], "no")
     width, height = pictures[0].size
     return pictures, scales, batch, replace(config, mixed_precision=precision, width=width, height=height)
 
-# %% ../nbs/library/inference.ipynb #8ab00376
+# %% ../nbs/library/inference.ipynb #36c1e16a
+def open_pipelines(
+    config:GenerateConfig,
+    plan:LoraPlan,
+)->tuple: # StableDiffusionXLPipeline with its LoRAs, and the refiner's pipeline or None
+    "All that draws, where and how exact the options say; CourseError for what does not load or does not fit."
+    device, spare = pick_device(config.device), fields_of(config, SpareOptions)
+    dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
+    pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places,
+        vae=config.vae, revision=config.revision, variant=config.variant, **spare)
+    if not config.refiner: return pipeline, None
+    refiner = load_refiner(pipeline, config.refiner, variant=config.variant)
+    spare_memory(refiner, device, **spare)
+    return pipeline, refiner
+
+# %% ../nbs/library/inference.ipynb #7eb46611
 def draw_and_save(
     config:GenerateConfig, # what to draw
 )->list: # paths of the pictures, grid.png last
     "The `generate` command as a function; CourseError for what cannot be read, drawn or written."
-    folder, device, (rows, wanted, record) = open_output(config), pick_device(config.device), rows_to_draw(config)
-    dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
+    folder, (rows, wanted, record) = open_output(config), rows_to_draw(config)
     plan = plan_loras([prompt for prompt, _, _ in rows], config.lora,
         config.lora_scale and one_or_all(config.lora_scale), config.lora_places)
     used, film = used_files(config, plan, folder), Film() if config.film else None
-    pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places,
-        vae=config.vae, revision=config.revision, variant=config.variant, **fields_of(config, SpareOptions))
-    mark, words = weights_mark(pipeline), load_words(pipeline, plan.files.values(), config.embeddings)
+    pipeline, refiner = open_pipelines(config, plan)
+    mark, words = weights_mark(pipeline, refiner), load_words(pipeline, plan.files.values(), config.embeddings)
     warn_about_prompts(replace(config, prompt=[text for text, _ in plan.prompts.values()], lora=list(plan.files)),
         pipeline.tokenizer)
-    pictures, scales, batch, known = _draw(config, pipeline, plan, rows, words, film)
+    pictures, scales, batch, known = _draw(config, pipeline, plan, rows, words, film, refiner)
     notes = picture_notes(known, pipeline, plan, used, mark, rows, scales, batch)
     for i, k in enumerate(wanted if film else ()): save_film(film.frames(pipeline.vae)[k], folder/f"film_{i:03d}.gif")
     return _write(config, folder, *([some[k] for k in wanted] for some in (pictures, notes, rows)), record)

@@ -101,7 +101,7 @@ def rules_of(
     for cls in reversed(type(config).__mro__): yield from vars(cls).get(kind, ())
 
 # %% ../nbs/library/options.ipynb #3e6de672
-PATHS = ("folder", "model", "vae", "lora", "init_lora", "init_image", "mask", "from_picture", "embeddings",
+PATHS = ("folder", "model", "vae", "refiner", "lora", "init_lora", "init_image", "mask", "from_picture", "embeddings",
          "dataset_name", "images", "output", "grid", "save_images", "references", "base_images", "clip", "dino",
          "prompts", "prompt_file", "markdown", "html", "sweep", "plot", "resume_from_checkpoint",
          "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")

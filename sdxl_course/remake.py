@@ -60,12 +60,15 @@ def used_file(
 @torch.no_grad()
 def weights_mark(
     pipeline, # StableDiffusionXLPipeline, with or without LoRAs, which do not count
+    refiner=None, # pipeline of a refiner
     samples:int=8, # numbers of each tensor
 )->str: # 16 hexadecimal digits; None where weights are on a disk
     "Tells models apart by a few weights of each layer."
     digest = hashlib.sha256()
-    for part in NETWORKS:
-        named = {name.replace(".base_layer.", "."): p for name, p in getattr(pipeline, part).named_parameters()
+    parts = {part: getattr(pipeline, part) for part in NETWORKS}
+    if refiner is not None: parts |= dict(refiner=refiner.unet, refiner_text=refiner.text_encoder_2)
+    for part, network in parts.items():
+        named = {name.replace(".base_layer.", "."): p for name, p in network.named_parameters()
             if ".lora_" not in name}
         for name, p in sorted(named.items()):
             if p.is_meta: return None
@@ -90,7 +93,7 @@ def batch_bounds(
 
 # %% ../nbs/library/remake.ipynb #dc517f97
 LEFT_OUT = {"prompt", "negative_prompt", "seed", "num_images", "batch_size", "output_dir", "device", "from_picture",
-    "film", "offload", "model", "vae", "lora", "lora_scale", "embeddings", "init_image", "mask"}
+    "film", "offload", "model", "vae", "refiner", "lora", "lora_scale", "embeddings", "init_image", "mask"}
 
 def kept_settings(
     config, # a config dataclass
@@ -126,10 +129,12 @@ def parameters_text(
     plain = lambda text: text if settings.get("prompt_weights") else text.replace("(", r"\(").replace(")", r"\)")
     sampler, model = sampler_of(scheduler), next(one["name"] for one in record["files"] if one["option"] == "model")
     started = any(one["option"] == "init_image" for one in record["files"])
-    skip = settings.get("clip_skip")
+    skip, refiner = settings.get("clip_skip"), next((one["name"] for one in record["files"]
+        if one["option"] == "refiner"), None)
     line = {"Steps": settings["num_inference_steps"], "Sampler": sampler.called, "Schedule type": sampler.schedule,
         "CFG scale": settings.get("guidance_scale"), "Seed": seed, "Size": f"{size[0]}x{size[1]}", "Model": model,
         "Denoising strength": settings.get("strength") if started else None, "Clip skip": skip and skip + 2,
+        "Refiner": refiner, "Refiner switch at": refiner and settings["denoising_end"],
         "Lora hashes": '"' + ", ".join(f"{name}: {own}" for name, (_, own) in hashes.items()) + '"' if hashes else None,
         "Version": f"sdxl_course {record['versions']['sdxl_course']}"}
     said = [plain(prompt) + tags, *([f"Negative prompt: {plain(negative)}"] if negative else [])]

@@ -112,3 +112,17 @@ class Hub:
         self.told.append(("upload", repo_id, self.token, names))
         type(self).sent = {name: files[name] for name in names}
         return f"https://hub/{repo_id}"
+
+
+def make_toy_refiner(folder, **changes):
+    "The folder of a refiner for the toy model, with random weights; it borrows everything but its UNet."
+    import torch
+    from diffusers import UNet2DConditionModel
+    sizes = dict(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=8, attention_head_dim=(1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=5 * 4 + 8) | changes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        UNet2DConditionModel(**sizes).save_pretrained(Path(folder) / "unet")
+    (Path(folder) / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)))
+    return Path(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'PARTS', 'SDXL_VAE', 'TEXT_ENCODERS', 'ModelOptions', 'quiet', 'SDXLComponents', 'count_parameters',
-           'tiny_path', 'resolve_folder', 'read_index', 'load_vae', 'load_components', 'save_components']
+           'tiny_path', 'resolve_folder', 'read_index', 'load_vae', 'load_part', 'load_components', 'save_components']
 
 # %% ../../nbs/library/model_components.ipynb #84a0a5d3
 import diffusers
@@ -257,7 +257,7 @@ def _load_single_file(
 # %% ../../nbs/library/model_components.ipynb #e6ae7195
 TEXT_ENCODERS = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
 
-def _load_part(
+def load_part(
     folder:Path, # pipeline folder
     index:dict, # its model_index.json
     part:str, # one of PARTS
@@ -296,7 +296,7 @@ def load_components(
         if own_vae: own_vae["vae"] = load_vae(vae, dtype, folder / "vae")
         parts = SDXLComponents(name=str(model), **own_vae,
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
-            **{part: _load_part(folder, index, part, dtype, variant) for part in PARTS if part not in own_vae})
+            **{part: load_part(folder, index, part, dtype, variant) for part in PARTS if part not in own_vae})
     if parts.vae.config.latent_channels != parts.unet.config.in_channels:
         raise CourseError(f"the VAE makes {parts.vae.config.latent_channels} latent channels and the UNet of {model} "
             f"takes {parts.unet.config.in_channels}: wanted a VAE made for SDXL")
