@@ -123,6 +123,9 @@ def make_toy_refiner(folder, **changes):
         addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=5 * 4 + 8) | changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        UNet2DConditionModel(**sizes).save_pretrained(Path(folder) / "unet")
+        unet = UNet2DConditionModel(**sizes)
+    for name, p in unet.named_parameters():
+        if "attn2.to_v" in name or "attn2.to_out.0.weight" in name: p.data *= 20  # words matter
+    unet.save_pretrained(Path(folder) / "unet")
     (Path(folder) / "model_index.json").write_text(json.dumps(dict(_class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)))
     return Path(folder)
