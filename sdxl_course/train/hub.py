@@ -93,7 +93,9 @@ def without_places(
 )->dict: # the same, with the last part of each absolute path
     "A configuration for other eyes."
     def plain(name, value):
-        if not isinstance(value, str) or not re.search("dir|path|file|init_lora|resume", name): return value
+        if isinstance(value, list): return [plain(name, one) for one in value]
+        places = "dir|path|file|init_lora|resume|concepts|dataset_name|validation_image"
+        if not isinstance(value, str) or not re.search(places, name): return value
         return Path(value).name if Path(value).is_absolute() or value.startswith("~") else value
     return {name: plain(name, value) for name, value in settings.items()}
 
