@@ -228,7 +228,7 @@ def trainable(
 ): # the same UNet there, all of it to be trained
     "A UNet laid out for fast training on its device."
     order = torch.channels_last if device.type == "cuda" else torch.contiguous_format # slower on a CPU
-    # backwards, torch's fused attention takes a CPU three to five times as long for matrices as small as here
+    # backwards in bf16, torch's fused attention takes a CPU three to five times as long as plain products
     if device.type == "cpu": unet.set_attn_processor(AttnProcessor())
     return unet.to(device, memory_format=order).requires_grad_(True)
 
