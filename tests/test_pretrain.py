@@ -15,7 +15,7 @@ from sdxl_course.model.architecture import TINY, tiny_architecture
 from sdxl_course.model.latents import posterior
 from sdxl_course.pretraining import unet as unet_room, vae as vae_room
 from sdxl_course.pretraining.alignment import make_aligner
-from sdxl_course.pretraining.cache import SIZES, encode_pictures, framed_maps, framed_picture, read_cache
+from sdxl_course.pretraining.cache import encode_pictures, framed_maps, framed_picture, read_cache
 from sdxl_course.pretraining.data import MAPS, MAP_SIDE, SIDE, Pictures, draw_balanced, read_pictures, read_scenes, select_pictures
 from sdxl_course.pretraining.export import STAGES, TRAINED, main
 from sdxl_course.pretraining.judges import attribute_batch, attribute_loss, picture_codes
@@ -28,7 +28,7 @@ from sdxl_course.world.scene import HELD_OUT_STYLE, STYLES, Scene, set_stage
 from sdxl_course.world.trace import trace
 
 SMALL = ("--num_scenes 5 --shard_size 3 --num_workers 1 --num_validation 1 --captions_per_scene 2 --held_out_share 0.4 --judge_batch_size 4 --num_things 3 "
-         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --unet_small_share 0.5 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 --refiner_steps 4 --refiner_batch_size 2 "
+         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 --refiner_steps 4 --refiner_batch_size 2 "
          "--vae_schedule_steps 4 --clip_schedule_steps 4 --unet_schedule_steps 4 --log_every 1 --sample_every 0").split()
 
 
@@ -70,7 +70,7 @@ def stopped(straight, tmp_path_factory):
     run = part_of(straight, tmp_path_factory.mktemp("stopped"), "data")
     chain(run, "judges,tokenizer,clip,vae", max_minutes=1e-6) # one step of each
     chain(run, "judges")
-    chain(run, "vae,clip,cache,unet", unet_steps=2) # the next step is the first one with large pictures
+    chain(run, "vae,clip,cache,unet", unet_steps=2)
     chain(run, "unet,refiner", max_minutes=1e-6)
     chain(run, "unet,refiner")
     return run
@@ -140,7 +140,7 @@ def test_processes_render_the_same_pictures(straight, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--stage", "paint"], "paint"), (["--vae_step", "3"], "vae_steps"), (["--num_scenes", "-1"], "num_scenes"), (["--unet_small_share", "70"], "at most 1"),
+    (["--stage", "paint"], "paint"), (["--vae_step", "3"], "vae_steps"), (["--num_scenes", "-1"], "num_scenes"), (["--unet_decay_share", "70"], "at most 1"),
     (["--stage", "vae"], "stage `data`"), (["--stage", "unet"], "stage `data`"), (["--stage", "cache"], "stage `vae`"),
     (["--stage", "judges", "--judge_steps", "0"], "no judge of attributes to keep"), (["--stage", "export"], "stage `tokenizer`")])
 def test_mistakes_get_one_sentence(tmp_path, capsys, flags, words):
@@ -207,13 +207,13 @@ def test_a_coarser_autoencoder_needs_no_other_code(straight, tmp_path, monkeypat
     run = part_of(straight, tmp_path, "data", "tokenizer", "tokenizer_2")
     chain(run, "vae,clip,cache,unet,export", vae_steps=1, clip_steps=1, unet_steps=3)
     cached = load_tensors(run / "cache" / "shard-00000.safetensors")[0]
-    assert [cached[f"mean_{side}"].shape[2:] for side in SIZES] == [(4, 8, 8), (4, 16, 16)]
+    assert cached["mean"].shape[2:] == (4, 16, 16)
     from diffusers import StableDiffusionXLPipeline
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(run / "export"))
     assert (pipeline.vae_scale_factor, pipeline.default_sample_size) == (8, 16)
 
 
-# ------------------------------------------------ pictures, their maps, and two sizes
+# ------------------------------------------------ pictures and their maps
 
 def test_maps_hold_what_the_tracer_knows(straight):
     pictures = read_pictures(straight)
@@ -242,19 +242,18 @@ def test_maps_go_through_the_frame_of_their_picture(straight):
     assert cut and max(cut) > 0.3 # without the frame they would lie elsewhere
 
 
-def test_each_size_is_told_in_its_own_numbers(straight):
+def test_a_picture_and_its_mirror_image_are_told_their_frames(straight):
     pictures, vae = read_pictures(straight), load_vae(straight, tiny_architecture(0).vae)
     frames = [framed_picture(picture, k, 1., 0) for k, picture in enumerate(pictures.pixels)]
-    small, large = (encode_pictures(vae, frames, side) for side in SIZES)
-    assert torch.equal(small["time_ids"], large["time_ids"]//2) and (large["time_ids"][..., :4] % 128).any() # 128 is what most are told
-    for k, (_, size, crop, mirrored) in enumerate(frames): assert large["time_ids"][k].tolist() == [[*size, *crop, SIDE, SIDE], [*size, *mirrored, SIDE, SIDE]]
-    halved = (framed := to_pixels(torch.stack([frame[0] for frame in frames])))[..., ::2, ::2] + framed[..., 1::2, ::2] + framed[..., ::2, 1::2] + framed[..., 1::2, 1::2]
-    for found, pixels in ((small, halved/4), (large, framed)):
-        for side, shown in enumerate((pixels, pixels.flip(-1))):
-            for name, wanted in zip(("mean", "std"), posterior(vae, shown)): torch.testing.assert_close(found[name][:, side].float(), wanted, atol=2e-2, rtol=2e-2)
+    found = encode_pictures(vae, frames)
+    for k, (_, size, crop, mirrored) in enumerate(frames): assert found["time_ids"][k].tolist() == [[*size, *crop, SIDE, SIDE], [*size, *mirrored, SIDE, SIDE]]
+    assert (found["time_ids"][..., :4] % 128).any() # 128 is what most are told
+    pixels = to_pixels(torch.stack([frame[0] for frame in frames]))
+    for side, shown in enumerate((pixels, pixels.flip(-1))):
+        for name, wanted in zip(("mean", "std"), posterior(vae, shown)): torch.testing.assert_close(found[name][:, side].float(), wanted, atol=2e-2, rtol=2e-2)
 
 
-def test_small_pictures_come_first(straight, tmp_path, monkeypatch):
+def test_the_picture_outside_its_object_counts_less(straight, tmp_path, monkeypatch):
     counted, loss = [], unet_room.denoising_loss
     def counting(unet, batch, *rest):
         found = loss(unet, batch, *rest)
@@ -262,15 +261,12 @@ def test_small_pictures_come_first(straight, tmp_path, monkeypatch):
         return found
     monkeypatch.setattr(unet_room, "denoising_loss", counting)
     run = part_of(straight, tmp_path, "data", "tokenizer", "tokenizer_2", "vae", "clip_1", "clip_2", "cache")
-    chain(run, "unet", unet_steps=2, unet_batch_size=8, timestep_power=3., unmasked_weight=0.) # the plan has four updates
-    chain(run, "unet", unet_steps=3, unet_batch_size=8)
-    assert [batch.time_ids[:, 4:].unique().tolist() for batch, *_ in counted] == [[64.], [64.], [128.]] # half of the plan, not of the session
-    for side, (batch, *_) in zip((16, 16, 32), counted):
-        assert batch.latents.shape[-2:] == (side, side) and batch.extra["maps"].shape == (8, 6, MAP_SIDE, MAP_SIDE)
-        share = batch.extra["maps"][:, 4].unflatten(2, (side, -1)).unflatten(1, (side, -1)).mean((2, 4))/2 + .5
-        torch.testing.assert_close(batch.extra["mask"][:, 0], share, atol=1e-4, rtol=0)
-    assert [outside for *_, outside, _ in counted] == [0., 0., 0.33]
-    assert [(times < 125).sum() for _, times, *_ in counted[:2]] == [4, 4] # u**3: half of a batch lies below an eighth
+    chain(run, "unet", unet_steps=1, unet_batch_size=8, unmasked_weight=0.)
+    chain(run, "unet", unet_steps=2, unet_batch_size=8)
+    for batch, *_ in counted:
+        assert batch.latents.shape[-2:] == (32, 32) and batch.extra["maps"].shape == (8, 6, MAP_SIDE, MAP_SIDE)
+        torch.testing.assert_close(batch.extra["mask"][:, 0], batch.extra["maps"][:, 4]/2 + .5, atol=1e-4, rtol=0) # cells and maps are of one size
+    assert [outside for *_, outside, _ in counted] == [0., 0.33]
     for (*_, found), row in zip(counted, rows(run, "unet")): assert row["loss"] == pytest.approx(found + 0.5*row["apart"], rel=1e-5)
 
 
@@ -291,7 +287,7 @@ def unet(): return tiny_architecture(0).unet.requires_grad_(False)
 
 def test_alignment_is_a_square_where_the_object_is(unet):
     aligner = make_aligner(unet, 0)
-    for side in (16, 32): # both sizes of pictures
+    for side in (16, 32): # pictures of 64 and of 128 pixels
         ask(unet, noise(side))
         said = aligner.head(aligner.hidden).detach()
         assert said.shape == (2, 6, side, side)

@@ -18,7 +18,7 @@ from ..data.cache import fingerprint
 from ..data.loader import Batch
 from ..train.objective import denoising_loss, make_weighting
 from .stage import Hyperparameters, load_ema, log, steps_done, train_stage, training_device
-from .data import SIDE, read_scenes
+from .data import read_scenes
 from .vae import encoding_part
 from .cache import read_cache
 from .unet import load_parts, trainable, unet_batch
@@ -86,7 +86,7 @@ def train_refiner(
     log("refiner", parameters=count_parameters(unet))
     def batch_at(step):
         batch, noise, timesteps = unet_batch(parts, scenes, cache, step, config.seed, config.refiner_batch_size,
-            config.caption_dropout, side=SIDE)
+            config.caption_dropout)
         seen, low = refiner_batch(batch, timesteps, config.refiner_levels, width)
         return seen, noise, low
     weighting = make_weighting(snr_gamma=config.snr_gamma or None, debiased_estimation_loss=not config.snr_gamma)

@@ -31,20 +31,18 @@ from .stage import training_device
 from .data import MAPS, SIDE, read_scenes
 from .tokenizer import read_tokenizers
 from .vae import encoding_part, load_vae
-from .cache import SIZES, read_cache
+from .cache import read_cache
 from .alignment import make_aligner
 
 # %% ../../nbs/library/pretraining_unet.ipynb #5a4a1ccf
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:
     "How the UNet is trained."
-    unet_steps: int = option(9500, "where UNet training ends", "0 ..")
+    unet_steps: int = option(8000, "where UNet training ends", "0 ..")
     unet_schedule_steps: int = option(0, "length of its learning-rate plan; 0: unet_steps", "0 ..")
     unet_batch_size: int = option(32, "latents in a batch", "1 ..")
-    unet_lr: float = option(1e-3, "learning rate of AdamW; Muon's is unet_matrix_rate times that", "0 ..")
-    unet_matrix_rate: float = option(3., "learning rate of Muon, as a multiple of AdamW's; 0: AdamW alone", "0 ..")
-    unet_small_share: float = option(0.65, "share of the plan that sees pictures of 64 pixels; the rest sees 128",
-        "0 .. 1")
+    unet_lr: float = option(5e-4, "learning rate of AdamW; Muon's is unet_matrix_rate times that", "0 ..")
+    unet_matrix_rate: float = option(2., "learning rate of Muon, as a multiple of AdamW's; 0: AdamW alone", "0 ..")
     unet_decay_share: float = option(0.3, "last part of the plan, in which the rate falls to zero", "0 .. 1")
     unet_ema: float = option(0.999, "decay of the average of the weights that is kept", "0 .. < 1")
     unet_ema_slow: float = option(0.9998, "decay of a second, slower average to choose from afterwards; 0: none",
@@ -55,20 +53,17 @@ class UNetOptions:
         "0 .. 1")
     alignment_weight: float = option(0.5,
         "weight of REPA's loss: hidden states should tell what the renderer knows of the clean picture", "0 ..")
-    timestep_power: float = option(1.5,
-        "noise levels are 1000*u**power, u even; above 1: more of the low ones, where shapes are drawn", "> 0 ..")
     snr_gamma: float = option(0., "cap of the min-SNR weight; 0: debiased estimation", "0 ..")
     sample_every: int = option(400, "updates between two sample grids; 0: none", "0 ..")
 
 # %% ../../nbs/library/pretraining_unet.ipynb #5fadea0f
 def spread_timesteps(
     number:int, # how many
-    power:float, # 1: all levels alike; above: more of the low ones
     generator, # torch.Generator
 )->torch.Tensor: # (number,) int64
     "Noise levels without gaps: one in each part of the schedule (Kingma et al., 2021, appendix I.1)."
     even = (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator))/number
-    return (1000*even**power).long().clamp(max=999)
+    return (1000*even).long().clamp(max=999)
 
 # %% ../../nbs/library/pretraining_unet.ipynb #da223ffd
 @torch.no_grad()
@@ -80,8 +75,6 @@ def unet_batch(
     seed:int, # of the run
     batch_size:int, # latents
     dropout:float, # share of pictures without words
-    power:float=1., # see `spread_timesteps`
-    side:int=SIDE, # pixels, of SIZES
 )->tuple: # Batch, noise (b, c, h, w), timesteps (b,)
     "Everything one step of UNet training sees."
     g, device, n = seeded(seed, "unet", step), components.text_encoder.device, len(scenes)
@@ -89,9 +82,9 @@ def unet_batch(
     variant = torch.randint(len(scenes[0]["captions"]), (batch_size,), generator=g)
     wordless = torch.rand(batch_size, generator=g).lt(dropout).to(device)
     mean, std, time_ids, maps = (cache[name][rows, mirror].float()
-        for name in (f"mean_{side}", f"std_{side}", f"time_ids_{side}", "maps"))
+        for name in ("mean", "std", "time_ids", "maps"))
     draw, noise = torch.randn(2, *mean.shape, generator=g)
-    timesteps = spread_timesteps(batch_size, power, g)
+    timesteps = spread_timesteps(batch_size, g)
     texts = [scenes[row]["captions"][k]["text"] for row, k in zip(rows.tolist(), variant.tolist())]
     embeds, pooled = encode_prompts(components, texts)
     embeds, pooled = embeds.masked_fill(wordless.view(-1, 1, 1), 0.), pooled.masked_fill(wordless.view(-1, 1), 0.)
@@ -198,13 +191,10 @@ def unet_batches(
     parts, # SDXLComponents, its text encoders where the batches should be
     cache:dict, # of `read_cache`
 ): # function: step -> arguments of `UNetLoss`
-    "Batches by number: small pictures first."
-    scenes, large = read_scenes(config.output_dir), SIZES[-1]
-    small_steps = config.unet_small_share*(config.unet_schedule_steps or config.unet_steps)
-    def batch_at(step):
-        return unet_batch(parts, scenes, cache, step, config.seed, config.unet_batch_size, config.caption_dropout,
-            config.timestep_power, SIZES[0] if step < small_steps else large)
-    return batch_at
+    "Batches by number."
+    scenes = read_scenes(config.output_dir)
+    return lambda step: unet_batch(parts, scenes, cache, step, config.seed, config.unet_batch_size,
+        config.caption_dropout)
 
 # %% ../../nbs/library/pretraining_unet.ipynb #12861c89
 def sampling(

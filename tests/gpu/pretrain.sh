@@ -1,9 +1,9 @@
 #!/bin/bash
 # From nothing to exported weights of sdxl-tiny on one GPU, without a refiner, in about ten minutes, and then its scores.
 #
-#   bash tests/gpu/pretrain.sh [--vae 1.5] [--clip 0.4] [--unet 3.5] [--small 0.7] [--scenes 8000] [--out FOLDER] [--precision bf16]
+#   bash tests/gpu/pretrain.sh [--vae 1.5] [--clip 0.4] [--unet 3.5] [--scenes 8000] [--out FOLDER] [--precision bf16]
 #       minutes of training: of the autoencoder, of each CLIP, of the UNet. Each first makes PROBE updates to learn how long one
-#       takes, then as many as fit, with a schedule of that length. The UNet sees pictures of 64 pixels in the share --small of it.
+#       takes, then as many as fit, with a schedule of that length.
 #   bash tests/gpu/pretrain.sh --begin unet [...]
 #       goes on in a folder that holds pictures, CLIPs, the autoencoder and cached latents
 #   STEPS=20 bash tests/gpu/pretrain.sh
@@ -12,10 +12,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 
-VAE=1.5 CLIP=0.4 UNET=3.5 SMALL=0.7 BEGIN=data SCENES=8000 OUT=${OUT:-pretrain-run} PRECISION=bf16
+VAE=1.5 CLIP=0.4 UNET=3.5 BEGIN=data SCENES=8000 OUT=${OUT:-pretrain-run} PRECISION=bf16
 while [ $# -gt 0 ]; do
     case $1 in
-        --vae) VAE=$2 ;; --clip) CLIP=$2 ;; --unet) UNET=$2 ;; --small) SMALL=$2 ;; --begin) BEGIN=$2 ;; --scenes) SCENES=$2 ;; --out) OUT=$2 ;; --precision) PRECISION=$2 ;;
+        --vae) VAE=$2 ;; --clip) CLIP=$2 ;; --unet) UNET=$2 ;; --begin) BEGIN=$2 ;; --scenes) SCENES=$2 ;; --out) OUT=$2 ;; --precision) PRECISION=$2 ;;
         *) echo "unknown flag $1" >&2; exit 2 ;;
     esac
     shift 2
@@ -35,7 +35,7 @@ fi
 
 pretrain() { # stages, further flags
     python -m sdxl_course.pretraining.export --output_dir "$OUT" --mixed_precision "$PRECISION" --num_scenes "$SCENES" \
-        --num_workers "$(nproc)" --sample_every 0 $SIZES --unet_small_share "$SMALL" \
+        --num_workers "$(nproc)" --sample_every 0 $SIZES \
         --judge_steps "$JUDGES" --instance_steps "$INSTANCES" \
         --stage "$@"
 }
@@ -61,6 +61,6 @@ if [ "$BEGIN" = data ]; then
 else
     pretrain unet $(probe unet)
 fi
-pretrain unet,export $(fit unet unet "$UNET" "$(python -c "print(4 - 3*$SMALL)")") # a large picture is four small ones
+pretrain unet,export $(fit unet unet "$UNET" 1)
 echo "trained and exported in $((SECONDS - began)) seconds: $OUT/export"
 python -m sdxl_course.evaluate --model "$OUT/export" $ASKED --output "$OUT/evaluation.json" --grid "$OUT/samples.png"
