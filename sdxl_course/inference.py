@@ -30,12 +30,13 @@ from .model.prompts import PromptOptions, plain_text
 from .model.sampling import Film, StartOptions, generate, own_generator, picture_size, save_film
 from .model.sampling import save_picture
 from .model.refiner import RefineOptions, load_refiner, refine, split_steps
+from .model.control import ControlOptions, follow_picture, steering
 from .model.lora_files import attach_lora, find_lora, lora_file
 from .model.lora_scales import LoraPlan, LoraUseOptions, adapter_names, fused_loras, name_loras, plan_loras
 from .model.lora_scales import set_lora_scale
 from .model.words import learned_placeholders, load_learned_tokens, replace_placeholders, words_beside
-from .remake import CHUNK, batch_bounds, kept_settings, lora_hash, parameters_text, picture_record
-from .remake import read_record, told_again, used_file, weights_mark, with_picture
+from .remake import CHUNK, FILES, batch_bounds, kept_settings, lora_hash, parameters_text
+from .remake import picture_record, read_record, told_again, used_file, weights_mark, with_picture
 
 # %% ../nbs/library/inference.ipynb #7e47c73c
 def spare_memory(
@@ -127,7 +128,8 @@ class SpareOptions:
 
 # %% ../nbs/library/inference.ipynb #7be1a001
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SpareOptions, RefineOptions, StartOptions, LoraUseOptions, PromptOptions, SamplerOptions):
+class GenerateConfig(SpareOptions, ControlOptions, RefineOptions, StartOptions, LoraUseOptions, PromptOptions,
+    SamplerOptions):
     "Draw pictures from prompts, with or without LoRAs."
     prompt: list[str] | None = option(None, "what to draw; give the flag again for more prompts", action="extend")
     negative_prompt: list[str] | None = option(None, "what to go away from; one for all prompts, or one for each",
@@ -187,10 +189,11 @@ def settings_of(
 )->dict: # name -> plain value
     "What is written into every picture besides its prompt and seed, for people to read."
     named = lambda one: Path(one).name if one and Path(one).exists() else one # no folders of this machine
-    strengths = list(scales.values()) or [None]
+    strengths, files = list(scales.values()) or [None], ("model", "refiner", "controlnet", "adapter", "control_image")
     return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale, clip_skip=config.clip_skip, model=named(config.model),
-        refiner=named(config.refiner), lora=", ".join(scales) or None,
+        guidance_scale=config.guidance_scale, clip_skip=config.clip_skip,
+        **{name: named(getattr(config, name)) for name in files},
+        control_scale=config.control_scale if config.control_image else None, lora=", ".join(scales) or None,
         lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
 # %% ../nbs/library/inference.ipynb #a1eec1bc
@@ -291,8 +294,7 @@ def used_files(
     folder, # of the pictures
 )->list: # of what `used_file` gives, without strengths
     "Every file that a picture depends on."
-    found = [used_file(name, where, folder) for name in ("model", "vae", "refiner", "init_image", "mask")
-        if (where := getattr(config, name)) is not None]
+    found = [used_file(name, where, folder) for name in FILES if (where := getattr(config, name)) is not None]
     found += [used_file("lora", where, folder, find_lora(where), adapter=name) for name, where in plan.files.items()]
     words = word_files(plan.files.values(), config.embeddings)
     return found + [used_file("embeddings", file, folder) for file in words]
@@ -331,6 +333,7 @@ def _draw(config, pipeline, plan, rows, words, film, refiner):
         progress=is_interactive(), clip_skip=config.clip_skip, prompt_weights=config.prompt_weights,
         **fields_of(config, SamplerOptions))
     more = dict(size=size, max_token_length=config.max_token_length)
+    if config.control_image: more |= steering(pipeline, config.control_image, size, config.control_scale)
     if refiner:
         split_steps(pipeline, refiner, steps, config.denoising_end, config.scheduler)
         seeds, finish = [own_generator(seed) for seed in seeds], partial(refine, refiner, **shared,
@@ -347,15 +350,16 @@ def _draw(config, pipeline, plan, rows, words, film, refiner):
 def open_pipelines(
     config:GenerateConfig,
     plan:LoraPlan,
-)->tuple: # StableDiffusionXLPipeline with its LoRAs, and the refiner's pipeline or None
+)->tuple: # the pipeline with its LoRAs, which may follow a picture, and the refiner's or None
     "All that draws, where and how exact the options say; CourseError for what does not load or does not fit."
     device, spare = pick_device(config.device), fields_of(config, SpareOptions)
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
     pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places,
         vae=config.vae, revision=config.revision, variant=config.variant, **spare)
-    if not config.refiner: return pipeline, None
-    refiner = load_refiner(pipeline, config.refiner, variant=config.variant)
-    spare_memory(refiner, device, **spare)
+    refiner = load_refiner(pipeline, config.refiner, variant=config.variant) if config.refiner else None
+    if config.control_image: pipeline = follow_picture(pipeline, config.controlnet, config.adapter)
+    for one in [pipeline]*bool(config.control_image) + [refiner]*bool(config.refiner):
+        spare_memory(one, device, **spare)
     return pipeline, refiner
 
 # %% ../nbs/library/inference.ipynb #7eb46611

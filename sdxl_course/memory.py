@@ -34,7 +34,7 @@ class Meter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = self.peak = self.kernels = self.flops = 0
-        self.sizes = {} # storage -> bytes
+        self.sizes, self.casts = {}, {} # storage -> bytes; trained weight -> what autocast keeps of it
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -76,13 +76,13 @@ class FlashShapes(torch.autograd.Function):
 LOW = ("linear", "conv2d") # functions that autocast computes in half precision, beside attention
 HIGH = ("layer_norm", "group_norm", "mse_loss") # those that it computes in float32; torch's documentation has the lists
 
-def _casting(function, dtype, low, kept):
-    "A function as autocast runs it; trained weights are cast once and kept."
+def _casting(function, dtype, low, meter):
+    "A function as autocast runs it; trained weights are cast once and kept, until `Meter.casts` is None."
     def cast(x):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == dtype: return x
-        if dtype != low or not (x.requires_grad and x.is_leaf): return x.to(dtype)
-        if id(x) not in kept: kept[id(x)] = x.to(dtype)
-        return kept[id(x)]
+        if dtype != low or not (x.requires_grad and x.is_leaf) or meter.casts is None: return x.to(dtype)
+        if id(x) not in meter.casts: meter.casts[id(x)] = x.to(dtype)
+        return meter.casts[id(x)]
     def run(*args, **named):
         return function(*map(cast, args), **{name: cast(x) for name, x in named.items()})
     return run
@@ -94,7 +94,6 @@ def shapes_only(
     low=None, # torch.dtype of autocast; None: no autocast
 ):
     "Networks on the meta device behave inside as on a card."
-    kept = {}
     def attention(query, key, value, *given, **options):
         q, k, v = (x.to(low) if low else x for x in (query, key, value))
         meter.flops += 4*q.numel()*k.shape[-2]*(3.5 if torch.is_grad_enabled() else 1) # forward 2, backward 5 products
@@ -103,7 +102,7 @@ def shapes_only(
         stack.enter_context(patched.object(F, "scaled_dot_product_attention", attention))
         for names, dtype in ((LOW, low), (HIGH, torch.float32)) if low else ():
             for name in names:
-                cast = _casting(getattr(F, name), dtype, low, kept)
+                cast = _casting(getattr(F, name), dtype, low, meter)
                 stack.enter_context(patched.object(F, name, cast))
         yield
 
@@ -195,6 +194,7 @@ def step_usage(
     def step(meter):
         batch, noise, times = fake_batch(components, b, resolution, max_token_length=max_token_length)
         total = loss(batch, noise, times, ["a picture"]*b if captions else None).sum()
+        meter.casts = None # autocast ends with the forward pass; what is still needed of it, the graph holds
         held.append(meter.live)
         total.backward()
     loss.train()

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from .core import CourseError
+from .model.adapters import enable_gradient_checkpointing
 from .model.components import quiet
 from .model.words import TABLES, LearnedTokens, add_tokens, check_new_words
 from .model.words import save_embeddings, save_learned_embeds
@@ -125,6 +126,8 @@ def new_token(
 ): # Trained
     "The new word, in both text encoders."
     check_new_words(components, [config.placeholder_token], "placeholder_token")
+    for part in ("unet", "text_encoder", "text_encoder_2") if config.gradient_checkpointing else ():
+        enable_gradient_checkpointing(getattr(components, part)) # the gradient comes through all of them
     placeholders = {config.placeholder_token: "".join(f"<s{k}>" for k in range(config.num_vectors))}
     tokens = add_tokens(components, placeholders, seed, config.initializer_token)
     card = CardText("SDXL textual inversion", f"The word `{config.placeholder_token}`", USAGE, ("textual_inversion",),

@@ -31,7 +31,7 @@ model.folders model.components model.architecture model.conditioning model.noise
 model.lora_tools model.weight_files
 model.words model.key_values model.control
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.cache data.sampler data.loader
-train.machine train.objective train.policy train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
+train.machine train.sharding train.objective train.policy train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.control train.hub train.run train.build train.rounds train.pixels train.class_images train.concepts
 text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix lcm dpo unconditional
 memory plan remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims

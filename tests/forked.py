@@ -19,12 +19,12 @@ def command(module, words, env, path):
     sys.exit(code)
 
 
-def run_ranks(module, words, folder, count=2):
-    "Run a module's command in several processes that find each other, as torchrun lets them; gives the exit codes and what each of them printed."
+def run_ranks(module, words, folder, count=2, **more):
+    "Run a module's command in several processes that find each other, as torchrun lets them; gives the exit codes and what each of them printed; `more` are environment variables."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = dict(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=1)
+    shared = dict(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=1, **more)
     paths = [folder/f"rank-{rank}.txt" for rank in range(count)]
     environments = [{name: str(value) for name, value in dict(shared, RANK=rank, LOCAL_RANK=rank).items()} for rank in range(count)]
     runs = [context.Process(target=command, args=(module, words, env, path)) for env, path in zip(environments, paths)]

@@ -2,6 +2,7 @@
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -13,9 +14,17 @@ from safetensors.torch import load_file
 from sdxl_course.cli import main as command
 from sdxl_course.controlnet import ControlNetConfig, main as controlnet_main, open_controlnet, train_controlnet
 from sdxl_course.core import CourseError, seeded
+from sdxl_course.inference import load_pipeline, main as generate_main
+from sdxl_course.model.adapters import add_lora, lora_parameters
+from sdxl_course.model.control import follow_picture, new_adapter, new_controlnet, save_control, steering
+from sdxl_course.model.lora_files import save_lora
+from sdxl_course.model.lora_scales import set_lora_scale
+from sdxl_course.model.refiner import load_refiner, refine
+from sdxl_course.model.sampling import generate, own_generator
 from sdxl_course.t2i_adapter import T2IAdapterConfig, main as adapter_main, train_t2i_adapter
+from sdxl_course.train.checkpoint import sha256_of
 from test_trainer import REFERENCE
-from toy import files_of
+from toy import files_of, make_toy_refiner
 
 SHARED = {name: flag for name, flag in REFERENCE.items() if name not in ("rank", "train_text_encoder", "debug_loss", "center_crop", "random_flip", "snr_gamma", "prediction_type", "noise_offset",
     "validation_epochs", "local_rank", "enable_npu_flash_attention", "image_interpolation_mode")} | dict(  # what both scripts of diffusers have: (type, default)
@@ -191,3 +200,132 @@ def test_a_card_shows_how_the_result_is_used(steered, mapped):
     compile(code, "card", "exec")
     assert "StableDiffusionXLControlNetPipeline.from_pipe(pipeline, controlnet=controlnet)" in code and "image=load_image" in code
     assert command(["--help"]) == 0
+
+
+# ---------------------------------------------------------------- drawing: generate --controlnet and --adapter
+
+PIPELINES = dict(controlnet=(new_controlnet, ControlNetModel, StableDiffusionXLControlNetPipeline), adapter=(new_adapter, T2IAdapter, StableDiffusionXLAdapterPipeline))
+QUICK = dict(num_inference_steps=4, guidance_scale=3.0)
+
+
+def gap(ones, others): return max(int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in zip(ones, others, strict=True))
+
+
+@pytest.fixture(scope="module")
+def networks(toy, tmp_path_factory):
+    "Folders of a ControlNet and of a T2I-Adapter that say something loud."
+    home, parts = tmp_path_factory.mktemp("networks"), toy()
+    for kind, (new, _, _) in PIPELINES.items():
+        network = new(parts, 0)
+        for name, p in network.named_parameters(): p.data += 0.15*torch.randn(p.shape, generator=seeded(name))
+        save_control(network, home / kind)
+    return {kind: home / kind for kind in PIPELINES}
+
+
+@pytest.fixture
+def lines(tmp_path):
+    "A picture that steers, wider than high."
+    (tmp_path / "maps").mkdir()
+    noise = np.random.default_rng(3).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((144, 96), Image.Resampling.NEAREST).save(tmp_path / "maps" / "lines.png")
+    return tmp_path / "maps" / "lines.png"
+
+
+@pytest.fixture
+def drawn(toy_model, tmp_path):
+    "A function that runs `generate` with the toy model and gives its pictures."
+    def draw(*flags, name="out", model=True):
+        words = [*(["--model", toy_model] if model else []), *flags, "--device", "cpu", "--output_dir", tmp_path / name]
+        assert generate_main([str(word) for word in words]) == 0
+        return [Image.open(path) for path in sorted((tmp_path / name).glob("image_*.png"))]
+    return draw
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_generate_draws_what_the_stock_pipeline_draws(kind, networks, lines, drawn, toy_model):
+    _, Network, Pipeline = PIPELINES[kind]
+    ours = drawn("--prompt", "a house", "a cat", "--seed", "5", "--num_inference_steps", "4", "--guidance_scale", "3", f"--{kind}", networks[kind], "--control_image", lines, "--control_scale", "0.7")
+    stock = Pipeline.from_pretrained(str(toy_model), **{kind: Network.from_pretrained(str(networks[kind]))}, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    shown = ImageOps.fit(Image.open(lines), (64, 64), Image.Resampling.LANCZOS)  # the middle, as high as it is
+    draw = lambda prompt, picture, scale: stock(prompt, image=picture, generator=torch.Generator().manual_seed(5), height=64, width=64, **QUICK, **{f"{kind}_conditioning_scale": scale}).images[0]
+    theirs = [draw(prompt, shown, 0.7) for prompt in ("a house", "a cat")]
+    assert gap(ours, theirs) <= 1
+    assert gap(ours, [draw(prompt, shown, 0.2) for prompt in ("a house", "a cat")]) > 1 and gap(ours, [draw(prompt, ImageOps.invert(shown), 0.7) for prompt in ("a house", "a cat")]) > 1
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_steered_picture_says_so_and_is_drawn_again(kind, networks, lines, drawn, tmp_path, capsys):
+    drawn("--prompt", "a house", "a cat", "--num_inference_steps", "3", f"--{kind}", networks[kind], "--control_image", lines, "--control_scale", "0.7", "--height", "64", "--width", "96")
+    one = tmp_path / "out" / "image_001.png"
+    text = Image.open(one).text
+    assert f'ControlNet 0: "Module: none, Model: {kind}, Weight: 0.7"' in text["parameters"] and (text[kind], text["control_image"], text["control_scale"]) == (kind, "lines.png", "0.7")
+    used = {file["option"]: file for file in json.loads(text["sdxl_course"])["files"]}
+    assert used["control_image"]["path"] == "../maps/lines.png" and used["control_image"]["sha256"] == sha256_of(lines) and used[kind]["name"] == kind
+    again = lambda *more, name="again": generate_main(["--from", str(one), "--device", "cpu", "--output_dir", str(tmp_path / name), *map(str, more)])
+    capsys.readouterr()
+    assert again() == 0 and "to the last bit" in capsys.readouterr().out
+    assert again("--seed", 9) == 0 and "other settings" in capsys.readouterr().out
+    other = "adapter" if kind == "controlnet" else "controlnet"
+    assert again(f"--{other}", networks[other]) == 0  # in place of the first, not beside it
+    moved = lines.rename(lines.with_name("moved.png"))
+    for spoil, words in ((lambda: None, "is not at"), (lambda: ImageOps.invert(Image.open(moved)).save(lines), "is another file at")):
+        spoil(), capsys.readouterr()
+        assert again() == 2
+        told = capsys.readouterr().err
+        assert words in told and "lines.png" in told and "--control_image" in told and told.strip().count("\n") == 0
+    assert again("--control_image", moved) == 0 and "to the last bit" in capsys.readouterr().out
+    one.parent.joinpath("lines.png").write_bytes(moved.read_bytes())
+    assert again() == 0 and "to the last bit" in capsys.readouterr().out  # beside the picture, known by its hash
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_steering_goes_together_with_the_other_options(kind, networks, lines, toy_model, tmp_path):
+    "Silent at a scale of zero; with LoRAs, a refiner, negative prompts and an interval of guidance."
+    pipeline = load_pipeline(toy_model, device="cpu")
+    plain = generate(pipeline, ["a house", "a cat"], [1, 2], **QUICK)
+    unet = load_pipeline(toy_model, device="cpu").unet
+    for name, p in lora_parameters(add_lora(unet, rank=2, generator=seeded(1))): p.data = 2*torch.randn(p.shape, generator=seeded(name))
+    styled = load_pipeline(toy_model, lora=save_lora(tmp_path / "style", unet), device="cpu")
+    follow = lambda one: follow_picture(one, **{kind: str(networks[kind])})
+    draw = lambda one, scale=1.0, seeds=(1, 2), **more: generate(one, ["a house", "a cat"], list(seeds), **QUICK | more, **steering(one, lines, (64, 64), scale))
+    steered, both = follow(pipeline), follow(styled)
+    assert gap(draw(steered, 0), plain) <= 1 < gap(draw(steered), plain)
+    assert gap(draw(both), draw(steered)) > 1 and gap(draw(both), generate(styled, ["a house", "a cat"], [1, 2], **QUICK)) > 1
+    set_lora_scale(both, 0.0)
+    assert gap(draw(both), draw(steered)) <= 1
+    away, usual = (draw(steered, 0.2, guidance_scale=20.0, **more) for more in (dict(negative_prompt=["a dog", None]), {}))
+    assert gap(away[1:], usual[1:]) <= 1 < gap(away[:1], usual[:1])
+    nowhere, bare = (draw(steered, 0.2, **more) for more in (dict(guidance_scale=20.0, guidance_interval=(1e5, 1e6)), dict(guidance_scale=1.0)))
+    assert gap(nowhere, bare) <= 1 < gap(usual, bare)
+    refiner, seeds = load_refiner(pipeline, make_toy_refiner(tmp_path / "refiner")), lambda: [own_generator(seed) for seed in (1, 2)]
+    latents = draw(steered, seeds=(own := seeds()), latents=True, denoising_end=0.5)
+    finished = refine(refiner, latents, ["a house", "a cat"], own, 0.5, **QUICK)
+    assert gap(finished, draw(steered)) > 1
+
+
+def test_generate_steers_lets_the_refiner_finish_and_films(networks, lines, drawn, tmp_path, capsys):
+    drawn("--prompt", "a house", "--num_inference_steps", "4", "--controlnet", networks["controlnet"], "--control_image", lines, "--film", name="film")
+    assert {"film_000.gif", "film_000.png"} <= files_of(tmp_path / "film").keys()
+    flags = ["--prompt", "a house", "--num_inference_steps", "4", "--controlnet", networks["controlnet"], "--control_image", lines]
+    pictures = [drawn(*flags, name="plain"), drawn(*flags, "--refiner", make_toy_refiner(tmp_path / "refiner"), "--denoising_end", "0.5", name="refined")]
+    assert gap(*pictures) > 1
+    assert generate_main(["--from", str(tmp_path / "refined" / "image_000.png"), "--device", "cpu", "--output_dir", str(tmp_path / "again")]) == 0
+    assert "to the last bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(["--controlnet", "{controlnet}"], "wanted the picture and one of the networks"), (["--control_image", "{lines}"], "wanted the picture and one of the networks"),
+    (["--control_scale", "0.5"], "wanted both of them"), (["--controlnet", "{controlnet}", "--adapter", "{adapter}", "--control_image", "{lines}"], "leave one of them out"),
+    (["--adapter", "{adapter}", "--control_image", "{lines}", "--film"], "leave one of them out"), (["--controlnet", "{controlnet}", "--control_image", "{lines}", "--init_image", "{lines}"], "leave one of them out"),
+    (["--controlnet", "{controlnet}", "--control_image", "{lines}", "--guidance_rescale", "0.5"], "leave one of them out"), (["--controlnet", "{controlnet}", "--control_image", "{lines}", "--control_scale", "-1"], "--control_scale is -1.0"),
+    (["--adapter", "{adapter}", "--control_image", "{lines}", "--height", "72"], "wanted multiples of 32 pixels"), (["--controlnet", "{controlnet}", "--control_image", "{folder}/none.png"], "cannot be read as a picture"),
+    (["--controlnet", "{adapter}", "--control_image", "{lines}"], "holds a T2IAdapter: wanted a ControlNetModel"), (["--adapter", "{controlnet}", "--control_image", "{lines}"], "holds a ControlNetModel: wanted a T2IAdapter"),
+    (["--adapter", "{folder}", "--control_image", "{lines}"], "does not load as a T2IAdapter"), (["--controlnet", "{wide}", "--control_image", "{lines}"], "reads 8 numbers for a word, the UNet 16")])
+def test_what_generate_refuses_to_steer(flags, words, networks, lines, toy, toy_model, tmp_path, capsys):
+    if "{wide}" in flags:
+        unet = toy().unet
+        save_control(new_controlnet(SimpleNamespace(unet=type(unet).from_config({**unet.config, "cross_attention_dim": 8}), vae=toy().vae), 0), tmp_path / "wide")
+    named = [flag.format(**networks, lines=lines, folder=tmp_path, wide=tmp_path / "wide") for flag in flags]
+    assert generate_main(["--model", str(toy_model), "--prompt", "a cat", "--device", "cpu", "--output_dir", str(tmp_path / "out"), *named]) == 2
+    told = capsys.readouterr().err
+    assert words in told and told.strip().count("\n") == 0

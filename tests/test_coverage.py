@@ -72,7 +72,8 @@ methods: ControlNet | 60_controlnet | zero convolution
 methods: T2I-Adapter | 61_adapter | what does an adapter add
 methods: InstructPix2Pix | 62_instruct | what are two guidances
 methods: unconditional generation | 65_unconditional | what does it draw without words
-methods: textual inversion | 05_methods | textual inversion
+methods: full fine-tuning | 67_full | what does it learn, and what does it forget
+methods: textual inversion | 68_textual_inversion | where does a word live
 methods: Custom Diffusion | 66_custom_diffusion | keys and values
 methods: DDPO | 64_ddpo | reward
 methods: latent consistency distillation | 63_lcm | consistency function

@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from sdxl_course.core import CourseError
+from sdxl_course.full import main as full_main
 from sdxl_course.train.machine import output_lock
 from sdxl_course.text_to_image import main
 from sdxl_course.train.machine import REFUSED, SHARDED, accelerating
@@ -46,6 +48,51 @@ def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(tmp_pat
     assert close(tmp_path / "again", tmp_path / "two", exact=True)
     assert main(argv(toy_model, data, tmp_path / "alone", 4, "--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2"))) == 0  # one process takes over
     assert close(tmp_path / "alone", tmp_path / "two", exact=False)
+
+
+def full_argv(model, data, folder, batch, *more):
+    return ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64", "--max_train_steps", "4", "--seed", "0", "--learning_rate", "1e-3", "--report_to", "none",
+        "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2", "--use_ema", "--lr_scheduler", "linear", "--validation_prompt", "x", "--validation_epochs", "1", "--num_validation_images", "1",
+        "--validation_loss_steps", "2", "--gradient_checkpointing", "--output_dir", str(folder), "--train_batch_size", str(batch), *more]
+
+
+def learnt(folder): return {name: load_file(folder / name) for name in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-4/unet.safetensors", "checkpoint-4/ema.safetensors", "checkpoint-4/optimizer.safetensors")}
+
+
+def apart(one, two):
+    "The largest difference of anything that two full trainings learnt, shapes and names being equal."
+    pairs = [(a[name], b[name]) for a, b in zip(learnt(one).values(), learnt(two).values(), strict=True) for name in a.keys() | b.keys()]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def test_divided_weights_train_as_whole_ones_do_and_resume_exactly(tmp_path, toy_model):
+    "FSDP: each process holds a part of weights, EMA weights, gradients and moments; what is written is whole."
+    data, sharded = fill(tmp_path / "pictures", 7), dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    codes, printed = run_ranks("sdxl_course.full", full_argv(toy_model, data, tmp_path / "two", 2), tmp_path, **sharded)
+    assert codes == [0, 0], printed
+    assert "".join(printed).count("FSDP: each of 2 processes keeps its part") == 1 and "Traceback" not in "".join(printed)
+    assert run_ranks("sdxl_course.full", full_argv(toy_model, data, tmp_path / "one", 4), tmp_path, count=1, **sharded)[0] == [0]  # alone, there is nothing to divide
+    assert apart(tmp_path / "two", tmp_path / "one") < 1e-5 and files_of(tmp_path / "two").keys() == files_of(tmp_path / "one").keys()
+    rows = [[json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()] for name in ("two", "one")]
+    for x, y in zip(*rows, strict=True):
+        assert all(x[name] == pytest.approx(y[name], rel=1e-4) for name in ("loss", "grad_norm", "lr")) and x.get("validation_loss", 0) == pytest.approx(y.get("validation_loss", 0), rel=1e-4)
+    unet = StableDiffusionXLPipeline.from_pretrained(str(tmp_path / "two")).unet
+    assert all(torch.equal(p, load_file(tmp_path / "two" / "checkpoint-4" / "ema.safetensors")[f"unet.{name}"]) for name, p in unet.named_parameters())
+    again = ["--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-2")]
+    codes, printed = run_ranks("sdxl_course.full", full_argv(toy_model, data, tmp_path / "again", 2, *again), tmp_path, **sharded)
+    assert codes == [0, 0] and "resuming from" in "".join(printed), printed
+    assert apart(tmp_path / "again", tmp_path / "two") == 0
+    assert full_main(full_argv(toy_model, data, tmp_path / "alone", 4, *again)) == 0  # one process takes over
+    assert apart(tmp_path / "alone", tmp_path / "two") < 1e-5
+
+
+@pytest.mark.parametrize("variable, words, message", [("ACCELERATE_USE_DEEPSPEED", [], "wanted a file with distributed_type: FSDP"), ("ACCELERATE_USE_FSDP", ["--mixed_precision", "fp16"], "wanted bf16"),
+    ("ACCELERATE_USE_FSDP", ["--optimizer", "adafactor"], "divides the moments of AdamW"), ("ACCELERATE_USE_FSDP", ["--checkpointing_minutes", "5"], "wanted --checkpointing_steps")])
+def test_what_cannot_be_divided_is_refused_with_a_sentence(variable, words, message, monkeypatch, tmp_path, toy_model, make_pictures, capsys):
+    for name, value in (("WORLD_SIZE", "2"), (variable, "true")): monkeypatch.setenv(name, value)
+    assert full_main(full_argv(toy_model, make_pictures(2), tmp_path / "o", 2, *words)) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and told.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("variable", SHARDED)

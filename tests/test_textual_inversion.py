@@ -155,6 +155,15 @@ def test_encoders_that_look_for_the_largest_id_find_the_end_all_the_same(tmp_pat
     assert (pooled(pipeline) - want).abs().max() < 1e-5 and (pooled(stock(folder)) - want).abs().max() < 1e-5
 
 
+def test_gradient_checkpointing_reaches_every_network_and_changes_no_number(learn, toy):
+    "The gradient passes through the frozen UNet and both text encoders, and what they keep for it is what fills a card."
+    live = toy()
+    plain, saved = learn("plain"), learn("saved", components=live, gradient_checkpointing=True)
+    for part in ("unet", "text_encoder", "text_encoder_2"): assert any(getattr(module, "gradient_checkpointing", False) for module in getattr(live, part).modules()), part
+    assert saved.losses == pytest.approx(plain.losses, rel=1e-5)
+    for one, other in zip(words_of(plain.output_dir), words_of(saved.output_dir)): torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_files_and_card(learn):
     result = learn(save_steps=2, validation_prompt="a <my-chair>", num_validation_images=1)
     files = files_of(result.output_dir)

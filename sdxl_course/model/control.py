@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['STEM', 'new_controlnet', 'new_adapter', 'control_residuals', 'control_pipeline', 'generate_controlled',
-           'save_control', 'load_control']
+           'save_control', 'load_control', 'ControlOptions', 'follow_picture', 'steering']
 
 # %% ../../nbs/library/model_control.ipynb #fc2c1ad1
 import diffusers
 import json
 import torch
+from dataclasses import dataclass
 from diffusers import ControlNetModel, T2IAdapter
 from pathlib import Path
+from PIL import Image, ImageOps
+from typing import ClassVar
 from ..core import CourseError, check_finite, save_tensors, seeded_rng, write_json
+from ..options import is_set, option
 from .components import quiet
 from .latents import vae_scale_factor
 from .prompts import prompt_rows
-from .sampling import picture_size, pipeline_around, sample_pictures
+from .sampling import open_picture, picture_size, pipeline_around, sample_pictures
 
 # %% ../../nbs/library/model_control.ipynb #99034f20
 STEM = (16, 32, 96, 256) # channels of the stem that sees the picture, each half as wide and high as the one before
@@ -122,18 +126,73 @@ def load_control(
     unet, # that it is to steer
 ): # of that kind, fp32
     "Open a network that steers a UNet; CourseError where there is none, or where it was made for another UNet."
-    path = Path(where).expanduser()
+    path, wanted = Path(where).expanduser(), f"wanted a {kind.__name__}"
+    place = str(path if path.is_dir() else where)
     try:
-        with quiet(): control = kind.from_pretrained(str(path if path.is_dir() else where),
-            use_safetensors=True).float()
+        with quiet():
+            found = kind.load_config(place).get("_class_name", kind.__name__)
+            control = kind.from_pretrained(place, use_safetensors=True).float() if found == kind.__name__ else None
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CourseError(f"{where} does not load as a {kind.__name__} ({reason}): wanted a folder with config.json "
             "and .safetensors, or a hub id") from error
+    if control is None: raise CourseError(f"{where} holds a {found}: {wanted}, which is a network of its own")
     check_finite(control.named_parameters(), where)
     widths = list(control.config.get("block_out_channels") or control.config.channels)
     if widths[:len(unet.config.block_out_channels)] != list(unet.config.block_out_channels):
         raise CourseError(f"{where} has levels of {widths} channels, the UNet of "
-            f"{list(unet.config.block_out_channels)}: "
-            "wanted one made for this base model")
+            f"{list(unet.config.block_out_channels)}: {wanted} made for this base model")
+    width = control.config.get("cross_attention_dim", unet.config.cross_attention_dim)
+    if width != unet.config.cross_attention_dim:
+        raise CourseError(f"{where} reads {width} numbers for a word, the UNet {unet.config.cross_attention_dim}: "
+            f"{wanted} made for this base model")
     return control
+
+# %% ../../nbs/library/model_control.ipynb #458c6215
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    "A picture that steers, and the network that follows it."
+    controlnet: str | None = option(None, "a ControlNet that follows --control_image: a folder or a hub id")
+    adapter: str | None = option(None, "a T2I-Adapter in its place: a folder or a hub id")
+    control_image: str | None = option(None, "the picture that steers: edges, depth, or what the network learnt from")
+    control_scale: float = option(1.0, "how strongly it steers; 0: not at all", "0 ..")
+
+    constraints: ClassVar = (
+        (lambda c: c.controlnet and c.adapter,
+            "--controlnet and --adapter both follow --control_image: leave one of them out"),
+        (lambda c: bool(c.control_image) != bool(c.controlnet or c.adapter),
+            "--control_image is what --controlnet or --adapter follows: wanted the picture and one of the networks"),
+        (lambda c: is_set(c, "control_scale") and not c.control_image,
+            "--control_scale says how strongly --control_image steers: wanted both of them"),
+        (lambda c: c.control_image and c.init_image, "--control_image steers a drawing from noise, and --init_image "
+            "begins with a picture: leave one of them out"),
+        (lambda c: c.adapter and c.film, "--film wants every step, which diffusers' pipeline of --adapter does not "
+            "tell: leave one of them out"),
+        (lambda c: c.controlnet and c.guidance_rescale,
+            "--guidance_rescale is unknown to diffusers' pipeline of --controlnet: leave one of them out"))
+
+# %% ../../nbs/library/model_control.ipynb #b23c040a
+def follow_picture(
+    pipeline, # StableDiffusionXLPipeline
+    controlnet=None, # folder or hub id of a ControlNet
+    adapter=None, # the same of a T2I-Adapter, where there is no ControlNet
+): # from `control_pipeline`, on the device and in the number format of the UNet
+    "A pipeline that follows a picture; CourseError for a network that does not load or does not fit."
+    kind, where = (ControlNetModel, controlnet) if controlnet else (T2IAdapter, adapter)
+    control, device = load_control(kind, where, pipeline.unet), next(pipeline.unet.parameters()).device
+    place = "cpu" if device.type == "meta" else device
+    return control_pipeline(pipeline, torch.nn.Module.to(control, place, pipeline.unet.dtype))
+
+def steering(
+    pipeline, # from `follow_picture`
+    picture, # PIL image or a file
+    size:tuple, # (height, width) of what is drawn
+    scale:float=1.0, # how strongly it steers
+)->dict: # arguments of `generate`
+    "What makes a pipeline follow a picture, cut to the shape of the drawing; CourseError where that cannot be."
+    name, (height, width) = "adapter" if hasattr(pipeline, "adapter") else "controlnet", size
+    step = pipeline.adapter.total_downscale_factor if name == "adapter" else 1
+    if height % step or width % step:
+        raise CourseError(f"size is {height} x {width}: wanted multiples of {step} pixels, in which --adapter sees")
+    shown = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.LANCZOS)
+    return {"control_image": shown, f"{name}_conditioning_scale": float(scale)}

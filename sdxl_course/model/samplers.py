@@ -102,12 +102,14 @@ def guided_between(
     if interval is None: yield; return
     low, high = check_interval(interval)
     outside, prompt = [], lambda x: x.chunk(2)[1] # the second half is the prompt's
+    steered = lambda x: [prompt(one) for one in x] if isinstance(x, (list, tuple)) else prompt(x)
     def narrow(unet, args, kwargs):
         t = args[1]
         outside[:] = [pipeline.do_classifier_free_guidance and not low < noise_level(pipeline.scheduler, t) <= high]
         if not outside[0]: return None
         added = {name: prompt(x) for name, x in kwargs["added_cond_kwargs"].items()}
-        return (prompt(args[0]), t), {**kwargs, "added_cond_kwargs": added,
+        more = {name: steered(x) for name, x in kwargs.items() if "_additional_residual" in name and x is not None}
+        return (prompt(args[0]), t), {**kwargs, **more, "added_cond_kwargs": added,
             "encoder_hidden_states": prompt(kwargs["encoder_hidden_states"])}
     double = lambda unet, args, output: (torch.cat([output[0]]*2), *output[1:]) if outside[0] else None
     hooks = [pipeline.unet.register_forward_pre_hook(narrow, with_kwargs=True),

@@ -263,7 +263,7 @@ def generate(
     init_image=None, # PIL image or a file to begin with
     mask=None, # the same: white is drawn anew, black stays
     strength:float=0.75, # how much of `init_image` may change
-    **more, # guidance_interval, guidance_rescale, latents and the like, as in `sample_pictures`
+    **more, # control_image as in `model.control.steering`; guidance_interval and the like as in `sample_pictures`
 )->list: # PIL images, or latents (c, h, w)
     "Draw prompts, one picture per prompt and seed; CourseError for what does not fit together."
     prompts, seeds = pair_seeds(prompts, seeds)
@@ -275,8 +275,9 @@ def generate(
         **more)
 
 # %% ../../nbs/library/model_sampling.ipynb #bf0c70bb
-def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:float, **more):
+def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:float, control_image=None, **more):
     "`sample_pictures`, from noise or from a picture; what a mask protects is put back."
+    if control_image is not None: rows = rows | dict(image=[control_image]*len(seeds))
     if init_image is None: return sample_pictures(pipeline, rows, seeds, picture_size(pipeline, size), **more)
     other, given, kept = start_from(pipeline, init_image, mask, size)
     size = (given.pop("height"), given.pop("width")) if kept else None

@@ -25,6 +25,8 @@ from ..core import CourseError, check_finite, load_tensors, save_tensors, sync_f
 from ..core import write_atomic, write_json
 from ..options import option
 from .loop import copy_into, eval_weights
+from .machine import is_main_process
+from .sharding import own_part, part_of, save_whole
 
 # %% ../../nbs/library/train_checkpoint.ipynb #f4d061d0
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +242,12 @@ def restore_optimizer(
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if parameters is not None: rest = _regrouped(optimizer, rest, parameters)
     order = [name for group in rest["groups"] for name in group["names"]]
+    parts = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: {} for i in range(len(order))}
     for entry, value in {**tensors, **rest["numbers"]}.items():
         key, _, name = entry.partition("/")
-        moments[order.index(name)][key] = value
+        i = order.index(name)
+        moments[i][key] = part_of(value, parts[i]) if hasattr(value, "shape") else value
     local = ("params", "names", "fused", "foreach", "capturable", "differentiable")
     plain_values = lambda group: {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()
         if k not in local and v is not None}
@@ -263,20 +267,23 @@ def save_checkpoint(
     config:dict=None, # the run's configuration, to be compared at resume
     scaler=None, # fp16: torch.amp.GradScaler
 )->Path: # the folder
-    "Write everything that a later process needs to go on."
-    def fill(draft):
+    "Write everything that a later process needs to go on; where weights are divided, every process takes part."
+    def tensors(draft):
         with eval_weights(state): write_weights(draft)
-        if state.averages: save_tensors(draft/"trained.safetensors", state.parameters)
-        if state.ema is not None: save_tensors(draft/"ema.safetensors", state.ema.average)
-        tensors, rest = optimizer_state(state.optimizer, state.parameters)
-        save_tensors(draft/"optimizer.safetensors", tensors)
-        write_json(draft/"optimizer.json", rest)
+        if state.averages: save_whole(draft/"trained.safetensors", state.parameters)
+        if state.ema is not None: save_whole(draft/"ema.safetensors", state.ema.average)
+        moments, rest = optimizer_state(state.optimizer, state.parameters)
+        save_whole(draft/"optimizer.safetensors", moments)
+        return rest
+    def fill(draft):
+        write_json(draft/"optimizer.json", tensors(draft))
         schedule = state.lr_scheduler.state_dict()
         write_json(draft/"scheduler.json", {k: v for k, v in schedule.items() if k != "lr_lambdas"})
         write_json(draft/"trainer_state.json", dict(step=state.step, seed=state.seed, overflows=state.overflows,
             config=config or {}, scaler=None if scaler is None else scaler.state_dict()))
         write_atomic(draft/"training_log.jsonl", log_lines(state.rows))
-    return write_folder(folder, fill)
+    if not is_main_process(): tensors(Path(folder))
+    return write_folder(folder, fill) if is_main_process() else Path(folder)
 
 # %% ../../nbs/library/train_checkpoint.ipynb #f68faa02
 def log_lines(
@@ -329,7 +336,8 @@ def _restore(folder, state, read_weights, scaler, changed):
     read_weights(folder)
     if state.averages: copy_into(state.parameters, load_tensors(folder/"trained.safetensors")[0])
     if state.ema is not None: copy_into(state.ema.average, load_tensors(folder/"ema.safetensors")[0])
-    check_finite([*state.parameters.items(), *(state.ema.average.items() if state.ema is not None else ())], folder)
+    found = [*state.parameters.items(), *(state.ema.average.items() if state.ema is not None else ())]
+    check_finite([(name, own_part(tensor)) for name, tensor in found], folder)
     groups, schedule = (json.loads((folder/f"{name}.json").read_text("utf-8")) for name in ("optimizer", "scheduler"))
     restore_optimizer(state.optimizer, load_tensors(folder/"optimizer.safetensors")[0], groups,
         state.parameters if changed else None)
@@ -379,6 +387,6 @@ def checkpointing(
         if state.step % every and (minutes is None or time.monotonic() - last < 60*minutes): return
         target = Path(output_dir)/f"checkpoint-{state.step}"
         save_checkpoint(target, state, write_weights, config, scaler)
-        prune_checkpoints(output_dir, limit, [target, *spare])
+        if is_main_process(): prune_checkpoints(output_dir, limit, [target, *spare])
         last = time.monotonic()
     return hook

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from ..core import CourseError, seeded_rng
 from ..data.sampler import MicroBatch
 from ..options import STOPS, signal_handler
+from .sharding import part_of
 from .optimizer import Ema
 
 # %% ../../nbs/library/train_loop.ipynb #f11a6f4e
@@ -66,7 +67,7 @@ def copy_into(
     values:dict, # name -> tensor
 ):
     "Copy values into parameters."
-    for name, p in parameters.items(): p.copy_(values[name])
+    for name, p in parameters.items(): p.copy_(part_of(values[name], p))
 
 # %% ../../nbs/library/train_loop.ipynb #affe3fb1
 def forward_backward(
@@ -138,7 +139,8 @@ def finish_update(
     skip_nan:bool=False, # leave out updates that are not finite
 )->dict: # the log's new row
     "Clip the gradient, check it, step optimizer, schedule and EMA weights."
-    norm, found = float(accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm)), found_rate(state)
+    norm, found = accelerator.clip_grad_norm_(list(state.parameters.values()), max_grad_norm), found_rate(state)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) # of divided weights: of all parts
     if ensure_finite(loss, norm, state, accelerator.scaler is not None, skip_nan): state.optimizer.step()
     rate, finite = state.lr_scheduler.get_last_lr()[0], lambda value: value if math.isfinite(value) else None
     state.lr_scheduler.step()

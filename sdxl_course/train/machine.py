@@ -134,6 +134,7 @@ REFUSED = dict(ACCELERATE_USE_MEGATRON_LM="Megatron-LM", ACCELERATE_USE_PARALLEL
 @contextmanager
 def data_parallel(
     log=print, # gets one sentence when that is not what the launcher asked for
+    divided:bool=False, # the trainer divides the weights itself, see `train.sharding`
 ):
     "Let every process keep whole weights, whatever the launcher would shard; CourseError for what cannot be undone."
     asked = {variable: os.environ[variable] for variable in {**SHARDED, **REFUSED} if env_flag(variable)}
@@ -141,9 +142,9 @@ def data_parallel(
         raise CourseError(f"the launcher asks for {REFUSED[variable]}, which changes the network itself: wanted data "
             "parallelism; "
             "use accelerate launch --multi_gpu, or a config file with distributed_type: MULTI_GPU")
-    for variable in asked:
+    for variable in () if divided else asked:
         log(f"the launcher asks for {SHARDED[variable]}: the processes share the work, and each keeps the whole model, "
-            "since a LoRA leaves little to divide")
+            "which only FSDP with sdxl-course full divides")
     try:
         for variable in asked: del os.environ[variable]
         yield
@@ -157,10 +158,11 @@ def accelerating(
     logging_dir=None, # folder for tracker files
     unused:bool=False, # some trainable tensors may get no gradient (text encoders' last layers)
     log=print, # see `data_parallel`
+    divided:bool=False, # the same
 ): # yields an Accelerator
     "An Accelerator for one run; trackers are closed and accelerate's shared state is cleared at the end."
     AcceleratorState._reset_state()
-    with data_parallel(log):
+    with data_parallel(log, divided):
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused),
             InitProcessGroupKwargs(timeout=PATIENCE)]
         accelerator = Accelerator(mixed_precision=mixed_precision, log_with=report_to, project_dir=logging_dir,

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from fastcore.basics import patch
@@ -31,6 +32,7 @@ from .prepare import data_fingerprint, load_base, make_loader, make_loss, make_n
 from .prepare import read_validation
 from .hub import PUBLIC, push_folder
 from .results import Result, describe_kohya, save_card, save_config, save_curve, save_sheet
+from .sharding import is_divided
 from .validation import draw_validation, validation_loss, validation_set
 from .weights import Trained
 from tqdm.auto import tqdm
@@ -64,6 +66,7 @@ class Method:
     # function of (run, seeds, folder, beginning of the files' names): (pictures, files, prompts)
     draw: object = lambda run, *place: draw_prompts(run, *place)
     base: object = load_base # function of (config, device, dtype, components, full_precision): what trains lies in it
+    shards: bool = False # weights may be divided among processes (FSDP)
     project: str = "" # of the tracker; empty: the name
 
 # %% ../../nbs/library/train_run.ipynb #74a74977
@@ -94,6 +97,10 @@ class Run:
     stack: ExitStack = field(default_factory=ExitStack) # what must be closed in the end
 
     def close(self): self.stack.close()
+
+    @property
+    def together(self)->bool: # every process is needed to look at the weights: each holds a part, or is the only one
+        return self.accelerator.is_main_process or is_divided(self.trained.named.values())
 
 # %% ../../nbs/library/train_run.ipynb #6b6ded19
 @patch
@@ -223,8 +230,9 @@ def validate(self:Run,
     "Draw the validation prompts with the weights that count as the result, and send the pictures to the trackers."
     config, step = self.config, self.state.step
     seeds = [1000*self.state.seed + i for i in range(config.num_validation_images)]
-    with eval_weights(self.state):
-        images, files, prompts = self.method.draw(self, seeds, folder, stem)
+    with eval_weights(self.state), TemporaryDirectory() as elsewhere: # other processes only take part
+        place = folder if self.accelerator.is_main_process else elsewhere
+        images, files, prompts = self.method.draw(self, seeds, place, stem)
     def send(tracker):
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": torch.stack([to_tensor(image)/2 + 0.5 for image in images])}, step=step)
@@ -250,11 +258,12 @@ def log_row(self:Run, state, row):
 def validate_when_due(self:Run, state, row):
     "Draw the validation prompts every so often, and bring the curve up to date."
     config, now = self.config, self.config.draws_after(state.step, self.sampler.updates_per_epoch)
-    due = now and state.step < self.updates and bool(config.prompts())
+    due, main = now and state.step < self.updates and bool(config.prompts()), self.accelerator.is_main_process
     if due:
         with optional("drawing the validation prompts", self.log):
             self.validate(self.output_dir/"validation", f"step-{state.step:06d}-")
-            save_sheet(self.output_dir/"validation", self.output_dir/"validation.png")
+            if main: save_sheet(self.output_dir/"validation", self.output_dir/"validation.png")
+    if not main: return
     if due or state.step % config.checkpointing_steps == 0:
         with optional("the loss curve", self.log): self.plot()
     if self.live is not None:
@@ -271,9 +280,9 @@ def counted(self:Run)->dict: # name -> number
 def hooks(self:Run,
     bar, # tqdm
 )->list: # functions of (state, row)
-    "What happens after each update, in order; on the main process only."
+    "What happens after each update, in order; on the main process, and on the others what takes all of them."
     config, accelerator = self.config, self.accelerator
-    if not accelerator.is_main_process: return []
+    if not self.together: return []
     def single_losses(state, row): row["loss_of"] = dict(state.recent)
     def numbers(state, row): row.update(self.counted())
     def measure(state, row):
@@ -286,6 +295,7 @@ def hooks(self:Run,
             bar.update(), bar.set_postfix(loss=row["loss"], lr=row.get("effective_lr", row["lr"]))
     save = checkpointing(self.output_dir, config.checkpointing_steps, self.trained.save, self.settings(),
         config.checkpoints_total_limit, accelerator.scaler, self.resumed, config.checkpointing_minutes)
+    if not accelerator.is_main_process: return [measure, save, self.validate_when_due]
     write = logging_to(self.output_dir/"training_log.jsonl", self.state, self.log)
     return [single_losses]*config.debug_loss + [numbers, measure, write, save, *publish, show, self.log_row,
         self.validate_when_due]
@@ -322,8 +332,10 @@ def train(self:Run):
 @patch
 def save_interrupted(self:Run):
     "Write a checkpoint here and now, unless there is one."
-    folder = self.output_dir/f"checkpoint-{self.state.step}"
-    if not self.accelerator.is_main_process or not self.state.step or folder.is_dir(): return
+    folder, divided = self.output_dir/f"checkpoint-{self.state.step}", is_divided(self.trained.named.values())
+    if divided: self.log(f"stopped after update {self.state.step}, perhaps in one process earlier than in another: "
+        f"{self.way_back()}")
+    if divided or not self.accelerator.is_main_process or not self.state.step or folder.is_dir(): return
     save_checkpoint(folder, self.state, self.trained.save, self.settings(), self.accelerator.scaler)
     self.log(f"stopped after update {self.state.step} of {self.updates}; everything is in {folder.name}")
 
@@ -332,8 +344,9 @@ def save_interrupted(self:Run):
 def finish(self:Run)->Result:
     "Publish the weights first, then how they came about, then everything that explains them."
     main, path, after = self.accelerator.is_main_process, None, math.nan
-    if main:
+    if self.together:
         with eval_weights(self.state): path = self.trained.publish(self.output_dir)
+    if main:
         with optional("writing config.yaml", self.log): save_config(config_dict(self.config), self.output_dir)
         with optional("writing training_log.jsonl", self.log):
             write_atomic(self.output_dir/"training_log.jsonl", log_lines(self.state.rows))
@@ -341,6 +354,7 @@ def finish(self:Run)->Result:
     result = Result(self.output_dir, path, self.state.rows, self.state.seed, self.loss_before, after, self.measured_on,
         report=self.report)
     if main: self.explain(result)
+    elif self.together and not self.config.skip_final_inference: self.validate(self.output_dir, "image_")
     self.accelerator.wait_for_everyone()
     return result
 

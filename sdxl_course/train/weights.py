@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'PIPELINE', 'Trained', 'together', 'words_usage', 'lora
 
 # %% ../../nbs/library/train_weights.ipynb #80b472ca
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from ..model.lora_files import save_lora
 from ..model.words import LearnedTokens, save_embeddings
 from .loop import copy_into
 from .results import CardText
+from .sharding import save_whole, whole_unet
 
 # %% ../../nbs/library/train_weights.ipynb #b1912d62
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def unet_weights(
     usage = 'pipeline = StableDiffusionXLPipeline.from_pretrained("this folder")'
     tags, files = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"), ("model_index.json", *PIPELINE)
     card = CardText("SDXL", "All weights of the UNet", usage, tags, files=files)
-    return Trained(named, groups, lambda folder: save_tensors(file(folder), named),
-        lambda folder: copy_into(named, load_tensors(file(folder))[0]),
-        lambda folder: save_components(components, folder, dtype), card)
+    def publish(folder):
+        whole = whole_unet(unet) # where it is divided among processes, the first one gets it
+        return save_components(replace(components, unet=whole), folder, dtype) if whole is not None else Path(folder)
+    return Trained(named, groups, lambda folder: save_whole(file(folder), named),
+        lambda folder: copy_into(named, load_tensors(file(folder))[0]), publish, card)
