@@ -44,6 +44,9 @@ methodology: 4d, predict the noise | 04_seven_steps | step-4d
 methodology: 4e, the loss | 04_seven_steps | step-4e
 methodology: 4f, backpropagate | 04_seven_steps | step-4f
 methodology: 4g, repeat and validate | 04_seven_steps | step-4g
+LoRA: overfitting | 57_overfitting | learns its pictures by heart
+LoRA: catastrophic forgetting | 57_overfitting | Catastrophic forgetting
+LoRA: against full fine-tuning | 57_overfitting | for way in ("lora", "full")
 LoRA: frozen weights | 15_lora | never moves
 LoRA: injectable modules | 15_lora | inject_adapter_in_model
 LoRA: low-rank update matrices | 15_lora | rank
