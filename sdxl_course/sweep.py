@@ -77,15 +77,16 @@ class SweepConfig:
 
 # %% ../nbs/library/sweep.ipynb #91e0843c
 def selected_ways(
-    config:SweepConfig,
+    config, # with `ways`
+    known=WAYS, # every way that there is
 )->list: # names
     "The ways asked for; CourseError for a name that is none."
-    names = [name.strip() for name in config.ways.split(",") if name.strip()] or list(WAYS)
+    names = [name.strip() for name in config.ways.split(",") if name.strip()] or list(known)
     for name in names:
-        if name not in WAYS:
-            close = nearest(name, WAYS)
+        if name not in known:
+            close = nearest(name, known)
             raise CourseError(f"there is no way {name!r}: " + (f"did you mean {close}?" if close
-                else f"wanted some of {', '.join(WAYS)}"))
+                else f"wanted some of {', '.join(known)}"))
     return names
 
 # %% ../nbs/library/sweep.ipynb #a91b47a2
@@ -210,10 +211,10 @@ def sweep_settings(
     return to_jsonable(options | dict(weights=weights_name(components),
         judges={name: fingerprint(load_judge(name))[:16] for name in ("instances", "attributes")}))
 
-def read_rows(folder, settings)->list: # of dicts, in a fixed order
-    "The rows of a sweep that belong to these settings."
+def read_rows(folder, settings, options=lambda row: WAYS.get(row["way"]))->list: # of dicts, in a fixed order
+    "The rows that belong to these settings; `options` of a row are those that its way was trained with."
     rows = [json.loads(path.read_text("utf-8")) for path in sorted((Path(folder)/"rows").glob("*.json"))]
-    return [row for row in rows if row["settings"] == dict(settings, options=to_jsonable(WAYS.get(row["way"])))]
+    return [row for row in rows if row["settings"] == dict(settings, options=to_jsonable(options(row)))]
 
 # %% ../nbs/library/sweep.ipynb #b3170cf5
 def best_rate(
@@ -295,14 +296,15 @@ def gather(
     folder, # output_dir of a sweep
     settings:dict, # of `sweep_settings`
     rows:list, # of `read_rows`
+    order=lambda row: (TASKS.index(row["task"]), list(WAYS).index(row["way"]), row["rate"], row["seed"]), # to sort by
+    name:str="sweep.json", # of the file
 )->dict: # settings, provenance, rows
     "All rows in one file."
     kind = lambda row: json.dumps({key: value for key, value in row["provenance"].items() if key != "time"})
     machines = {kind(row): row["provenance"] for row in rows} # one of each kind
     own = lambda row: {key: value for key, value in row.items() if key not in ("settings", "provenance", "losses")}
-    order = lambda row: (TASKS.index(row["task"]), list(WAYS).index(row["way"]), row["rate"], row["seed"])
     sweep = dict(settings=settings, provenance=list(machines.values()), rows=list(map(own, sorted(rows, key=order))))
-    write_json(Path(folder)/"sweep.json", sweep)
+    write_json(Path(folder)/name, sweep)
     return sweep
 
 # %% ../nbs/library/sweep.ipynb #50a546db

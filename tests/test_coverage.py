@@ -11,6 +11,17 @@ from course import NBS, read
 COVERED = """
 results: old book illustrations, the style | 40_text_to_image | old book illustration
 results: my green chair, the object | 41_dreambooth | sks chair
+results: old book illustrations, the four prompts | 42_result_old_book | DOCUMENT = ("A dachshund walks confidently down a dirt path", "A sailboat sailing the ocean", "A diagram of a wolf skeleton", "A carnival in the distance")
+results: old book illustrations, before and after | 42_result_old_book | for when in ("wanted", "before", "after")
+results: old book illustrations, its data set | 42_result_old_book | huggingface.co/datasets/AdamLucek/oldbookillustrations-small
+results: old book illustrations, its model | 42_result_old_book | huggingface.co/AdamLucek/sdxl-base-1.0-oldbookillustrations-lora
+results: old book illustrations, its notebook | 42_result_old_book | SDXL LoRA OldBookIllustrations.ipynb
+results: old book illustrations, how long it took | 42_result_old_book | three and a half hours
+results: the green chair, its four prompts | 43_result_green_chair | DOCUMENT = ("in front of the great pyramids"
+results: the green chair, its reference | 43_result_green_chair | show_images(learnt, places
+results: the green chair, its data set | 43_result_green_chair | huggingface.co/datasets/AdamLucek/green-chair
+results: the green chair, its model | 43_result_green_chair | huggingface.co/AdamLucek/sdxl-base-1.0-greenchair-dreambooth-lora
+results: the green chair, its notebook | 43_result_green_chair | SDXL LoRA DreamBooth GreenChair.ipynb
 architecture: positive and negative prompt | 50_inference | negative prompt
 architecture: two text encoders | 10_components | text_encoder_2
 architecture: embeddings are joined | 11_conditioning | penultimate
@@ -33,6 +44,9 @@ methodology: 4d, predict the noise | 04_seven_steps | step-4d
 methodology: 4e, the loss | 04_seven_steps | step-4e
 methodology: 4f, backpropagate | 04_seven_steps | step-4f
 methodology: 4g, repeat and validate | 04_seven_steps | step-4g
+LoRA: overfitting | 57_overfitting | learns its pictures by heart
+LoRA: catastrophic forgetting | 57_overfitting | Catastrophic forgetting
+LoRA: against full fine-tuning | 57_overfitting | for way in ("lora", "full")
 LoRA: frozen weights | 15_lora | never moves
 LoRA: injectable modules | 15_lora | inject_adapter_in_model
 LoRA: low-rank update matrices | 15_lora | rank
@@ -41,6 +55,10 @@ LoRA: less memory | 81_cloud | to train
 LoRA: the projections of attention | 80_arguments | attention
 LoRA: the other layers may learn as well | 80_arguments | attention+feedforward+convolution
 DreamBooth: a rare word and its class | 41_dreambooth | sks chair
+DreamBooth: key concept 1, the unique identifier | 43_result_green_chair | Idea one: a unique identifier
+DreamBooth: key concept 2, the language-vision dictionary | 43_result_green_chair | Idea two: a language-vision dictionary
+DreamBooth: key concept 3, class-specific prior preservation | 43_result_green_chair | Idea three: class-specific prior preservation
+DreamBooth: language drift | 43_result_green_chair | language drift
 DreamBooth: prior preservation | 41_dreambooth | prior
 DreamBooth: the loss of prior preservation | 30_objective | prior_preservation
 DreamBooth: applications, measured | 52_study | What did it learn
