@@ -107,6 +107,13 @@ def test_the_map_shows_every_room():
     assert shown == ROOMS
 
 
+def test_the_front_page_lists_every_page_of_the_library_once():
+    table = re.search(r"^\| wing \| modules.*?^(?!\|)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[0]
+    linked = re.findall(r"\(nbs/([\w/]+)\.ipynb\)", table)
+    assert sorted(linked) == sorted(set(linked))
+    assert {path.stem for path in NOTEBOOKS if path.parent.name == "library"} <= {name.removeprefix("library/") for name in linked}
+
+
 @pytest.mark.parametrize("room", MODULES)
 def test_rooms_are_short(room):
     assert list(too_long(room, text(room))) == []
