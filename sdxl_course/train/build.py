@@ -136,7 +136,7 @@ def disk_needs(
     moments = 2 if config.optimizer.lower() == "adamw" and not config.eight_bit else 0
     size = 4*(1 + moments)*sum(p.numel() for p in trained.named.values())
     needs = [(Path(config.output_dir).expanduser(), max(count, 0)*size, f"{count} checkpoints")]
-    place = loader.cache.folder
+    place = None if loader.cache.in_memory else loader.cache.folder
     if place is not None and not (Path(place).is_dir() and any(Path(place).iterdir())):
         latents, texts = loader.caches_latents(config.cache_latents), loader.caches_text_embeds(trained.trains_text,
             config.cache_text_embeds)
