@@ -168,7 +168,11 @@ def samples(self:BatchLoader,
 )->list: # (index, (height, width)) of each sample; behind them their class pictures, if there are any
     "Which pictures a batch shows, and in which size."
     own, n, m = [(i, self.targets[i]) for i in micro.indices], len(self.records), len(self.class_records)
-    return own + [(n + (i + micro.epoch*n) % m, target) for i, target in own if m]
+    return own + [(n + (i + epoch*n) % m, target) for (i, target), epoch in zip(own, micro.epochs) if m]
+
+@patch
+def epochs(self:BatchLoader, micro)->tuple: # one for each of `samples`
+    return micro.epochs*(2 if self.class_records else 1)
 
 # %% ../../nbs/library/data_loader.ipynb #14813206
 @patch
@@ -292,7 +296,7 @@ def prepare(self:BatchLoader,
     "The part of a batch that needs no network: open, resize, flip, crop. May run in a thread."
     samples = self.samples(micro)
     if self.latent_keys: return [None]*len(samples)
-    return [self._prepare(micro.epoch, i, target) for i, target in samples]
+    return [self._prepare(epoch, i, target) for (i, target), epoch in zip(samples, self.epochs(micro))]
 
 # %% ../../nbs/library/data_loader.ipynb #96d21627
 @patch
@@ -312,8 +316,8 @@ def latents(self:BatchLoader,
 )->list: # per sample: key in the cache, or (latent_mean, latent_std (4, h, w) and companions' tensors; sizes)
     "The latent distribution of each picture, kept or from the VAE; CourseError where it is not finite."
     samples = self.samples(micro)
-    kept = lambda i, target: self.latent_keys[i, target, *self.augmentation(micro.epoch, i)]
-    if self.latent_keys: return [kept(i, target) for i, target in samples]
+    kept = lambda i, target, epoch: self.latent_keys[i, target, *self.augmentation(epoch, i)]
+    if self.latent_keys: return [kept(*sample, epoch) for sample, epoch in zip(samples, self.epochs(micro))]
     mean, std = (x.cpu() for x in posterior(self.components.vae, torch.stack([p.pixels for p in prepared])))
     for (i, _), m, s in zip(samples, mean, std):
         if not (m.isfinite().all() and s.isfinite().all()): raise CourseError(f"{self.all[i].path}: {NOT_FINITE}")
@@ -351,7 +355,7 @@ def batch(self:BatchLoader,
     prepared:list, # from `prepare`
 )->tuple: # (Batch, noise (b, 4, h, w), timesteps (b,), captions or None)
     "Everything one forward pass needs, drawn and on the device."
-    rngs = [(self.rng(micro.epoch, i), i) for i, _ in self.samples(micro)]
+    rngs = [(self.rng(epoch, i), i) for (i, _), epoch in zip(self.samples(micro), self.epochs(micro))]
     captions = [self.caption(rng, i) for rng, i in rngs]
     entries = [self.cache.join(latents, self.kept_text(caption))
         for latents, caption in zip(self.latents(micro, prepared), captions)]

@@ -7,6 +7,7 @@ __all__ = ['write_report', 'choose_validation', 'learning_scale', 'build_run', '
            'fill_cache', 'let_go', 'start_trackers', 'begin', 'open_run', 'open_accelerator', 'functions']
 
 # %% ../../nbs/library/train_build.ipynb #9a8de1f5
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def build_run(
     loader = method.loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     sampler = make_sampler(config, loader, seed, processes)
-    updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
+    updates = config.max_train_steps or math.ceil(config.num_train_epochs*sampler.updates_per_epoch)
     check_disk(disk_needs(config, loader, trained, updates, checkpoint))
     validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
     loss = accelerator.prepare(method.loss(config, components, schedule, encode_text)) # only now the UNet moves
@@ -119,7 +120,7 @@ def make_sampler(
     "The BatchSampler that the options ask for: buckets do not mix."
     shapes = tuple(loader.targets) if config.use_aspect_ratio_buckets else ()
     return BatchSampler(len(loader.records), config.train_batch_size, config.gradient_accumulation_steps, seed,
-        processes, shapes)
+        processes, shapes, config.fill_batches)
 
 # %% ../../nbs/library/train_build.ipynb #820c553f
 def disk_needs(

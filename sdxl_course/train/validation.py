@@ -43,12 +43,12 @@ class ValidationOptions:
         (lambda c: c.validation_split and c.validation_data_dir,
             "--validation_split and --validation_data_dir both say what to hold out: leave one of them out"),)
 
-    def draws_after(self, step:int, updates_per_epoch:int)->bool:
+    def draws_after(self, step:int, updates_per_epoch)->bool: # a whole number or a Fraction
         "Whether the validation prompts are drawn after an update."
         if self.validation_steps and step % self.validation_steps == 0: return True
         if self.validation_steps and not is_set(self, "validation_epochs"): return False
-        epoch, rest = divmod(step, updates_per_epoch)
-        return rest == 0 and (epoch - 1) % self.validation_epochs == 0
+        before, now = (int(count//updates_per_epoch) for count in (step - 1, step)) # epochs that are over
+        return any(epoch % self.validation_epochs == 0 for epoch in range(before, now))
 
     def prompts(self)->list: # of texts
         "Every validation prompt."
