@@ -53,6 +53,7 @@ class RewardOptions:
             "ddpo draws its own pictures: leave --train_data_dir and what belongs to a dataset out"),
         (lambda c: c.train_text_encoder or c.shuffle_tags or c.cache_text_embeds is False,
             "ddpo encodes each prompt once: leave --train_text_encoder, --shuffle_tags and --cache_text_embeds out"),
+        (lambda c: c.fill_batches, "--fill_batches would put pictures of two rounds into one batch: leave it out"),
         (lambda c: c.lora_dropout, "--lora_dropout changes the probabilities that ddpo compares: leave it out"))
 
 # %% ../nbs/library/ddpo.ipynb #43f7bc82

@@ -28,6 +28,20 @@ def measured_on_two():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory):
+    "Copies of small caches go to no real home folder."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_COURSE_CACHE", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    "No test finds what another one has encoded."
+    monkeypatch.setenv("SDXL_COURSE_CACHE", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     "A copy of the repository in which notebooks may run."

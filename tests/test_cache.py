@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from sdxl_course.data import cache as cache_module
-from sdxl_course.data.cache import LatentCache, crop_origin, fingerprint, hashed
+from sdxl_course.data import loader as loader_module, shards as shards_module
+from sdxl_course.data.cache import LatentCache, View, crop_origin, fingerprint, hashed
 from sdxl_course.data.loader import BatchLoader, collate
 from sdxl_course.data.sampler import MicroBatch
+from sdxl_course.data.shards import EntryStore, pack_entry, read_shard, write_shard
 from sdxl_course.model.latents import posterior, sample_latents, vae_dtype
 from sdxl_course.model.components import load_components
 from sdxl_course.model.architecture import tiny_architecture
@@ -384,6 +386,239 @@ def test_on_disk_nothing_stays_in_memory(components, record, tmp_path):
     for number in range(5): store.get_or_make(hashed(number), lambda: ({"x": torch.zeros(10)}, {}))
     store.entry(record, "a", components, 32)
     assert store.memory == {}
+
+
+# ---- many at once, in few files ---------------------------------------------------------------------------------------------
+
+def views_of(records): return [View(record, 32, flip, crop) for record in records for flip in (False, True) for crop in ((0, 0), (0, 3))]
+
+
+def shards_in(folder): return sorted((folder / "shards").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("folder", [None, "store"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pictures_and_captions_made_together_are_bit_for_bit_those_made_alone(components, tmp_path, folder, threads):
+    records, texts = [make_record(tmp_path / f"{i}.png", 44, 40, seed=i) for i in range(3)], [*"abcdefghijk", "", "a"]
+    before, store = torch.get_num_threads(), LatentCache(folder and tmp_path / folder)
+    torch.set_num_threads(threads)
+    try:
+        keys, words = store.pictures(views_of(records), components.vae), store.prompts(components, texts)
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        for view, key in zip(views_of(records), keys):
+            wanted, tensors, sizes = LatentCache().picture(view.record, components.vae, 32, view.flip, view.crop_top_left)
+            found, notes = store.fetch(key)
+            assert (key, notes) == (wanted, sizes) and all(torch.equal(found[name], x) for name, x in tensors.items()) and found.keys() == tensors.keys()
+        for text, key in zip(texts, words):
+            wanted, tensors = LatentCache().prompt(components, text)
+            assert key == wanted and all(torch.equal(store.fetch(key)[0][name], x) for name, x in tensors.items())
+    finally: torch.set_num_threads(before)
+    assert len(set(keys)) == 12 and len(set(words)) == 12 and words[0] == words[-1]
+    if folder: assert len(shards_in(tmp_path / "store")) == 2 == len(kept(tmp_path / "store")) and store.memory == {}
+
+
+def test_each_network_is_asked_once_for_each_entry_and_its_weights_are_read_once(components, tmp_path, monkeypatch):
+    records, made, read, own = [make_record(tmp_path / f"{i}.png", 44, 40, seed=i) for i in range(2)], [], [], cache_module.fingerprint
+    monkeypatch.setattr(cache_module, "fingerprint", lambda network: read.append(1) or own(network))
+    hooks = [components.vae.encoder.register_forward_hook(lambda *_: made.append("picture")),
+             components.text_encoder.register_forward_hook(lambda module, given, out: made.extend(["caption"] * len(out.last_hidden_state)))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)                                                        # so that pictures are encoded side by side
+    try:
+        for turn in range(2):
+            LatentCache(tmp_path / "store").pictures(views_of(records) * 3, components.vae)
+            assert len(read) == 1
+            LatentCache(tmp_path / "store").prompts(components, ["a", "b", "a", *"cdefghijkl", "a"])
+            assert sorted(made) == (["caption"] * 12 + ["picture"] * 8) * (turn == 0)
+            made.clear(); read.clear()
+    finally:
+        torch.set_num_threads(before)
+        for hook in hooks: hook.remove()
+
+
+def test_cuts_and_flipped_bits_in_a_shard_are_noticed_and_mended(tmp_path):
+    entries = {hashed(i): ({"x": torch.arange(4.) + i}, {"size": [i, 2]}) for i in range(3)}
+    rows = [(key, *entry) for key, entry in entries.items()]
+    EntryStore(tmp_path).fill(iter(rows))
+    shard, = shards_in(tmp_path)
+    whole, warned = shard.read_bytes(), 0
+    for damaged in [b"", *[whole[:n] for n in range(1, len(whole), 41)], *[whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1:] for i in range(0, len(whole), 13)]]:
+        shard.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            store = EntryStore(tmp_path)
+            store.fill(iter([row for row in rows if store.read(row[0]) is None]))
+        assert all("damaged and is made again" in str(one.message) for one in told)
+        warned += bool(told)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for key, (tensors, info) in entries.items():
+                found = EntryStore(tmp_path).fetch(key)
+                assert torch.equal(found[0]["x"], tensors["x"]) and found[1] == info
+        if told: assert all(read_shard(one) for one in shards_in(tmp_path))
+        for extra in shards_in(tmp_path):
+            if extra != shard: extra.unlink()
+    assert warned > 50
+
+
+def test_a_damaged_shard_costs_only_what_is_damaged(tmp_path):
+    rows = [(hashed(i), {"x": torch.full((50,), float(i))}, {}) for i in range(20)]
+    EntryStore(tmp_path).fill(iter(rows))
+    shard, = shards_in(tmp_path)
+    data = bytearray(shard.read_bytes())
+    _, begin, size = read_shard(shard)[rows[7][0]]
+    data[begin + size - 3] ^= 1
+    shard.write_bytes(data)
+    with pytest.warns(UserWarning, match=f"{rows[7][0]}.safetensors is damaged") as told:
+        store = EntryStore(tmp_path)
+        lacking = [row for row in rows if store.read(row[0]) is None]
+    assert [key for key, *_ in lacking] == [rows[7][0]] and len(told) == 1
+    store.fill(iter(lacking))
+    assert len(shards_in(tmp_path)) == 1 and all(EntryStore(tmp_path).read(key) for key, *_ in rows)
+
+
+def slow_fill(folder, count, pause, order=1):
+    "A run that makes entries slowly; a shard for every two or three of them."
+    torch.set_num_threads(1)
+    shards_module.SHARD_SECONDS = 2.5 * pause
+    def rows():
+        for i in range(count)[::order]:
+            time.sleep(pause)
+            yield hashed(i), {"x": torch.full((2000,), float(i))}, {"n": i}
+    EntryStore(folder).fill(rows())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_run_that_is_killed_leaves_whole_shards_only(tmp_path):
+    run = context.Process(target=slow_fill, args=(tmp_path, 400, 0.02))
+    run.start()
+    while run.is_alive() and len(shards_in(tmp_path)) < 3: time.sleep(0.01)
+    run.kill(); run.join(60)
+    (tmp_path / "shards" / ".0f.part").write_bytes(shards_in(tmp_path)[0].read_bytes()[:-1])       # what a kill while writing leaves
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store = EntryStore(tmp_path)
+        found = [i for i in range(400) if store.read(hashed(i))]
+        assert run.exitcode < 0 and 6 <= len(found) < 400 and found == list(range(len(found)))
+        assert all(float(store.fetch(hashed(i))[0]["x"][-1]) == i for i in found)
+
+
+def test_what_a_stopped_run_has_made_is_kept(components, tmp_path):
+    records = [make_record(tmp_path / f"{i}.png", seed=i) for i in range(6)]
+    records[4].path.write_bytes(b"no picture any more")
+    with pytest.raises(CourseError, match="4.png.*changed"): LatentCache(tmp_path / "store").pictures([View(record, 32) for record in records], components.vae)
+    store = LatentCache(tmp_path / "store")
+    assert [store.read(View(record, 32).key(fingerprint(components.vae))) is not None for record in records] == [True] * 4 + [False] * 2
+
+
+def test_several_runs_may_write_shards_into_one_folder(tmp_path):
+    runs = [context.Process(target=slow_fill, args=(tmp_path, 30, 0.01, order)) for order in (1, 1, -1)]
+    for run in runs: run.start()
+    for run in runs: run.join(300)
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store = EntryStore(tmp_path)
+        assert [store.fetch(hashed(i))[1]["n"] for i in range(30)] == list(range(30))
+    assert all(path.suffix == ".safetensors" for path in kept(tmp_path))
+
+
+def test_a_reader_follows_when_another_run_mends_a_shard(tmp_path):
+    rows = [(hashed(i), {"x": torch.full((9,), float(i))}, {}) for i in range(4)]
+    EntryStore(tmp_path).fill(iter(rows))
+    reader, (shard,) = EntryStore(tmp_path), shards_in(tmp_path)
+    reader.fetch(rows[0][0])
+    write_shard(shard.parent, {key: pack_entry(key, *entry) for key, *entry in [*rows, (hashed("new"), {"x": torch.zeros(1)}, {})]})
+    shard.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [float(reader.fetch(key)[0]["x"][0]) for key, *_ in rows] == [0, 1, 2, 3] and reader.read(hashed("new"))
+
+
+def test_entries_with_a_file_each_are_still_read(components, record, tmp_path):
+    key, _, _ = LatentCache(tmp_path).picture(record, components.vae, 32)                           # as every version before shards wrote them
+    made = []
+    hook = components.vae.encoder.register_forward_hook(lambda *_: made.append(1))
+    try: assert LatentCache(tmp_path).pictures([View(record, 32)], components.vae) == [key] and made == []
+    finally: hook.remove()
+    assert not (tmp_path / "shards").exists()
+
+
+BUILD = """
+import io, json, sys
+from pathlib import Path
+import torch
+from PIL import Image
+from sdxl_course.data.cache import LatentCache
+from sdxl_course.data.loader import BatchLoader
+from sdxl_course.data.check import read_dataset
+from sdxl_course.model.components import load_components
+n, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+png = io.BytesIO(); Image.new("RGB", (16, 16), "red").save(png, "PNG")
+folder.mkdir()
+with open(folder / "metadata.jsonl", "w") as rows:
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(png.getvalue() + str(i).encode())
+        rows.write(json.dumps({"file_name": f"{i}.png", "text": f"a photo of chair {i}"}) + chr(10))
+loader = BatchLoader(read_dataset(folder), load_components(sys.argv[3]), 0, cache=LatentCache(folder / "store"), resolution=64)
+loader.encode_once(True, True)
+assert len(loader.latent_keys) == len(loader.text_keys) == n and loader.cache.memory == {} == loader.cache.waiting
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux how much memory is resident")
+@pytest.mark.slow
+def test_encoding_ten_thousand_pictures_needs_no_more_memory_than_encoding_a_thousand(toy_model, tmp_path):
+    def most(n): return int(subprocess.run([sys.executable, "-c", BUILD, str(n), str(tmp_path / str(n)), str(toy_model)], env=environment(), check=True, capture_output=True, text=True).stdout)
+    few, many = most(1000), most(10_000)                                           # kB
+    assert many <= 1.1 * few, (few, many)
+
+
+# ---- copies of small caches ------------------------------------------------------------------------------------------------
+
+def small_loader(records, components):
+    loader = BatchLoader(records, components, 0, resolution=64)
+    loader.choose_place(True, True, "nowhere")
+    return loader
+
+
+def test_the_next_run_finds_what_a_small_cache_held(toy, make_pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDXL_COURSE_CACHE", str(tmp_path / "home"))
+    records, components, made = read_dataset(make_pictures(3)), toy(), []
+    for part in (components.vae.encoder, components.text_encoder): part.register_forward_hook(lambda *_: made.append(1))
+    first, again = [small_loader(records, components) for _ in range(2)]
+    first.encode_once(True, True)
+    count = len(made)
+    again.encode_once(True, True)
+    assert count == 3 + 2 and len(made) == count + 1                                # three pictures, their captions at once, the empty prompt; then that alone
+    assert first.cache.folder == tmp_path / "home" / "encoded" and first.cache.in_memory and len(shards_in(first.cache.folder)) == 2
+    for path in shards_in(first.cache.folder): path.unlink()                        # both runs have everything in memory
+    batches = [loader.batch(micro, loader.prepare(micro))[0] for micro in [MicroBatch(0, 0, 0, (0, 1, 2), 3, True)] for loader in (first, again)]
+    assert all(torch.equal(getattr(batches[0], name), getattr(batches[1], name)) for name in ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids"))
+
+
+@pytest.mark.parametrize("way", ["a file", "removed"])
+def test_a_copy_that_cannot_be_kept_costs_nothing(toy, make_pictures, tmp_path, monkeypatch, way):
+    home = tmp_path / "home"
+    monkeypatch.setenv("SDXL_COURSE_CACHE", str(home))
+    if way == "a file": home.write_text("in the way")
+    loader = small_loader(read_dataset(make_pictures(3)), toy())
+    if way == "removed": (home / "encoded" / "shards").write_text("in the way")
+    loader.encode_once(True, True)
+    assert loader.cache.folder is None and len(loader.cache.memory) == 6
+
+
+def test_large_caches_go_to_the_run_s_folder_and_copies_do_not_grow_for_ever(toy, make_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "IN_MEMORY", 1)
+    loader = BatchLoader(read_dataset(make_pictures(2)), toy(), 0, resolution=64)
+    loader.choose_place(True, True, tmp_path / "run")
+    assert loader.cache.folder == tmp_path / "run" / "encoded" and not loader.cache.in_memory and loader.cache.limit is None
+    for i in range(6): EntryStore(tmp_path / "copies", in_memory=True, limit=3000).fill(iter([(hashed(i), {"x": torch.zeros(200)}, {})]))
+    sizes = [path.stat().st_size for path in shards_in(tmp_path / "copies")]
+    assert 1 <= len(sizes) < 6 and sum(sizes) <= 3000 and EntryStore(tmp_path / "copies").read(hashed(5)) and not EntryStore(tmp_path / "copies").read(hashed(0))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------------

@@ -303,6 +303,48 @@ def test_an_epoch_with_class_pictures_is_as_long_as_the_reference_scripts(usual,
     finally: run.close()
 
 
+def reference_batches(things, others, batch):
+    "Batch sizes of a pass of the reference script: a DataLoader over the longer of both lists, which drops nothing."
+    length = max(things, others)
+    return [min(batch, length - begin) for begin in range(0, length, batch)]
+
+
+@pytest.mark.parametrize("batch, repeats, prior", [(4, 1, False), (4, 3, False), (2, 1, False), (4, 1, True), (4, 3, True)])
+def test_the_same_flags_see_as_many_samples_in_each_update_as_the_reference_script(usual, toy, tmp_path, batch, repeats, prior):
+    make_pictures(tmp_path / "class", 8)
+    config = make(usual, train_batch_size=batch, repeats=repeats, num_train_epochs=2, max_train_steps=None, output_dir=str(tmp_path / "o"), **(prior_of(tmp_path) | dict(num_class_images=100) if prior else {}))
+    run = open_dreambooth(config, toy(), lambda text: None)
+    try: assert [len(m.indices) for m in run.sampler.micro_steps(0, run.updates)] == reference_batches(5 * repeats, 8 * prior, batch) * 2
+    finally: run.close()
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["alone", "with class pictures"])
+def test_filled_batches_cross_epochs_and_resume_to_the_same_bytes(dream, tmp_path, prior):
+    make_pictures(tmp_path / "class", 6)
+    options = dict(train_batch_size=4, fill_batches=True, max_train_steps=5, checkpointing_steps=1, random_flip=True, proportion_empty_prompts=0.3, **(prior_of(tmp_path) | dict(num_class_images=3) if prior else {}))
+    straight = dream("straight", **options)
+    assert [row["epoch"] for row in straight.log] == [0, 0, 1, 2, 3]  # 4 of 5, 1 + 3, 2 + 2, 3 + 1, 4 of 5
+    for k in (1, 2): assert dream(f"again{k}", **{**options, "resume_from_checkpoint": str(straight.output_dir / f"checkpoint-{k}")}).weights_path.read_bytes() == straight.weights_path.read_bytes()
+    assert straight.log[0]["loss"] == pytest.approx(dream("plain", **{**options, "fill_batches": False, "max_train_steps": 1}).log[0]["loss"], rel=1e-6)  # the first four pictures are the same
+
+
+def test_two_epochs_of_filled_batches_are_as_many_samples(dream):
+    log = dream(train_batch_size=4, fill_batches=True, max_train_steps=None, num_train_epochs=2).log
+    assert [row["epoch"] for row in log] == [0, 0, 1] and len(dream("plain", train_batch_size=4, max_train_steps=None, num_train_epochs=2).log) == 4
+
+
+def test_the_same_picture_twice_in_one_batch_gets_two_draws(usual, toy, tmp_path):
+    run = open_dreambooth(make(usual, train_batch_size=8, fill_batches=True, random_flip=True, output_dir=str(tmp_path / "o")), toy(), lambda text: None)
+    try:
+        micro, = run.sampler.micro_steps(0, 1)
+        batch, noise, timesteps, _ = run.loader.batch(micro, run.loader.prepare(micro))
+        assert sorted(micro.indices[:5]) == list(range(5)) and micro.mixed == (0,) * 5 + (1,) * 3 and len({row.numpy().tobytes() for row in noise}) == 8
+        later = MicroBatch(1, 0, 1, micro.indices[5:], 3, True)
+        alone = run.loader.batch(later, run.loader.prepare(later))
+        assert torch.equal(noise[5:], alone[1]) and torch.equal(timesteps[5:], alone[2]) and torch.equal(batch.latents[5:], alone[0].latents)
+    finally: run.close()
+
+
 def test_a_longer_epoch_resumes_to_the_same_bytes(dream, usual, tmp_path):
     make_pictures(tmp_path / "class", 8)
     options = dict(train_batch_size=4, max_train_steps=3, checkpointing_steps=1, **prior_of(tmp_path))

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
 from sdxl_course.model.components import SDXLComponents
-from sdxl_course.core import CourseError, load_tensors
+from sdxl_course.core import CourseError
 from sdxl_course.data.check import read_dataset
 from sdxl_course.data.records import with_masks
 from sdxl_course.data.loader import BatchLoader
@@ -31,6 +31,7 @@ from sdxl_course.train.build import learning_scale
 from sdxl_course.train.prepare import optimizer_and_schedule
 from sdxl_course.train.weights import lora_weights
 from sdxl_course.data.sampler import MicroBatch
+from sdxl_course.data.shards import read_shard, unpack_entry
 from test_trainer import REFERENCE
 from toy import files_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,15 +219,16 @@ def test_a_damaged_entry_is_rebuilt_with_a_sentence_and_the_run_is_the_same(trai
     "On the disk, between two runs: one entry cut short, one with a flipped bit."
     first = train("a", cache_dir=str(tmp_path / "cache"), random_flip=True)
     files = {name: data for name, data in files_of(tmp_path / "cache").items() if name.endswith(".safetensors")}
-    kinds = {kind: min(name for name in files if kind in load_tensors(tmp_path / "cache" / name)[0]) for kind in ("latent_mean", "prompt_embeds")}
-    assert len(files) == 15
-    cut, bent = (tmp_path / "cache" / kinds[kind] for kind in ("latent_mean", "prompt_embeds"))
-    cut.write_bytes(files[kinds["latent_mean"]][:-100])
-    whole = bytearray(files[kinds["prompt_embeds"]])
+    places = {key: place for shard in (tmp_path / "cache").rglob("*.safetensors") for key, place in read_shard(shard).items()}
+    tensors = {key: unpack_entry(key, shard.read_bytes()[begin:begin + size])[0] for key, (shard, begin, size) in places.items()}
+    assert len(places) == 15 and len(files) == 2
+    cut, bent = (max((key for key in places if kind in tensors[key]), key=lambda key: places[key][1]) for kind in ("latent_mean", "prompt_embeds"))  # the last of their shards
+    places[cut][0].write_bytes(places[cut][0].read_bytes()[:-100])
+    whole = bytearray(places[bent][0].read_bytes())
     whole[-50] ^= 16
-    bent.write_bytes(whole)
+    places[bent][0].write_bytes(whole)
     with pytest.warns(UserWarning, match="damaged and is made again") as told: again = train("b", cache_dir=str(tmp_path / "cache"), random_flip=True)
-    assert {name for name in (cut.name, bent.name) for warning in told if name in str(warning.message)} == {cut.name, bent.name}
+    assert {key for key in (cut, bent) for warning in told if key in str(warning.message)} == {cut, bent}
     assert again.log == first.log and again.weights_path.read_bytes() == first.weights_path.read_bytes()
     assert {name: data for name, data in files_of(tmp_path / "cache").items() if name.endswith(".safetensors")} == files
 

@@ -1,6 +1,8 @@
 "Options, their parser, the plan of batches and the loop."
 import json
+import math
 from dataclasses import MISSING, fields
+from fractions import Fraction
 from typing import get_args, get_type_hints
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.text_to_image import TextToImageConfig, main
-from sdxl_course.data.sampler import BatchSampler
+from sdxl_course.data.sampler import BatchSampler, epoch_order
 from sdxl_course.options import config_dict, parse_config
 from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
 from sdxl_course.train.machine import usable_tracker
@@ -94,6 +96,27 @@ def test_every_epoch_sees_every_sample_once_whatever_the_shape_of_the_run(n, bat
         assert tuple(i for part in parts if part.live for i in part.indices) == together.indices
         assert all((part.step, part.part, part.total, part.last) == (together.step, together.part, together.total, together.last) for part in parts)
     for first in range(updates): assert list(alone.micro_steps(first, updates)) == [m for m in alone.micro_steps(0, updates) if m.step >= first]
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 30), batch=st.integers(1, 9), accumulation=st.integers(1, 4), processes=st.integers(1, 3), seed=st.integers(0, 5))
+def test_filled_batches_show_the_same_order_and_no_update_is_smaller_than_another(n, batch, accumulation, processes, seed):
+    plan, alone = (BatchSampler(n, one, accumulation, seed, count, fill=True) for one, count in ((batch, processes), (batch * processes, 1)))
+    updates = math.ceil(3 * plan.updates_per_epoch)
+    whole, shares = list(alone.micro_steps(0, updates)), [list(plan.micro_steps(0, updates, rank)) for rank in range(processes)]
+    shown = [(epoch, i) for m in whole for epoch, i in zip(m.epochs, m.indices)]
+    assert shown[:3 * n] == [(epoch, i) for epoch in range(3) for i in epoch_order(n, seed, epoch)] and (updates - 1) * alone.global_batch_size * accumulation < 3 * n <= len(shown)
+    assert {len(m.indices) for m in whole} == {batch * processes} and {m.total for m in whole} == {batch * processes * accumulation} and all(m.live and m.epoch == m.epochs[0] for m in whole)
+    for together, *parts in zip(whole, *shares):
+        assert tuple(pair for part in parts for pair in zip(part.indices, part.epochs)) == tuple(zip(together.indices, together.epochs))
+        assert all((part.step, part.part, part.total, part.last) == (together.step, together.part, together.total, together.last) for part in parts)
+    for first in range(updates): assert list(alone.micro_steps(first, updates)) == [m for m in whole if m.step >= first]
+
+
+@pytest.mark.parametrize("pace, every, drawn", [(2, 1, [2, 4, 6]), (2, 2, [2, 6]), (Fraction(5, 4), 1, [2, 3, 4, 5, 7]), (Fraction(5, 4), 2, [2, 4, 7]), (Fraction(2, 5), 2, [1, 2, 3, 4, 5, 6, 7]), (Fraction(2, 5), 6, [1, 3, 6])])
+def test_prompts_are_drawn_after_the_update_that_ends_an_epoch(pace, every, drawn):
+    config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", validation_epochs=every)
+    assert [step for step in range(1, 8) if config.draws_after(step, pace)] == drawn
 
 
 def test_draws_differ_by_every_part_of_their_address():

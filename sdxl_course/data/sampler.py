@@ -9,7 +9,10 @@ __all__ = ['BatchOptions', 'MicroBatch', 'epoch_order', 'BatchSampler']
 import math
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from itertools import islice
+from typing import ClassVar
 
 import torch
 from fastcore.basics import patch
@@ -22,7 +25,14 @@ class BatchOptions:
     "How many samples at once."
     train_batch_size: int = option(16, "pictures per device and micro-step", "1 ..", "free")
     gradient_accumulation_steps: int = option(1, "micro-steps per optimizer update", "1 ..")
+    fill_batches: bool = option(False, "fill the last batch of a pass with the first pictures of the next one; epochs "
+        "then end within an update")
     dataloader_num_workers: int = option(0, "threads that open and crop pictures ahead of the loop", "0 ..", "free")
+
+    constraints: ClassVar = (
+        (lambda c: c.fill_batches and getattr(c, "use_aspect_ratio_buckets", False),
+            "--fill_batches would put pictures of several buckets into one batch: leave it or "
+            "--use_aspect_ratio_buckets out"),)
 
 # %% ../../nbs/library/data_sampler.ipynb #b98a0d84
 @dataclass(frozen=True)
@@ -30,11 +40,16 @@ class MicroBatch:
     "One forward and backward pass of one process."
     step: int # optimizer update it belongs to, counted from 0
     part: int # its place in that update
-    epoch: int # counted from 0
+    epoch: int # that the first sample belongs to, counted from 0
     indices: tuple # which samples
     total: int # samples in the whole update, over all parts and processes
     last: bool # whether the optimizer steps after it
     live: bool = True # False: a filler, for a process that would stand idle; it counts nothing
+    mixed: tuple = () # the epoch of each sample, where batches are filled across epochs
+
+    @property
+    def epochs(self)->tuple: return self.mixed or (self.epoch,)*len(self.indices) # one for each sample
+
 
 # %% ../../nbs/library/data_sampler.ipynb #b281226e
 def epoch_order(
@@ -48,19 +63,22 @@ def epoch_order(
 # %% ../../nbs/library/data_sampler.ipynb #6836aa88
 @dataclass(frozen=True)
 class BatchSampler:
-    "Which samples each update sees; a pure function of its number."
+    """Which samples each update sees; a pure function of its number. An epoch shows every sample once. Without `fill`,
+    its last update takes what is left, which may be few samples; with it, the next epoch begins in the same update."""
     n: int # samples in the dataset
     batch_size: int # per process and micro-step
     accumulation: int # micro-steps per update
     seed: int # of the run
     processes: int = 1 # how many work together
     shapes: tuple = () # one per sample; only samples of one shape share a micro-step; empty: all are alike
+    fill: bool = False # every update has as many samples as it can hold; there may be no shapes
 
     @property
     def global_batch_size(self)->int: return self.batch_size*self.processes # samples in a micro-step of all processes
 
     @cached_property
-    def updates_per_epoch(self)->int:
+    def updates_per_epoch(self): # a whole number, or a Fraction where batches are filled across epochs
+        if self.fill: return Fraction(self.n, self.global_batch_size*self.accumulation)
         sizes = Counter(self.shapes).values() if self.shapes else (self.n,)
         return math.ceil(sum(math.ceil(size / self.global_batch_size) for size in sizes) / self.accumulation)
 
@@ -77,6 +95,27 @@ def batches(self:BatchSampler,
         if len(waiting[shape]) == self.global_batch_size: full.append(waiting.pop(shape))
     return full + list(waiting.values())
 
+# %% ../../nbs/library/data_sampler.ipynb #1e82e63b
+@patch
+def stream(self:BatchSampler,
+    first:int, # place of a sample, counted from the beginning of the run
+): # yields (sample, epoch), without end
+    "All samples in their order from a place on, epoch after epoch."
+    epoch, place = divmod(first, self.n)
+    while True:
+        yield from ((i, epoch) for i in epoch_order(self.n, self.seed, epoch)[place:])
+        epoch, place = epoch + 1, 0
+
+@patch
+def _filled(self:BatchSampler, first, stop, rank):
+    total, begin = self.global_batch_size*self.accumulation, rank*self.batch_size
+    stream = self.stream(first*total)
+    for step in range(first, stop):
+        for part in range(self.accumulation):
+            mine = list(islice(stream, self.global_batch_size))[begin:begin + self.batch_size]
+            indices, epochs = zip(*mine)
+            yield MicroBatch(step, part, epochs[0], indices, total, part == self.accumulation - 1, mixed=epochs)
+
 # %% ../../nbs/library/data_sampler.ipynb #6dc5eeea
 @patch
 def micro_steps(self:BatchSampler,
@@ -85,7 +124,8 @@ def micro_steps(self:BatchSampler,
     rank:int=0, # which process
 ): # yields MicroBatch
     "The micro-batches of updates first ... stop - 1."
-    for step in range(first, stop):
+    if self.fill: yield from self._filled(first, stop, rank)
+    for step in range(first, 0 if self.fill else stop):
         epoch, place = divmod(step, self.updates_per_epoch)
         if step == first or place == 0: batches = self.batches(epoch)
         now = batches[place*self.accumulation:(place + 1)*self.accumulation]

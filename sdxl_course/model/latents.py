@@ -17,8 +17,9 @@ def posterior(
     pixels, # (b, 3, h, w) in [-1, 1]
 )->tuple: # mean (b, 4, h/8, w/8), std of the same shape; float32, in the UNet's units
     "Mean and standard deviation of q(z|x), what the VAE knows of each picture's latents (Kingma and Welling, 2013)."
-    with torch.autocast(vae.device.type, enabled=False): # the VAE keeps its own number format
-        distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    weight = next(vae.parameters()) # asking diffusers for device and dtype would walk through all modules each time
+    with torch.autocast(weight.device.type, enabled=False): # the VAE keeps its own number format
+        distribution = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
     mean, std = distribution.mean.float(), distribution.std.float()
     scale = torch.as_tensor(vae.config.scaling_factor, device=mean.device)
     latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")

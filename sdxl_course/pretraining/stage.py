@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from safetensors import safe_open
 from ..core import CourseError, load_tensors, save_tensors
-from ..devices import pick_device
+from ..devices import pick_device, prefetch
 from ..options import option
-from ..data.loader import Batch, prefetch
+from ..data.loader import Batch
 from ..data.sampler import MicroBatch
 from ..train.checkpoint import latest_checkpoint, load_checkpoint, logging_to, prune_checkpoints
 from ..train.checkpoint import read_state, remove_partial, save_checkpoint

@@ -8,6 +8,7 @@ __all__ = ['write_report', 'choose_validation', 'learning_scale', 'build_run', '
            'functions']
 
 # %% ../../nbs/library/train_build.ipynb #9a8de1f5
+import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def build_run(
     loader = method.loader(config, records, components, seed, device, class_records, method.companions)
     encode_text = prepare_loader(loader, config, trained, log)
     sampler = make_sampler(config, loader, seed, processes)
-    updates = config.max_train_steps or config.num_train_epochs*sampler.updates_per_epoch
+    updates = config.max_train_steps or math.ceil(config.num_train_epochs*sampler.updates_per_epoch)
     check_disk(disk_needs(config, loader, trained, updates, checkpoint))
     validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
     loss = prepare_loss(accelerator, method.loss(config, components, schedule, encode_text), trained, log)
@@ -133,7 +134,7 @@ def make_sampler(
     "The BatchSampler that the options ask for: buckets do not mix."
     shapes = tuple(loader.targets) if config.use_aspect_ratio_buckets else ()
     return BatchSampler(len(loader.records), config.train_batch_size, config.gradient_accumulation_steps, seed,
-        processes, shapes)
+        processes, shapes, config.fill_batches)
 
 # %% ../../nbs/library/train_build.ipynb #820c553f
 def disk_needs(
@@ -150,7 +151,7 @@ def disk_needs(
     moments = 2 if config.optimizer.lower() == "adamw" and not config.eight_bit else 0
     size = 4*(1 + moments)*sum(p.numel() for p in trained.named.values())
     needs = [(Path(config.output_dir).expanduser(), max(count, 0)*size, f"{count} checkpoints")]
-    place = loader.cache.folder
+    place = None if loader.cache.in_memory else loader.cache.folder
     if place is not None and not (Path(place).is_dir() and any(Path(place).iterdir())):
         latents, texts = loader.caches_latents(config.cache_latents), loader.caches_text_embeds(trained.trains_text,
             config.cache_text_embeds)

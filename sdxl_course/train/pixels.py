@@ -112,7 +112,8 @@ class PixelLoader(BatchLoader):
 
     def batch(self, micro, prepared): # (b, 3, h, w) in [-1, 1], noise of the same shape, timesteps (b,)
         pixels = torch.stack([p.pixels for p in prepared])
-        draws = [self.rng(micro.epoch, i).draws("timestep", noise=pixels.shape[1:]) for i in micro.indices]
+        draws = [self.rng(epoch, i).draws("timestep", noise=pixels.shape[1:])
+            for i, epoch in zip(micro.indices, micro.epochs)]
         timesteps = torch.tensor([draw_timestep(one["timestep"], self.timesteps) for one in draws])
         return tuple(x.to(self.device) for x in (pixels, torch.stack([one["noise"] for one in draws]), timesteps))
 

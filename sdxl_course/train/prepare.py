@@ -149,7 +149,8 @@ def report_data(
     if any(r.repeats != 1 for r in loader.records):
         log(f"{len({r.path for r in loader.records})} different pictures are shown {len(loader.records)} times a pass, "
             "as the names of their folders say; --repeats_from_folders False would show each of them once")
-    if loader.cache.folder and (latents[0] or texts[0]): log(f"what is kept lies in {loader.cache.folder}")
+    if (cache := loader.cache).folder and (latents[0] or texts[0]):
+        log(f"what is kept lies in {'memory, with a copy for later runs in '*cache.in_memory}{cache.folder}")
     if loader.use_aspect_ratio_buckets:
         log("buckets (height x width): "
             + ", ".join(f"{h}x{w} with {number}" for (h, w), number in sorted(Counter(loader.targets).items())))

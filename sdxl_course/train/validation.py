@@ -43,12 +43,12 @@ class ValidationOptions:
         (lambda c: c.validation_split and c.validation_data_dir,
             "--validation_split and --validation_data_dir both say what to hold out: leave one of them out"),)
 
-    def draws_after(self, step:int, updates_per_epoch:int)->bool:
+    def draws_after(self, step:int, updates_per_epoch)->bool: # a whole number or a Fraction
         "Whether the validation prompts are drawn after an update."
         if self.validation_steps and step % self.validation_steps == 0: return True
         if self.validation_steps and not is_set(self, "validation_epochs"): return False
-        epoch, rest = divmod(step, updates_per_epoch)
-        return rest == 0 and (epoch - 1) % self.validation_epochs == 0
+        before, now = (int(count//updates_per_epoch) for count in (step - 1, step)) # epochs that are over
+        return any(epoch % self.validation_epochs == 0 for epoch in range(before, now))
 
     def prompts(self)->list: # of texts
         "Every validation prompt."
@@ -56,7 +56,7 @@ class ValidationOptions:
 
 # %% ../../nbs/library/train_validation.ipynb #9f7f60e2
 MOST = 64 # pictures that the loss is measured on
-FEW = 8 # of the training pictures, where none are held out
+FEW = 4 # of the training pictures, where none are held out: a rough number, and the run has to wait for it
 
 def hold_out(
     records:list, # ImageRecord
