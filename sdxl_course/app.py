@@ -66,8 +66,8 @@ class Studio:
         prompt:str,
         negative_prompt:str = "", # "": none
         seed:int = 0,
-        steps:int = 25,
-        guidance:float = 5.0,
+        steps:int = 20,
+        guidance:float = 3.0,
         scales=(), # strength of each LoRA, in order
     )->tuple: # (picture without LoRAs, picture with them)
         "The same prompt and seed without and with LoRAs; CourseError for what does not fit."
@@ -116,8 +116,8 @@ def add_to_history(
 def make_interface(
     studio:Studio,
     prompt:str = "", # to begin with
-    steps:int = 25,
-    guidance:float = 5.0,
+    steps:int = 20,
+    guidance:float = 3.0,
     seed:int = 0,
 ): # gradio.Blocks; `.launch()` opens it
     "A page around a studio; CourseError without gradio."

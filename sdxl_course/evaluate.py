@@ -124,8 +124,8 @@ class EvaluateConfig(JudgeOptions):
     subject: str | None = option(None, _ABOUT["subject"], choices=(SUBJECT, *OBJECTS))
     num_prompts: int = option(200, "prompts with combinations like those of the training", limit="1 ..")
     num_held_out: int = option(100, "photo prompts with combinations that pre-training never saw", limit="0 ..")
-    num_inference_steps: int = option(25, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(5.0, "how hard to push towards the prompt", limit="0 ..")
+    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
+    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
     batch_size: int = option(8, "pictures at a time", limit="1 ..")
     seed: int = option(0, "decides prompts and noise", limit=SEEDS)
 

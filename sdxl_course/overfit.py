@@ -56,8 +56,8 @@ class OverfitConfig:
     rank: int = option(16, "rank of the LoRA, where the way names no other", limit="1 ..")
     num_prompts: int = option(16, "pictures in the style, of new contents", limit="1 .. 16")
     num_unrelated: int = option(12, "pictures of prompts that have nothing to do with the style", limit="1 .. 12")
-    num_inference_steps: int = option(25, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(5.0, "how hard to push towards the prompt", limit="0 ..")
+    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
+    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
 
     def __post_init__(self): check_limits(self)
 

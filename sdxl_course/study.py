@@ -55,8 +55,8 @@ class StudyConfig:
     num_class_images: int = option(48, "pictures for prior preservation", limit="1 ..")
     per_prompt: int = option(1, "pictures of each prompt", limit="1 ..")
     class_pictures: int = option(16, "pictures of any chair", limit="2 ..")
-    num_inference_steps: int = option(25, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(5.0, "how hard to push towards the prompt", limit="0 ..")
+    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
+    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
 
     def __post_init__(self): check_limits(self)
 

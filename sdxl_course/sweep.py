@@ -67,8 +67,8 @@ class SweepConfig:
     max_train_steps: int = option(160, "updates of each training", limit="1 ..")
     train_batch_size: int = option(4, "pictures of each update", limit="1 ..")
     num_prompts: int = option(16, "pictures in the style that are judged", limit="1 .. 16")
-    num_inference_steps: int = option(25, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(5.0, "how hard to push towards the prompt", limit="0 ..")
+    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
+    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
 
     def __post_init__(self): check_limits(self)
 

@@ -201,11 +201,12 @@ def environment(root=ROOT, cache=None):
     return found | ({"SDXL_COURSE_CACHE": str(cache)} if cache else {})
 
 
-def execute(nb, folder, env=None, kernel=None, timeout=600):
+def execute(nb, folder, env=None, kernel=None, timeout=600, slow=False):
     """Run a notebook in `folder`, with the command of a kernel or a plain one. Returns the notebook with new outputs.
-    Flagged cells are neither run nor cleared."""
+    Flagged cells are neither run nor cleared; with `slow` those that only take long are run."""
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
-    kept = {i: (cell.source, cell.outputs) for i, cell in enumerate(nb.cells) if is_skipped(cell)}
+    kept = {i: (cell.source, cell.outputs) for i, cell in enumerate(nb.cells)
+            if is_skipped(cell) and not (slow and "slow" in directives(cell))}
     for i in kept: nb.cells[i].source = ""
     client = NotebookClient(nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     if kernel: client.create_kernel_manager().kernel_spec.argv = kernel

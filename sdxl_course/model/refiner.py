@@ -158,8 +158,8 @@ def refine(
     negative_prompt=None, # what to go away from; one for all, or one for each
     aesthetic_score:float=6., # of the pictures that are wanted
     negative_aesthetic_score:float=2.5, # of those that are not
-    num_inference_steps:int=25, # of base model and refiner together
-    guidance_scale:float=5.0, # as in `generate`
+    num_inference_steps:int=20, # of base model and refiner together
+    guidance_scale:float=3.0, # as in `generate`
     clip_skip:int=None, # as in `generate`
     prompt_weights:bool=False, # the prompts have brackets, which are left out
     **more, # batch_size, progress, scheduler, guidance_interval, guidance_rescale, latents as in `sample_pictures`
@@ -190,7 +190,7 @@ def generate_refined(
         raise CourseError("got a picture to begin with and a refiner: wanted one of both, since the refiner goes on "
             "where the base model stops drawing from noise")
     prompts, seeds = pair_seeds(prompts, seeds)
-    split_steps(pipeline, refiner, options.get("num_inference_steps", 25), denoising_end, options.get("scheduler"))
+    split_steps(pipeline, refiner, options.get("num_inference_steps", 20), denoising_end, options.get("scheduler"))
     generators = [own_generator(seed) for seed in seeds]
     drawn = generate(pipeline, prompts, generators, negative_prompt=negative_prompt,
         denoising_end=float(denoising_end), **options | dict(latents=True))

@@ -68,8 +68,8 @@ def sample_pictures(
     prompts:dict, # arguments of the pipeline, one row per picture: prompt, or prompt_embeds and its companions
     seeds:list, # one whole number per picture, or a torch.Generator that goes on
     size:tuple, # (height, width) in pixels; None: the pictures among the prompts say it
-    steps:int=25, # denoising steps
-    guidance:float=5.0, # scale of classifier-free guidance (Ho and Salimans, 2022)
+    steps:int=20, # denoising steps
+    guidance:float=3.0, # scale of classifier-free guidance (Ho and Salimans, 2022)
     batch_size:int=8, # pictures at a time
     scheduler=None, # another one than the pipeline's own, or its name in SAMPLERS
     decode_singly:bool=False, # one picture at a time, in the VAE's own number format: what fits beside a training
@@ -99,8 +99,8 @@ def draw_pictures(
     empty, # the same for no prompt
     seeds:list, # one whole number per picture
     size:int=None, # side in pixels; None: what the model knows
-    steps:int=25, # denoising steps
-    guidance:float=5.0, # scale of classifier-free guidance
+    steps:int=20, # denoising steps
+    guidance:float=3.0, # scale of classifier-free guidance
     around=lambda pipeline: pipeline, # makes another pipeline of the same parts, see `pipeline_around`
     **given, # to that pipeline for each picture: image
 )->list: # PIL images
@@ -250,8 +250,8 @@ def generate(
     pipeline, # StableDiffusionXLPipeline, as `load_pipeline` gives it
     prompts, # one string or several
     seeds, # one whole number, or one per prompt
-    num_inference_steps:int=25, # denoising steps
-    guidance_scale:float=5.0, # 1: the prompt as it is; more: beyond it
+    num_inference_steps:int=20, # denoising steps
+    guidance_scale:float=3.0, # 1: the prompt as it is; more: beyond it
     size=None, # side or (height, width) in pixels; None: what the model was made for
     batch_size:int=8, # pictures at a time; changes the speed only
     negative_prompt=None, # what to go away from; one for all, or one for each

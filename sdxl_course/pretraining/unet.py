@@ -38,7 +38,7 @@ from .alignment import make_aligner
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:
     "How the UNet is trained."
-    unet_steps: int = option(8000, "where UNet training ends", "0 ..")
+    unet_steps: int = option(5700, "where UNet training ends", "0 ..")
     unet_schedule_steps: int = option(0, "length of its learning-rate plan; 0: unet_steps", "0 ..")
     unet_batch_size: int = option(32, "latents in a batch", "1 ..")
     unet_lr: float = option(5e-4, "learning rate of AdamW; Muon's is unet_matrix_rate times that", "0 ..")
@@ -106,7 +106,7 @@ def sample_pictures(
     components, # SDXLComponents
     prompts, # what to draw
     steps:int=20, # of the Euler sampler
-    guidance:float=5., # weight of the words
+    guidance:float=3., # weight of the words
 )->list: # PIL images
     "Draw with the stock pipeline; picture k starts from noise of its own."
     pipeline = components.pipeline()

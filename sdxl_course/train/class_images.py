@@ -184,7 +184,7 @@ def drawing_settings(
     return more | dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config),
         revision=config.revision, vae=vae and Path(vae).name, weights=weights,
         prediction_type=predicts or config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        precision=precision, seed=config.seed or 0, size=config.resolution, steps=25, guidance=5.0)
+        precision=precision, seed=config.seed or 0, size=config.resolution, steps=20, guidance=3.0)
 
 # %% ../../nbs/library/train_class_images.ipynb #764a2567
 def _differing(
