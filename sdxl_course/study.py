@@ -28,6 +28,7 @@ from .world.render import render
 from .world.captions import with_article
 from .world.samples import sample_dir
 from .model.components import load_components
+from .model.latents import native_resolution
 from .model.sampling import generate
 from .data.cache import fingerprint
 from .train.machine import output_lock
@@ -244,7 +245,7 @@ def study_settings(
 )->dict: # plain values
     "What trainings must have in common to be compared; CourseError where the judges do not fit the model."
     components, clip = load_components(config.model), ClipJudge()
-    if (side := components.unet.config.sample_size*8) != 128:
+    if (side := native_resolution(components)) != 128:
         raise CourseError(f"{config.model} draws {side} pixels a side: wanted a model of the diorama world, "
             "which draws 128, since the judges know no other")
     judges = {name: load_judge(name) for name in ("instances", "attributes")}

@@ -22,7 +22,7 @@ from ..options import option
 from .components import quiet
 from .conditioning import check_clip_skip
 from .noise import NoiseSchedule
-from .latents import decode_latents, native_resolution
+from .latents import decode_latents, native_resolution, side_step
 from .samplers import guided_between, named_scheduler
 from .prompts import prompt_rows
 
@@ -163,8 +163,9 @@ def picture_size(
     "The size of the pictures; CourseError where the model cannot draw it."
     factor, known = pipeline.vae_scale_factor, pipeline.unet.config.sample_size
     height, width = size if isinstance(size, (tuple, list)) else (size or known * factor,) * 2
-    if min(height, width) < factor or height % factor or width % factor:
-        raise CourseError(f"size is {height} x {width}: wanted multiples of {factor} pixels; "
+    step = side_step(factor)
+    if min(height, width) < step or height % step or width % step:
+        raise CourseError(f"size is {height} x {width}: wanted multiples of {step} pixels; "
             f"this model was made for {known * factor}")
     return height, width
 
