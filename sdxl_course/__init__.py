@@ -25,7 +25,7 @@ NAMES = dict( # name -> module that defines it
 )
 __all__ = [*NAMES, "__version__"]
 
-if getattr(sys, "argv", [])[:1] == ["-m"]: # Python looks for the module of python -m sdxl_course.MODULE
+if getattr(sys, "argv", [])[:1] == ["-m"] and "sdxl_course.cli" not in sys.orig_argv: # python -m sdxl_course.MODULE
     from .cli import quick_help
     if text := quick_help(sys.argv, sys.orig_argv):
         print(text, end="")

@@ -6,7 +6,7 @@
 __all__ = ['CourseError', 'Terminated', 'say_everything', 'run_guarded', 'nearest', 'is_interactive', 'progress', 'seed_from',
            'seeded', 'seeded_rng', 'SampleRNG', 'to_pil', 'wrap_title', 'grid_columns', 'image_grid', 'ShownImages',
            'show_images', 'sync_folder', 'write_atomic', 'to_jsonable', 'write_json', 'sorted_header', 'save_tensors',
-           'load_tensors', 'check_finite', 'cache_dir', 'hint', 'check']
+           'load_tensors', 'check_finite', 'cache_dir', 'shown_path', 'hint', 'check']
 
 # %% ../nbs/library/core.ipynb #81b95f1c
 import base64
@@ -358,6 +358,13 @@ def cache_dir(
         raise CourseError(f"the cache folder {folder} could not be made ({error.strerror}); "
                           f"set SDXL_COURSE_CACHE to a folder that you may write to") from error
     return folder
+
+def shown_path(
+    path, # of a file or a folder
+)->str: # with ~ for the home folder
+    "A path as it may be printed and shared: without the name of whoever prints it."
+    path, home = Path(path), Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
 
 # %% ../nbs/library/core.ipynb #4eceb6b3
 def hint(

@@ -8,7 +8,7 @@ __all__ = ['VARIANTS', 'CLASS', 'NO_DIFFERENCE', 'CLAIMS', 'COLUMNS', 'StudyConf
            'rounded', 'study_settings', 'row_settings', 'gather', 'run_study', 'read_study', 'summary', 'summary_table',
            'application_table', 'main']
 
-# %% ../nbs/library/study.ipynb #873f7283
+# %% ../nbs/library/study.ipynb #034512ee
 import json
 import numpy as np
 import shutil
@@ -28,7 +28,6 @@ from .world.render import render
 from .world.captions import with_article
 from .world.samples import sample_dir
 from .model.components import load_components
-from .model.latents import native_resolution
 from .model.sampling import generate
 from .data.cache import fingerprint
 from .train.machine import output_lock
@@ -36,7 +35,7 @@ from .train.class_images import weights_name
 from .dreambooth import DreamBoothConfig, train_dreambooth
 from .inference import load_pipeline
 from .measure.metrics import ClipJudge, drift, student_interval
-from .measure.judges import load_judge, name_attributes, right_answers
+from .measure.judges import check_judged, load_judge, name_attributes, right_answers
 from .measure.subject import APPLICATIONS, Scorer, application_scenes, repeat_to, subject_prompt
 from .measure.claims import Claim, measurements, trained_seeds, verdict_table, verdicts
 from .evaluate import evaluation_scenes, prompt_of
@@ -51,12 +50,12 @@ class StudyConfig:
     variants: str = option("", "names with commas between them; not given: all")
     seeds: int = option(3, "trainings of each variant", limit="1 ..")
     max_train_steps: int = option(160, "updates of each training", limit="1 ..")
-    learning_rate: float = option(5e-4, "step size of each training", limit="0 ..")
+    learning_rate: float = option(1e-3, "step size of each training", limit="0 ..")
     rank: int = option(16, "rank of the LoRA, where the variant names no other", limit="1 ..")
     num_class_images: int = option(48, "pictures for prior preservation", limit="1 ..")
     per_prompt: int = option(1, "pictures of each prompt", limit="1 ..")
     class_pictures: int = option(16, "pictures of any chair", limit="2 ..")
-    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
+    num_inference_steps: int = option(15, "how often the UNet is asked", limit="1 ..")
     guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
 
     def __post_init__(self): check_limits(self)
@@ -239,15 +238,13 @@ def rounded(values): # the same, four digits after the point
     if isinstance(values, list): return [rounded(value) for value in values]
     return round(values, 4) if isinstance(values, float) else values
 
-# %% ../nbs/library/study.ipynb #190ad15c
+# %% ../nbs/library/study.ipynb #ce587902
 def study_settings(
     config:StudyConfig,
 )->dict: # plain values
     "What trainings must have in common to be compared; CourseError where the judges do not fit the model."
     components, clip = load_components(config.model), ClipJudge()
-    if (side := native_resolution(components)) != 128:
-        raise CourseError(f"{config.model} draws {side} pixels a side: wanted a model of the diorama world, "
-            "which draws 128, since the judges know no other")
+    check_judged(components)
     judges = {name: load_judge(name) for name in ("instances", "attributes")}
     judges |= dict(clip_text=clip.text, clip_vision=clip.vision)
     prompts_for = lambda name: [subject_prompt(scene, "sks chair") for scene in application_scenes(name)]

@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'WAYS', 'RATES', 'TASKS', 'KEY', 'MEASURES', 'COSTS', 'S
            'read_rows', 'best_rate', 'trainings_of', 'seconds_needed', 'judge_row', 'next_row', 'gather', 'run_sweep',
            'read_sweep', 'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
 
-# %% ../nbs/library/sweep.ipynb #c2977d2c
+# %% ../nbs/library/sweep.ipynb #b8193148
 import json
 import numpy as np
 import shutil
@@ -25,7 +25,6 @@ from .options import CONTINUED, check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
 from .model.components import load_components, tiny_path
-from .model.latents import native_resolution
 from .model.sampling import generate
 from .data.cache import fingerprint
 from .train.class_images import weights_name
@@ -34,7 +33,7 @@ from .text_to_image import TextToImageConfig, train_text_to_image
 from .dreambooth import DreamBoothConfig, train_dreambooth
 from .inference import load_pipeline
 from .measure.metrics import ClipJudge, bootstrap_interval, drift
-from .measure.judges import load_judge, name_attributes, right_answers
+from .measure.judges import check_judged, load_judge, name_attributes, right_answers
 from .measure.subject import Scorer, application_scenes, repeat_to, subject_prompt
 from .evaluate import prompt_of
 from .study import rounded, unrelated_scenes
@@ -197,15 +196,13 @@ def measure_task(
     right = right_answers(name_attributes(judges.attributes, drawn["task"]), scenes)
     return dict(score=judges.scorer.subject_fidelity(name, drawn["task"]), content=right["place"].tolist(), drift=moved)
 
-# %% ../nbs/library/sweep.ipynb #2973027c
+# %% ../nbs/library/sweep.ipynb #26a29c98
 def sweep_settings(
     config:SweepConfig,
 )->dict: # plain values
     "What trainings must have in common to be compared; CourseError where the judges do not fit the model."
     components = load_components(config.model)
-    if (side := native_resolution(components)) != 128:
-        raise CourseError(f"{config.model} draws {side} pixels a side: wanted a model of the diorama world, "
-            "which draws 128, since the judges know no other")
+    check_judged(components)
     options = {key: value for key, value in asdict(config).items()
         if key not in ("output_dir", "ways", "seeds", "learning_rates")}
     return to_jsonable(options | dict(weights=weights_name(components),

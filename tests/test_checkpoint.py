@@ -199,8 +199,8 @@ def test_pruning_keeps_the_newest_and_follows_a_resume(train):
 
 def test_trap_7_the_old_checkpoint_goes_only_when_the_new_one_is_whole(train, monkeypatch, tmp_path):
     import sdxl_course.train.checkpoint as module
-    real = module.save_tensors
-    monkeypatch.setattr(module, "save_tensors", lambda path, *rest: real(path, *rest) if "checkpoint-2" not in str(path) else (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    real = module.save_whole
+    monkeypatch.setattr(module, "save_whole", lambda path, *rest: real(path, *rest) if "checkpoint-2" not in str(path) else (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(CourseError, match="No space left"): train(checkpointing_steps=1, checkpoints_total_limit=1)
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"] and not verify(tmp_path / "run" / "checkpoint-1")
 

@@ -135,7 +135,7 @@ def test_the_map_is_cut_as_its_picture_is_and_the_cache_changes_nothing(steered,
     finally: run.close()
     square = dict(max_train_steps=3, random_flip=True)
     logs = [steered("controlnet", name, **square, **more).losses for name, more in (("kept", {}), ("fresh", dict(cache_latents=False)), ("disk", dict(cache_latents_to_disk=True)))]
-    assert logs[0] == pytest.approx(logs[1], rel=1e-5) and logs[0] == logs[2]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5) and logs[0] == pytest.approx(logs[2], rel=1e-5)
 
 
 def test_maps_in_a_folder_of_their_own_and_in_a_table_train_alike(steered, mapped, tmp_path, make_pictures):

@@ -133,7 +133,7 @@ def test_each_of_two_processes_draws_its_share_of_a_round(tmp_path, toy_model):
     assert found == [["drawn: (0, 0) (0, 1)", "drawn: (0, 4) (0, 5)", "drawn: (1, 0) (1, 1)", "drawn: (1, 4) (1, 5)"], ["drawn: (0, 2) (0, 3)", "drawn: (1, 2) (1, 3)"]]
     assert main(words("one", 2)) == 0
     one, two = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
-    assert max(x.abs().max() for x in one.values()) > 1e-2 and max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert max(x.abs().max() for x in one.values()) > 1e-2 and max((one[name] - two[name]).abs().max() for name in one) < 1e-4
     rows = [[json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     assert [row["epoch"] for row in rows[0]] == [0, 0, 0, 1, 1, 1] and [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], abs=1e-4)
 

@@ -493,7 +493,7 @@ def test_class_pictures_are_lossless_and_noted(five, usual):
     assert len({data for data in files.values()}) == 5 and all(pixels(data).shape == (64, 64, 3) for data in files.values())
     note = json.loads((five / SETTINGS_FILE).read_text())
     assert note | dict(weights="") == dict(prompt=CLASS, model=Path(usual["pretrained_model_name_or_path"]).name, revision=None, vae=None, weights="", max_token_length=75, prediction_type="epsilon", rescale_betas_zero_snr=False,
-        precision="fp32", seed=0, size=64, steps=25, guidance=5.0)
+        precision="fp32", seed=0, size=64, steps=20, guidance=3.0)
     assert len(note["weights"]) == 24
 
 

@@ -191,7 +191,7 @@ def test_targets_in_words():
     assert lora_targets(unet, "feedforward") == ["ff.net.0.proj", "ff.net.2"]
     assert lora_targets(unet, " attention + feedforward ") == ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     full = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert lora_size(unet, 4, full) == (1, 4 * (128 + 128))
+    assert lora_size(unet, 4, full) == (1, 4 * (96 + 96))
     with pytest.raises(CourseError, match="nearest name is 'feedforward'"): lora_targets(unet, "attention+feedfoward")
 
 

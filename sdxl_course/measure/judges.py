@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'COLORED', 'PROMPT_SEED', 'BODY', 'JUDGES', 'is_colored', 'AttributeJudge', 'InstanceJudge',
-           'save_judge', 'load_judge', 'name_attributes', 'right_answers', 'vae_report', 'vae_scores', 'vae_table']
+           'save_judge', 'load_judge', 'check_judged', 'name_attributes', 'right_answers', 'vae_report', 'vae_scores',
+           'vae_table']
 
-# %% ../../nbs/library/measure_judges.ipynb #430e940c
+# %% ../../nbs/library/measure_judges.ipynb #0dffffdb
 import json
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..world.scene import ACCESSORIES, COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, 
 from ..world.scene import sample_scene
 from ..world.render import render_styles
 from ..model.components import tiny_path
+from ..model.latents import native_resolution
 from .metrics import reconstruct, to_bytes, to_pixels
 
 # %% ../../nbs/library/measure_judges.ipynb #eacb61b4
@@ -94,6 +96,15 @@ def load_judge(
         raise CourseError(f"{folder} does not hold a judge: {str(error).splitlines()[0]}; "
             "wanted a folder written by `save_judge`") from error
     return judge.eval().requires_grad_(False)
+
+# %% ../../nbs/library/measure_judges.ipynb #f2033338
+def check_judged(
+    components, # SDXLComponents
+):
+    "CourseError for a model whose pictures have another size than those that the judges know."
+    if (side := native_resolution(components)) != 128:
+        raise CourseError(f"{components.name or 'the model'} draws {side} pixels a side: wanted a model of the diorama "
+            "world, which draws 128, since the judges know no other")
 
 # %% ../../nbs/library/measure_judges.ipynb #79c716f6
 @torch.no_grad()

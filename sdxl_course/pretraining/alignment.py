@@ -13,7 +13,7 @@ from .data import MAPS
 
 # %% ../../nbs/library/pretraining_alignment.ipynb #4368466c
 class Aligner(torch.nn.Module):
-    "A head that reads the renderer's maps out of the UNet's deepest level (REPA, Yu et al., 2024; U-REPA, Tian et al., 2025)."
+    "A head that reads the renderer's maps out of the UNet's deepest level (Yu et al., 2024; Tian et al., 2025)."
     def __init__(self,
         unet, # UNet2DConditionModel to listen to
     ):

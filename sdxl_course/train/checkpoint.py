@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import CourseError, check_finite, load_tensors, save_tensors, sync_folder
+from ..core import CourseError, check_finite, load_tensors, sync_folder
 from ..core import write_atomic, write_json
 from ..options import option
 from .loop import copy_into, eval_weights

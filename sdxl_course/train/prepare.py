@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from ..core import CourseError
+from ..core import CourseError, shown_path
 from ..data.cache import LatentCache
 from ..data.check import check_dataset
 from ..data.loader import BatchLoader, CaptionOptions
@@ -150,7 +150,8 @@ def report_data(
         log(f"{len({r.path for r in loader.records})} different pictures are shown {len(loader.records)} times a pass, "
             "as the names of their folders say; --repeats_from_folders False would show each of them once")
     if (cache := loader.cache).folder and (latents[0] or texts[0]):
-        log(f"what is kept lies in {'memory, with a copy for later runs in '*cache.in_memory}{cache.folder}")
+        where = "memory, with a copy for later runs in "*cache.in_memory
+        log(f"what is kept lies in {where}{shown_path(cache.folder)}")
     if loader.use_aspect_ratio_buckets:
         log("buckets (height x width): "
             + ", ".join(f"{h}x{w} with {number}" for (h, w), number in sorted(Counter(loader.targets).items())))
