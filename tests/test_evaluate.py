@@ -67,7 +67,7 @@ def test_the_shipped_judge_knows_every_style(many, style):
     assert np.isnan(right["color"]).all() == (style not in ("photo", "watercolour"))
     names, above = [name for name in ("object", "color", "place", "style") if not np.isnan(right[name]).all()], np.array([scene.view == "from above" for scene in many[style][1]])
     least = {name: PLACES_DRAWN.get(style, .96) if name == "place" else .96 for name in names}
-    for name in names: assert np.nanmean(right[name]) >= least[name] and np.nanmean(right[name][~above]) >= (.98 if least[name] == .96 else least[name]), name
+    for name in names: assert np.nanmean(right[name]) >= least[name] and np.nanmean(right[name][~above]) >= (.97 if least[name] == .96 else least[name]), name
 
 
 def test_one_changed_attribute_changes_one_answer(drawn):
