@@ -21,7 +21,8 @@ SHARED = dict( # what is the same at every size of SDXL
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
     vae=dict(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
     scheduler=dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-        steps_offset=1, timestep_spacing="leading", prediction_type="epsilon"))
+        steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
+        clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True)) # read by samplers that are made from this one
 
 # %% ../../nbs/library/model_architecture.ipynb #d25fc268
 SDXL = dict( # the published sizes of SDXL 1.0 (Podell et al., 2023)
@@ -61,7 +62,7 @@ def _build(
         unet=UNet2DConditionModel(**sizes["unet"]), vae=AutoencoderKL(**sizes["vae"], **kinds))
     for network in networks.values(): network.eval()
     return SDXLComponents(tokenizer=None, tokenizer_2=None, **networks,
-        scheduler=EulerDiscreteScheduler(**sizes["scheduler"]), name=name)
+        scheduler=EulerDiscreteScheduler.from_config(sizes["scheduler"]), name=name)
 
 # %% ../../nbs/library/model_architecture.ipynb #c706acc5
 def sdxl_architecture(
