@@ -6,7 +6,6 @@
 What people use every day can be imported from here, as above; everything else from its own module, as in
 `from sdxl_course.model.adapters import add_lora`. Importing this package imports nothing else: a name brings its
 module when it is first asked for."""
-import importlib
 import os
 import sys
 
@@ -26,10 +25,17 @@ NAMES = dict( # name -> module that defines it
 )
 __all__ = [*NAMES, "__version__"]
 
+if getattr(sys, "argv", [])[:1] == ["-m"]: # Python looks for the module of python -m sdxl_course.MODULE
+    from .cli import quick_help
+    if text := quick_help(sys.argv, sys.orig_argv):
+        print(text, end="")
+        sys.exit()
+
 
 def __getattr__(name):
     if name not in NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{NAMES[name]}"), name)
+    from .cli import load_module
+    return getattr(load_module(NAMES[name]), name)
 
 
 def __dir__(): return sorted({*globals(), *NAMES})

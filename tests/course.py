@@ -238,7 +238,7 @@ def readme(nb):
 
 
 # what a fresh process prints as sdxl_course/help.json
-HELPS = "import json; from sdxl_course.cli import *; print(json.dumps({word: written_help(word) for word, (module, _) in COMMANDS.items() if module}, indent=1))"
+HELPS = "import json; from sdxl_course.cli import *; print(json.dumps({word: written_help(word) for word in (*COMMANDS, *FURTHER)}, indent=1))"
 
 
 # ---------------------------------------------------------------- judging

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from matplotlib.figure import Figure
 from PIL import Image
 from ..core import CourseError, image_grid, load_tensors, save_tensors, to_pil, write_atomic
 from ..model.components import tiny_path
@@ -289,6 +288,7 @@ def save_curve(
     label:str="", # what the validation loss was measured on
 ):
     "Loss against updates: raw, smoothed, and on the validation set."
+    from matplotlib.figure import Figure # only here: it takes half a second, and a run starts without it
     figure = Figure(figsize=(6, 3), dpi=80)
     axis, smooth = figure.subplots(), []
     points = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]

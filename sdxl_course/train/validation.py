@@ -56,7 +56,7 @@ class ValidationOptions:
 
 # %% ../../nbs/library/train_validation.ipynb #9f7f60e2
 MOST = 64 # pictures that the loss is measured on
-FEW = 8 # of the training pictures, where none are held out
+FEW = 4 # of the training pictures, where none are held out: a rough number, and the run has to wait for it
 
 def hold_out(
     records:list, # ImageRecord
