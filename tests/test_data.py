@@ -464,3 +464,18 @@ def test_the_troublesome_folder_is_made_the_same_twice(tmp_path):
     refused = {file for file, reason in report.problems}
     assert len(report.records) + len(refused & set(pictures)) == len(pictures)
     assert refused - set(pictures) == {"../outside.png", "nobody_home.png"}
+
+
+def test_sample_pictures_that_an_older_renderer_left_in_the_cache_are_not_taken(tmp_path, monkeypatch):
+    "Without the repository's copy beside the package, as after pip install."
+    import shutil
+    from sdxl_course.world import samples
+    here, drawn = Path(samples.__file__).parent, []
+    shutil.copytree(here, tmp_path / "site" / "sdxl_course" / "world", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("SDXL_COURSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(samples, "files", lambda package: tmp_path / "site" / package)
+    monkeypatch.setattr(samples, "write_samples", lambda name, folder: (drawn.append(name), folder.mkdir()))
+    first = samples.sample_dir("green_chair")
+    assert samples.sample_dir("green_chair") == first and drawn == ["green_chair"]
+    with open(tmp_path / "site" / "sdxl_course" / "world" / "render.py", "a") as file: file.write("# lines follow the form\n")
+    assert samples.sample_dir("green_chair") != first and drawn == ["green_chair"]*2

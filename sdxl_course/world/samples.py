@@ -6,6 +6,7 @@
 __all__ = ['SAMPLES', 'write_troublesome', 'sample_scenes', 'write_samples', 'sample_dir']
 
 # %% ../../nbs/library/world_samples.ipynb #b1e28f72
+import hashlib
 import io
 import json
 import numpy as np
@@ -150,6 +151,11 @@ def write_samples(
     return folder
 
 # %% ../../nbs/library/world_samples.ipynb #92bbbe40
+def _renderer()->str: # 12 hexadecimal digits
+    "Tells apart what draws, so that pictures of an older version in the cache are not taken for today's."
+    sources = sorted(Path(str(files("sdxl_course"))).joinpath("world").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
 def sample_dir(
     name:str, # one of `SAMPLES`
 )->Path: # a folder of pictures
@@ -157,7 +163,7 @@ def sample_dir(
     if name not in SAMPLES: raise CourseError(f"there is no sample data set {name!r}; choose from {', '.join(SAMPLES)}")
     beside = Path(str(files("sdxl_course"))).resolve().parent/"data_samples"/name
     if beside.is_dir(): return beside
-    folder = cache_dir("data_samples")/name
+    folder = cache_dir("data_samples", _renderer())/name
     if not folder.is_dir():
         fresh = folder.with_name(f".{name}-{os.getpid()}")
         write_samples(name, fresh)
