@@ -25,6 +25,7 @@ from .world.scene import Scene, is_held_out, sample_scene
 from .world.render import render
 from .world.captions import MEDIUM, SEEN, WHERE, with_article
 from .model.components import load_components
+from .model.samplers import DrawOptions
 from .model.sampling import generate, save_picture
 from .data.records import open_image
 from .data.check import read_dataset
@@ -109,7 +110,7 @@ _ABOUT = dict(
 
 # %% ../nbs/library/evaluate.ipynb #cba9cff9
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(JudgeOptions):
+class EvaluateConfig(JudgeOptions, DrawOptions):
     "Measure a model, a LoRA, a folder of pictures, or the renderer itself: scenes of the small world, or anything."
     model: str = option("tiny", "tiny, a folder, a hub id or one .safetensors file; renderer: the truth")
     lora: str | None = option(None, "LoRA file or folder")
@@ -124,8 +125,6 @@ class EvaluateConfig(JudgeOptions):
     subject: str | None = option(None, _ABOUT["subject"], choices=(SUBJECT, *OBJECTS))
     num_prompts: int = option(200, "prompts with combinations like those of the training", limit="1 ..")
     num_held_out: int = option(100, "photo prompts with combinations that pre-training never saw", limit="0 ..")
-    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
     batch_size: int = option(8, "pictures at a time", limit="1 ..")
     seed: int = option(0, "decides prompts and noise", limit=SEEDS)
 

@@ -25,7 +25,7 @@ from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
 from .model.conditioning import removed_text
-from .model.samplers import SamplerOptions, named_scheduler
+from .model.samplers import DrawOptions, SamplerOptions, named_scheduler
 from .model.prompts import PromptOptions, plain_text
 from .model.sampling import Film, StartOptions, generate, own_generator, picture_size, save_film
 from .model.sampling import save_picture
@@ -129,7 +129,7 @@ class SpareOptions:
 # %% ../nbs/library/inference.ipynb #7be1a001
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SpareOptions, ControlOptions, RefineOptions, StartOptions, LoraUseOptions, PromptOptions,
-    SamplerOptions):
+    SamplerOptions, DrawOptions):
     "Draw pictures from prompts, with or without LoRAs."
     prompt: list[str] | None = option(None, "what to draw; give the flag again for more prompts", action="extend")
     negative_prompt: list[str] | None = option(None, "what to go away from; one for all prompts, or one for each",
@@ -144,8 +144,6 @@ class GenerateConfig(SpareOptions, ControlOptions, RefineOptions, StartOptions, 
         "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2", "0 ..")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it", SEEDS)
     num_images: int = option(1, "pictures per prompt", "1 ..")
-    num_inference_steps: int = option(20, "how often the UNet is asked", "1 .. 1000")
-    guidance_scale: float = option(3.0, "how hard to push towards the prompt", "0 ..")
     height: int | None = option(None, "in pixels; the model's own size when not given", "1 ..")
     width: int | None = option(None, "in pixels; the model's own size when not given", "1 ..")
     batch_size: int | None = option(None, "pictures at a time; not given: 8, or 1 above 512 pixels", "1 ..")

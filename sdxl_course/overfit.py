@@ -22,6 +22,7 @@ from .options import CONTINUED, check_limits, option, run_command
 from .world.render import render
 from .world.samples import sample_scenes
 from .model.components import load_components, tiny_path
+from .model.samplers import DrawOptions
 from .model.sampling import generate
 from .train.loop import eval_weights
 from .train.machine import output_lock
@@ -44,7 +45,7 @@ WAYS = {"lora": {}, "full": dict(learning_rate=2e-4), # name -> options of the t
     "more_pictures": dict(pictures="many")}
 
 @dataclass(frozen=True, kw_only=True)
-class OverfitConfig:
+class OverfitConfig(DrawOptions):
     "Train too long on four pictures, with a LoRA and with all weights, and measure what goes wrong and what stops it."
     output_dir: str = option("overfit", "folder for pictures, a row of numbers for each training, and overfit.json")
     model: str = option("tiny", "tiny, a folder or a hub id")
@@ -56,8 +57,6 @@ class OverfitConfig:
     rank: int = option(16, "rank of the LoRA, where the way names no other", limit="1 ..")
     num_prompts: int = option(16, "pictures in the style, of new contents", limit="1 .. 16")
     num_unrelated: int = option(12, "pictures of prompts that have nothing to do with the style", limit="1 .. 12")
-    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
 
     def __post_init__(self): check_limits(self)
 

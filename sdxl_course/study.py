@@ -28,6 +28,7 @@ from .world.render import render
 from .world.captions import with_article
 from .world.samples import sample_dir
 from .model.components import load_components
+from .model.samplers import DrawOptions
 from .model.sampling import generate
 from .data.cache import fingerprint
 from .train.machine import output_lock
@@ -42,7 +43,7 @@ from .evaluate import evaluation_scenes, prompt_of
 
 # %% ../nbs/library/study.ipynb #990bb700
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(DrawOptions):
     "Train in many ways on one chair, and measure what became of it."
     output_dir: str = option("study", "folder for LoRAs, a row of numbers and of pictures for each training, "
         "study.json and study.jpg")
@@ -55,8 +56,7 @@ class StudyConfig:
     num_class_images: int = option(48, "pictures for prior preservation", limit="1 ..")
     per_prompt: int = option(1, "pictures of each prompt", limit="1 ..")
     class_pictures: int = option(16, "pictures of any chair", limit="2 ..")
-    num_inference_steps: int = option(15, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
+    num_inference_steps: int = option(15, "how often the UNet is asked", "1 .. 1000")
 
     def __post_init__(self): check_limits(self)
 

@@ -25,6 +25,7 @@ from .options import CONTINUED, check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
 from .model.components import load_components, tiny_path
+from .model.samplers import DrawOptions
 from .model.sampling import generate
 from .data.cache import fingerprint
 from .train.class_images import weights_name
@@ -56,7 +57,7 @@ TASKS = ("style", "subject") # old book illustrations; the green chair
 
 # %% ../nbs/library/sweep.ipynb #e1712a3c
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(DrawOptions):
     "Compare ranks, layers and kinds of LoRA, each at its own best learning rate."
     output_dir: str = option("sweep", "folder for LoRAs, a row of numbers for each training, and sweep.json")
     model: str = option("tiny", "tiny, a folder or a hub id")
@@ -66,8 +67,6 @@ class SweepConfig:
     max_train_steps: int = option(160, "updates of each training", limit="1 ..")
     train_batch_size: int = option(4, "pictures of each update", limit="1 ..")
     num_prompts: int = option(16, "pictures in the style that are judged", limit="1 .. 16")
-    num_inference_steps: int = option(20, "how often the UNet is asked", limit="1 ..")
-    guidance_scale: float = option(3.0, "how hard to push towards the prompt", limit="0 ..")
 
     def __post_init__(self): check_limits(self)
 
