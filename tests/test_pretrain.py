@@ -28,7 +28,7 @@ from sdxl_course.world.scene import HELD_OUT_STYLE, STYLES, Scene, set_stage
 from sdxl_course.world.trace import trace
 
 SMALL = ("--num_scenes 5 --shard_size 3 --num_workers 1 --num_validation 1 --captions_per_scene 2 --held_out_share 0.4 --judge_batch_size 4 --num_things 3 "
-         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 --refiner_steps 4 --refiner_batch_size 2 "
+         "--vae_batch_size 1 --clip_batch_size 4 --unet_batch_size 2 --num_subjects 2 --judge_steps 4 --instance_steps 4 --vae_steps 4 --clip_steps 4 --unet_steps 4 --refiner_steps 4 --refiner_batch_size 2 "
          "--vae_schedule_steps 4 --clip_schedule_steps 4 --unet_schedule_steps 4 --log_every 1 --sample_every 0").split()
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ClipOptions', 'contrastive_loss', 'false_negatives', 'mentioned_attributes', 'caption_ids', 'ClipPair', 'ClipLoss',
-           'make_clip_pair', 'clip_batch', 'train_clip', 'load_clip']
+           'make_clip_pair', 'clip_batch', 'train_clip', 'draw_rare_tokens', 'load_clip']
 
-# %% ../../nbs/library/pretraining_clip.ipynb #b4650f55
+# %% ../../nbs/library/pretraining_clip.ipynb #672e8657
 import math
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,10 @@ from ..core import CourseError, seeded, seeded_rng
 from ..options import option
 from ..model.components import count_parameters
 from ..model.architecture import tiny_architecture
-from ..measure.judges import to_pixels
+from ..measure.judges import ATTRIBUTES, to_pixels
 from .stage import Hyperparameters, load_ema, log, steps_done, train_stage
 from .data import SIDE, read_pictures
-from .tokenizer import read_tokenizers
+from .tokenizer import RARE_TOKENS, read_tokenizers
 from .judges import attribute_codes
 
 # %% ../../nbs/library/pretraining_clip.ipynb #bb3c7c64
@@ -163,15 +163,31 @@ def train_clip(
                 config.clip_batch_size)
         train_stage(f"clip_{number}", ClipLoss(pair), batch_at, plan, config)
 
-# %% ../../nbs/library/pretraining_clip.ipynb #4e3e9969
+# %% ../../nbs/library/pretraining_clip.ipynb #9baf6bdf
+@torch.no_grad()
+def draw_rare_tokens(
+    text_encoder, # trained; changed in place
+    tokenizer, # CLIPTokenizer
+    generator, # torch.Generator
+):
+    "Draw the rare tokens' embeddings from a normal distribution with the trained words' mean and covariance."
+    rows = text_encoder.get_input_embeddings().weight
+    pieces = lambda word: tokenizer.encode(word, add_special_tokens=False)
+    known = [pieces(word) for words in ATTRIBUTES.values() for word in words]
+    trained, rare = rows[[ids[0] for ids in known if len(ids) == 1]], [pieces(word)[0] for word in RARE_TOKENS]
+    noise = torch.randn(len(rare), len(trained), generator=generator)
+    rows[rare] = trained.mean(0) + noise @ (trained - trained.mean(0))/math.sqrt(len(trained))
+
+# %% ../../nbs/library/pretraining_clip.ipynb #025bc343
 def load_clip(
     run, # run folder; CourseError if this CLIP is not trained
     number:int, # 1 or 2
     seed:int, # of the run
 )->ClipPair: # frozen
-    "One averaged pair of a run."
+    "One averaged pair of a run; its rare tokens are heard as trained words are."
     stage, pair = f"clip_{number}", make_clip_pair(number, seed)
     if not steps_done(run, stage):
         raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
     load_ema(run, stage, "pair", pair)
+    draw_rare_tokens(pair.text, read_tokenizers(run)[number - 1], seeded(seed, "rare tokens", number))
     return pair.eval().requires_grad_(False)

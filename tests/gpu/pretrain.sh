@@ -23,12 +23,12 @@ done
 case $BEGIN in data|unet) ;; *) echo "--begin $BEGIN: wanted data or unet" >&2; exit 2 ;; esac
 
 PROBE=40 STEPS=${STEPS:-} JUDGES=600 INSTANCES=300
-SIZES="--shard_size 100 --num_validation 48 --num_things 160 --log_every 200
+SIZES="--shard_size 100 --num_validation 48 --num_things 160 --num_subjects 100 --log_every 200
     --vae_batch_size 64 --clip_batch_size 512 --unet_batch_size 128 --judge_batch_size 128"
 ASKED="--num_prompts 200 --num_held_out 100 --batch_size 50"
 if [ -n "$STEPS" ]; then
     SCENES=24 PRECISION=no PROBE=2 JUDGES=$STEPS INSTANCES=$STEPS
-    SIZES="--shard_size 8 --num_validation 2 --num_things 6 --log_every 10
+    SIZES="--shard_size 8 --num_validation 2 --num_things 6 --num_subjects 4 --log_every 10
         --vae_batch_size 4 --clip_batch_size 16 --unet_batch_size 4 --judge_batch_size 8"
     ASKED="--num_prompts 4 --num_held_out 2 --num_inference_steps 4 --batch_size 3"
 fi
