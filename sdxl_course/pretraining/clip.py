@@ -178,16 +178,15 @@ def draw_rare_tokens(
     noise = torch.randn(len(rare), len(trained), generator=generator)
     rows[rare] = trained.mean(0) + noise @ (trained - trained.mean(0))/math.sqrt(len(trained))
 
-# %% ../../nbs/library/pretraining_clip.ipynb #025bc343
+# %% ../../nbs/library/pretraining_clip.ipynb #0151e1f0
 def load_clip(
     run, # run folder; CourseError if this CLIP is not trained
     number:int, # 1 or 2
     seed:int, # of the run
 )->ClipPair: # frozen
-    "One averaged pair of a run; its rare tokens are heard as trained words are."
+    "One averaged pair of a run."
     stage, pair = f"clip_{number}", make_clip_pair(number, seed)
     if not steps_done(run, stage):
         raise CourseError(f"{run} has no trained CLIP {number}: run the stage `clip` first")
     load_ema(run, stage, "pair", pair)
-    draw_rare_tokens(pair.text, read_tokenizers(run)[number - 1], seeded(seed, "rare tokens", number))
     return pair.eval().requires_grad_(False)

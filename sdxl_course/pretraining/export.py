@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['STAGES', 'SCORE_SECTION', 'THROUGH_SECTION', 'CARD_HEAD', 'CARD_TAIL', 'TRAINED', 'WORK', 'PretrainConfig',
            'save_towers', 'score_row', 'vae_row', 'fidelity_rows', 'score_section', 'training_row', 'recipe_flags',
-           'card_text', 'stage_logs', 'gather_facts', 'export_model', 'tokenize_run', 'run_stages', 'main']
+           'plan_changes', 'card_text', 'stage_logs', 'gather_facts', 'export_model', 'tokenize_run', 'run_stages',
+           'main']
 
-# %% ../../nbs/library/pretraining_export.ipynb #8246befc
+# %% ../../nbs/library/pretraining_export.ipynb #49e7762c
 import json
 import shutil
 import sys
 import time
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from ..core import CourseError, save_tensors, write_atomic, write_json
 from ..devices import provenance
@@ -139,7 +141,7 @@ def score_section(
         rows="\n".join([*(score_row(name, found, ceiling) for name in names), *fidelity_rows(found, ceiling)]),
         through=through and THROUGH_SECTION.format(rows=through))
 
-# %% ../../nbs/library/pretraining_export.ipynb #8ee3851b
+# %% ../../nbs/library/pretraining_export.ipynb #cce5fc5d
 CARD_HEAD = """---
 license: apache-2.0
 library_name: diffusers
@@ -165,7 +167,8 @@ views and {len(ACCESSORIES)} accessories, at {SIDE} x {SIDE} pixels, and nothing
 It cannot write, count, draw two objects at once, people or anything else that its captions do not name, or draw well \
 at other sizes than {SIDE} pixels; `sdxl-course generate` says which words it never met.
 Never shown to it: the style "{HELD_OUT_STYLE}", a list of object, colour and place combinations, and the words "sks" \
-and "tok". The curves are in `training_log.json`.
+and "tok", whose embeddings were drawn at random to be like those of trained words. The curves are in \
+`training_log.json`.
 """
 
 # %% ../../nbs/library/pretraining_export.ipynb #41aa5aee
@@ -195,7 +198,18 @@ def recipe_flags(
     return {name: value for name, value in found.items()
         if name in usual and name not in _HOUSEKEEPING and value != usual[name]}
 
-# %% ../../nbs/library/pretraining_export.ipynb #32169bee
+# %% ../../nbs/library/pretraining_export.ipynb #7ec12d97
+def plan_changes(
+    history:list, # lines of history.jsonl
+)->str: # markdown, empty where there was one plan
+    "What a longer plan in a later session means: the learning rate rose again."
+    asked = [one["flags"] for one in history if {"all", "unet"} & set(one["flags"].get("stage", "all").split(","))]
+    plans = [steps for steps, _ in groupby(flags["unet_steps"] for flags in asked if "unet_steps" in flags)]
+    if len(plans) < 2: return ""
+    return (f"\nThe UNet's learning rate followed plans of {', '.join(f'{plan:,}' for plan in plans)} steps in turn, so "
+        "it fell and rose again on the way.\n")
+
+# %% ../../nbs/library/pretraining_export.ipynb #a8ef10ad
 def card_text(
     facts:dict, # what `export` gathered
 )->str: # markdown
@@ -211,6 +225,7 @@ def card_text(
         training_row("`text_encoder_2` with `vision_model_2`", "clip_2", facts),
         training_row("`unet`", "unet", facts), training_row("`refiner`", "refiner", facts, "not there")]
     rows += [training_row(f"`judges/{name}`", f"judge_{name}", facts, "see its own card") for name in facts["judges"]]
+    rows.append(plan_changes(history))
     psnr, styles = facts["psnr"], ", ".join(f"{style} {value:.1f}" for style, value in facts["psnr"].items())
     measured = f"{sum(psnr.values())/len(psnr):.1f} dB on average: {styles}" if psnr else "not measured"
     through = f"\nReconstruction of unseen scenes by the VAE: {measured}.\n"

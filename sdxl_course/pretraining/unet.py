@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE_PROMPTS', 'UNetOptions', 'spread_timesteps', 'unet_batch', 'sample_pictures', 'load_encoders', 'load_parts',
            'ablation', 'UNetLoss', 'unet_batches', 'sampling', 'trainable', 'train_unet']
 
-# %% ../../nbs/library/pretraining_unet.ipynb #5c823a74
+# %% ../../nbs/library/pretraining_unet.ipynb #93870f18
 import json
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,15 @@ from .stage import training_device
 from .data import MAPS, SIDE, read_scenes
 from .tokenizer import read_tokenizers
 from .vae import encoding_part, load_vae
+from .clip import draw_rare_tokens
 from .cache import read_cache
 from .alignment import make_aligner
 
-# %% ../../nbs/library/pretraining_unet.ipynb #5a4a1ccf
+# %% ../../nbs/library/pretraining_unet.ipynb #0031b1dd
 @dataclass(frozen=True, kw_only=True)
 class UNetOptions:
     "How the UNet is trained."
-    unet_steps: int = option(5700, "where UNet training ends", "0 ..")
+    unet_steps: int = option(9500, "where UNet training ends", "0 ..")
     unet_schedule_steps: int = option(0, "length of its learning-rate plan; 0: unet_steps", "0 ..")
     unet_batch_size: int = option(32, "latents in a batch", "1 ..")
     unet_lr: float = option(5e-4, "learning rate of AdamW; Muon's is unet_matrix_rate times that", "0 ..")
@@ -115,16 +116,20 @@ def sample_pictures(
     return pipeline(prompt=list(prompts), num_inference_steps=steps, guidance_scale=guidance, height=SIDE, width=SIDE,
         generator=generators).images
 
-# %% ../../nbs/library/pretraining_unet.ipynb #9d185306
+# %% ../../nbs/library/pretraining_unet.ipynb #9849695b
 def load_encoders(
     run:Path, # run folder
     components, # SDXLComponents, receives what is trained
+    seed:int, # of the run
 )->dict: # stage -> steps
-    "Tokenizers, text encoders and VAE as far as a run has come."
+    "Tokenizers, text encoders (their rare tokens heard as trained words are) and VAE as far as a run has come."
     steps = {}
-    components.tokenizer, components.tokenizer_2 = read_tokenizers(run)
-    for stage, name in (("clip_1", "text_encoder"), ("clip_2", "text_encoder_2")):
-        if steps_done(run, stage): steps[stage] = load_ema(run, stage, "pair.text", getattr(components, name))
+    tokenizers = components.tokenizer, components.tokenizer_2 = read_tokenizers(run)
+    encoders = components.text_encoder, components.text_encoder_2
+    for number, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers), 1):
+        if not steps_done(run, stage := f"clip_{number}"): continue
+        steps[stage] = load_ema(run, stage, "pair.text", encoder)
+        draw_rare_tokens(encoder, tokenizer, seeded(seed, "rare tokens", number))
     if (run/"vae"/"measured.json").exists(): load_vae(run, components.vae)
     for name in ("vae", *(f"judge_{name}" for name in JUDGES)):
         if (run/name/"measured.json").exists():
@@ -132,7 +137,7 @@ def load_encoders(
     if refined := steps_done(run, "refiner"): steps["refiner"] = refined
     return steps
 
-# %% ../../nbs/library/pretraining_unet.ipynb #314239ac
+# %% ../../nbs/library/pretraining_unet.ipynb #17be46e3
 def load_parts(
     run, # run folder
     seed:int, # of the run
@@ -141,7 +146,7 @@ def load_parts(
 )->tuple: # SDXLComponents with the averaged weights that exist, steps of each stage
     "sdxl-tiny as far as a run has come."
     run, parts = Path(run), tiny_architecture(seed)
-    steps = load_encoders(run, parts)
+    steps = load_encoders(run, parts, seed)
     if unet and steps_done(run, "unet"):
         steps["unet"] = load_ema(run, "unet", "unet", parts.unet, int(average == "ema_slow"))
     for part in (parts.text_encoder, parts.text_encoder_2, parts.vae, parts.unet): part.eval().requires_grad_(False)
