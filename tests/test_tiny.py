@@ -11,6 +11,7 @@ from sdxl_course.model.latents import posterior
 from sdxl_course.model.noise import NoiseSchedule
 from sdxl_course.model.sampling import generate
 from sdxl_course.data.loader import Batch
+from sdxl_course.pretraining.judges import measure_subjects, subject_scenes
 from sdxl_course.pretraining.unet import ablation
 from sdxl_course.train.objective import denoising_loss
 from sdxl_course.world.render import render
@@ -27,6 +28,20 @@ def drawn():
 def test_a_judge_of_crisp_renders_names_what_was_asked_for(drawn):
     right = right_answers(name_attributes(load_judge("attributes"), drawn), SCENES)
     assert right["joint"].sum() >= 33, right["joint"]
+
+
+def test_the_judge_calls_the_subject_a_chair():
+    assert measure_subjects(load_judge("attributes"), subject_scenes(1000, 1020, 0)) >= 0.9
+
+
+@torch.no_grad()
+def test_rare_tokens_are_heard_like_colours():
+    "DreamBooth's identifier moves what both encoders make of the noun behind it, as far as a colour does at least by half."
+    parts = load_components("tiny")
+    heard = lambda word: encode_prompts(parts, [f"a photo of a {word} chair"])[0][0, 6]
+    plain = encode_prompts(parts, ["a photo of a chair"])[0][0, 5]
+    moved = {word: float((heard(word) - plain).norm()/plain.norm()) for word in ("sks", "tok", "red", "green", "blue")}
+    assert min(moved["sks"], moved["tok"]) > 0.5*min(moved[word] for word in ("red", "green", "blue")), moved
 
 
 def test_pictures_hold_as_much_detail_as_renders(drawn):
