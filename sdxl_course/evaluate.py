@@ -8,7 +8,7 @@ __all__ = ['PLACE_PHRASES', 'RENDER_OFFSET', 'prompt_of', 'evaluation_scenes', '
            'score_columns', 'summarize', 'score_table', 'fidelity_report', 'fidelity_lines', 'evaluated_scenes',
            'evaluate_model', 'main']
 
-# %% ../nbs/library/evaluate.ipynb #326d33c1
+# %% ../nbs/library/evaluate.ipynb #91910b47
 import json
 import numpy as np
 import re
@@ -25,8 +25,7 @@ from .world.scene import Scene, is_held_out, sample_scene
 from .world.render import render
 from .world.captions import MEDIUM, SEEN, WHERE, with_article
 from .model.components import load_components
-from .model.samplers import DrawOptions
-from .model.sampling import generate, save_picture
+from .model.sampling import DrawOptions, generate, save_picture
 from .data.records import open_image
 from .data.check import read_dataset
 from .inference import load_pipeline

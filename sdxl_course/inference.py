@@ -8,7 +8,7 @@ __all__ = ['spare_memory', 'load_pipeline', 'sweep_lora_scale', 'save_pictures',
            'draw_planned', 'asked_rows', 'rows_to_draw', 'open_output', 'drawing_size', 'used_files', 'picture_notes',
            'open_pipelines', 'draw_and_save', 'main']
 
-# %% ../nbs/library/inference.ipynb #0e107db1
+# %% ../nbs/library/inference.ipynb #3914b9a0
 import json
 import re
 import sys
@@ -25,10 +25,10 @@ from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
 from .model.conditioning import removed_text
-from .model.samplers import DrawOptions, SamplerOptions, named_scheduler
+from .model.samplers import SamplerOptions, named_scheduler
 from .model.prompts import PromptOptions, plain_text
 from .model.sampling import Film, StartOptions, generate, own_generator, picture_size, save_film
-from .model.sampling import save_picture
+from .model.sampling import DrawOptions, save_picture
 from .model.refiner import RefineOptions, load_refiner, refine, split_steps
 from .model.control import ControlOptions, follow_picture, steering
 from .model.lora_files import attach_lora, find_lora, lora_file

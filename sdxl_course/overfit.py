@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'COLUMNS', 'CLAIMS', 'OverfitConfig', 'picture_scenes', 'pict
            'asked_scenes', 'draw_all', 'Bench', 'watch', 'run_overfit', 'read_overfit', 'curve', 'lowest',
            'overfit_table', 'main']
 
-# %% ../nbs/library/overfit.ipynb #b250f18c
+# %% ../nbs/library/overfit.ipynb #2145ce46
 import numpy as np
 import shutil
 import sys
@@ -22,8 +22,7 @@ from .options import CONTINUED, check_limits, option, run_command
 from .world.render import render
 from .world.samples import sample_scenes
 from .model.components import load_components, tiny_path
-from .model.samplers import DrawOptions
-from .model.sampling import generate
+from .model.sampling import DrawOptions, generate
 from .train.loop import eval_weights
 from .train.machine import output_lock
 from .train.results import jpeg_uri

@@ -8,7 +8,7 @@ __all__ = ['VARIANTS', 'CLASS', 'NO_DIFFERENCE', 'CLAIMS', 'COLUMNS', 'StudyConf
            'rounded', 'study_settings', 'row_settings', 'gather', 'run_study', 'read_study', 'summary', 'summary_table',
            'application_table', 'main']
 
-# %% ../nbs/library/study.ipynb #034512ee
+# %% ../nbs/library/study.ipynb #8d0316af
 import json
 import numpy as np
 import shutil
@@ -28,8 +28,7 @@ from .world.render import render
 from .world.captions import with_article
 from .world.samples import sample_dir
 from .model.components import load_components
-from .model.samplers import DrawOptions
-from .model.sampling import generate
+from .model.sampling import DrawOptions, generate
 from .data.cache import fingerprint
 from .train.machine import output_lock
 from .train.class_images import weights_name

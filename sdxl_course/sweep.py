@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'WAYS', 'RATES', 'TASKS', 'KEY', 'MEASURES', 'COSTS', 'S
            'read_rows', 'best_rate', 'trainings_of', 'seconds_needed', 'judge_row', 'next_row', 'gather', 'run_sweep',
            'read_sweep', 'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
 
-# %% ../nbs/library/sweep.ipynb #b8193148
+# %% ../nbs/library/sweep.ipynb #c14e2a09
 import json
 import numpy as np
 import shutil
@@ -25,8 +25,7 @@ from .options import CONTINUED, check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
 from .model.components import load_components, tiny_path
-from .model.samplers import DrawOptions
-from .model.sampling import generate
+from .model.sampling import DrawOptions, generate
 from .data.cache import fingerprint
 from .train.class_images import weights_name
 from .train.machine import output_lock

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'Sampler', 'named_scheduler', 'sampler_of', 'noise_level', 'check_interval', 'guided_between',
-           'DrawOptions', 'SamplerOptions']
+           'SamplerOptions']
 
 # %% ../../nbs/library/model_samplers.ipynb #07660a48
 import diffusers
@@ -117,13 +117,6 @@ def guided_between(
     try: yield
     finally:
         for hook in hooks: hook.remove()
-
-# %% ../../nbs/library/model_samplers.ipynb #4a568532
-@dataclass(frozen=True, kw_only=True)
-class DrawOptions:
-    "How long, and how hard, the UNet is asked."
-    num_inference_steps: int = option(20, "how often the UNet is asked", "1 .. 1000")
-    guidance_scale: float = option(3.0, "how hard to push towards the prompt", "0 ..")
 
 # %% ../../nbs/library/model_samplers.ipynb #40efdb4f
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['eval_mode', 'own_generator', 'sample_pictures', 'draw_pictures', 'pipeline_around', 'inference_scheduler',
-           'pair_seeds', 'picture_size', 'open_picture', 'fitting_size', 'StartOptions', 'start_from',
+           'pair_seeds', 'picture_size', 'open_picture', 'fitting_size', 'DrawOptions', 'StartOptions', 'start_from',
            'negative_for_each', 'generate', 'Film', 'save_film', 'save_picture']
 
 # %% ../../nbs/library/model_sampling.ipynb #3ee29759
@@ -190,6 +190,13 @@ def fitting_size(
     known, step = picture_size(pipeline)[0], 8*pipeline.vae_scale_factor
     stretch = (picture.width/picture.height)**0.5
     return tuple(max(step, round(known*one/step)*step) for one in (1/stretch, stretch))
+
+# %% ../../nbs/library/model_sampling.ipynb #768af898
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    "How long, and how hard, the UNet is asked."
+    num_inference_steps: int = option(20, "how often the UNet is asked", "1 .. 1000")
+    guidance_scale: float = option(3.0, "how hard to push towards the prompt", "0 ..")
 
 # %% ../../nbs/library/model_sampling.ipynb #6599e4e3
 @dataclass(frozen=True, kw_only=True)

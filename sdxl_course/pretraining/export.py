@@ -198,7 +198,7 @@ def recipe_flags(
     return {name: value for name, value in found.items()
         if name in usual and name not in _HOUSEKEEPING and value != usual[name]}
 
-# %% ../../nbs/library/pretraining_export.ipynb #7ec12d97
+# %% ../../nbs/library/pretraining_export.ipynb #8c350642
 def plan_changes(
     history:list, # lines of history.jsonl
 )->str: # markdown, empty where there was one plan
@@ -206,8 +206,8 @@ def plan_changes(
     asked = [one["flags"] for one in history if {"all", "unet"} & set(one["flags"].get("stage", "all").split(","))]
     plans = [steps for steps, _ in groupby(flags["unet_steps"] for flags in asked if "unet_steps" in flags)]
     if len(plans) < 2: return ""
-    return (f"\nThe UNet's learning rate followed plans of {', '.join(f'{plan:,}' for plan in plans)} steps in turn, so "
-        "it fell and rose again on the way.\n")
+    lengths = ", ".join(f"{plan:,}" for plan in plans)
+    return f"\nThe UNet's learning rate followed plans of {lengths} steps in turn, so it fell and rose on the way.\n"
 
 # %% ../../nbs/library/pretraining_export.ipynb #a8ef10ad
 def card_text(
