@@ -29,7 +29,7 @@ def bare(wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
     python = scripts / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--ignore-installed", str(wheel)], check=True)
     found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], capture_output=True, text=True, check=True)
     borrowed = dict.fromkeys([sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]])
     with open(os.path.join(found.stdout.strip(), "borrowed.pth"), "w") as file: file.write("\n".join(borrowed) + "\n")
