@@ -190,7 +190,7 @@ def image_grid(
     rows = math.ceil(count / columns)
     w, h = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
     font = ImageFont.load_default(size=11)
-    lines = [wrap_title(title, font, w - 3) for title in (titles or [])] + [[]] * count
+    lines = [wrap_title(title, font, w - 3) for title in (titles or [])] + [[]] * count # 1 px before, 2 px after
     band = 14 * max(len(one) for one in lines[:count])
     sheet = Image.new("RGB", (columns * (w + padding) - padding, rows * (band + h + padding) - padding), "white")
     draw = ImageDraw.Draw(sheet)

@@ -21,7 +21,7 @@ from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from .core import CourseError, image_grid, to_jsonable, write_json
-from .devices import provenance
+from .devices import provenance, provenances
 from .options import CONTINUED, check_limits, option, run_command
 from .world.scene import Scene
 from .world.render import render
@@ -266,10 +266,8 @@ def gather(
     "All rows that belong to these settings, what they say, and a contact sheet of the first seed."
     rows = [json.loads(path.read_text("utf-8")) for path in sorted((folder/"rows").glob("*.json"))]
     rows = [row for row in rows if row["settings"] == row_settings(row["variant"], settings)]
-    kind = lambda row: json.dumps({key: value for key, value in row["provenance"].items() if key != "time"})
-    machines = {kind(row): row["provenance"] for row in rows} # one of each kind
     own = lambda row: {key: value for key, value in row.items() if key not in ("settings", "provenance")}
-    study = dict(settings=settings, provenance=list(machines.values()), scale=rounded(scorer.scale),
+    study = dict(settings=settings, provenance=provenances(rows), scale=rounded(scorer.scale),
         rows=[own(row) for row in rows])
     study["verdicts"] = rounded(verdicts(study, CLAIMS))
     write_json(folder/"study.json", study)

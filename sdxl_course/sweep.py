@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .core import CourseError, nearest, seeded, to_jsonable, write_json
-from .devices import provenance
+from .devices import provenance, provenances
 from .options import CONTINUED, check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
@@ -295,10 +295,8 @@ def gather(
     name:str="sweep.json", # of the file
 )->dict: # settings, provenance, rows
     "All rows in one file."
-    kind = lambda row: json.dumps({key: value for key, value in row["provenance"].items() if key != "time"})
-    machines = {kind(row): row["provenance"] for row in rows} # one of each kind
     own = lambda row: {key: value for key, value in row.items() if key not in ("settings", "provenance", "losses")}
-    sweep = dict(settings=settings, provenance=list(machines.values()), rows=list(map(own, sorted(rows, key=order))))
+    sweep = dict(settings=settings, provenance=provenances(rows), rows=list(map(own, sorted(rows, key=order))))
     write_json(Path(folder)/name, sweep)
     return sweep
 

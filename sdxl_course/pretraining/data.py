@@ -159,7 +159,7 @@ class Pictures:
     "All rendered pictures of a run."
     pixels: torch.Tensor # (n, 128, 128, 3) uint8, known styles
     scenes: list # n dicts: the words of a Scene, and its captions
-    held_out_style: torch.Tensor # (m, 128, 128, 3) uint8, for VAE and judges only
+    held_out_style: torch.Tensor # (m, 128, 128, 3) uint8, for VAE and judges only; the judges' holds the subject too
     held_out_rows: list # which scene each of them shows
     maps: torch.Tensor # (n, 32, 32, 6) uint8, of `shape_maps`
 
