@@ -1,4 +1,6 @@
 "Shared by all tests: a copy of the repository, so that no test changes the checkout."
+import functools
+import functools
 import gc
 import os
 import signal
@@ -40,6 +42,22 @@ def home(tmp_path_factory):
 def own_home(tmp_path_factory, monkeypatch):
     "No test finds what another one has encoded."
     monkeypatch.setenv("SDXL_COURSE_CACHE", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_in_five_steps():
+    "A validation picture in its 20 steps would take longer than most trainings here."
+    from sdxl_course.train import validation
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "draw_pictures", functools.partial(validation.draw_pictures, steps=5))
+        yield
+
+
+@pytest.fixture
+def all_steps(monkeypatch):
+    "Validation pictures are drawn in as many steps as elsewhere."
+    from sdxl_course.model.sampling import draw_pictures
+    monkeypatch.setattr("sdxl_course.train.validation.draw_pictures", draw_pictures)
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_every_upstream_flag_has_its_name_type_and_default(kind, capsys):
 
 
 @pytest.mark.parametrize("kind, Pipeline", [("controlnet", StableDiffusionXLControlNetPipeline), ("adapter", StableDiffusionXLAdapterPipeline)])
-def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(steered, kind, Pipeline, toy, toy_model, mapped):
+def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(all_steps, steered, kind, Pipeline, toy, toy_model, mapped):
     live = toy()
     before = {name: [p.clone() for p in getattr(live, name).parameters()] for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
     result = steered(kind, components=live, validation_prompt=["a house", "a car"], validation_image=[str(mapped / "maps" / f"{i}.png") for i in (0, 1)], num_validation_images=1, learning_rate=1e-2)

@@ -64,7 +64,7 @@ def test_every_upstream_flag_has_its_name_type_and_default(capsys):
     assert json.loads(capsys.readouterr().out)["conditioning_dropout_prob"] == 0.05
 
 
-def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(edit, edits):
+def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(all_steps, edit, edits):
     result = edit(validation_prompt="turn 0", val_image_url_or_path=str(edits / "before" / "0.png"), num_validation_images=1, learning_rate=1e-2)
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(str(result.output_dir))
     assert pipeline.unet.config.in_channels == 8
