@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from diffusers import ControlNetModel
 from typing import ClassVar
 
-from .model.control import load_control, new_controlnet
+from .model.control import CONTROLNET_SIZES, load_control, new_controlnet
 from .options import option
 from .text_to_image import NO_DATA
 from .train.build import functions
@@ -26,10 +26,14 @@ class ControlNetConfig(ConditioningOptions, TrainConfig):
     "Teach SDXL to follow pictures such as edges or depth, with a copy of its encoder (Zhang et al., 2023)."
     controlnet_model_name_or_path: str | None = option(None,
         "ControlNet to go on from: a folder or a hub id; not given: the UNet's encoder", resume="free")
+    controlnet_size: str | None = option(None, "of a new one: full, the UNet's encoder as it is, or small, without its "
+        "attention; not given: full", resume="never", choices=tuple(CONTROLNET_SIZES))
     output_dir: str = option("controlnet-model", "folder for everything the run writes", resume="free")
     resolution: int = option(512, "side of the training square in pixels", "8 ..")
 
-    constraints: ClassVar = (NO_DATA,)
+    constraints: ClassVar = (NO_DATA,
+        (lambda c: c.controlnet_size and c.controlnet_model_name_or_path, "--controlnet_size is that of a new "
+            "ControlNet, and --controlnet_model_name_or_path names one that has its size: leave one of them out"))
 
 # %% ../nbs/library/controlnet.ipynb #95701bae
 def controlnet_weights(
@@ -39,10 +43,11 @@ def controlnet_weights(
     scale:float=1, # of the learning rate
 ): # Trained
     "The ControlNet, all of it."
-    given = config.controlnet_model_name_or_path
-    control = load_control(ControlNetModel, given, components.unet) if given else new_controlnet(components, seed)
+    given, size = config.controlnet_model_name_or_path, config.controlnet_size or "full"
+    control = load_control(ControlNetModel, given, components.unet) if given else new_controlnet(components, seed, size)
+    kind = "A ControlNet" if control.attn_processors else "A small ControlNet without attention"
     card = control_card("ControlNetModel", "StableDiffusionXLControlNetPipeline", "controlnet",
-        "A ControlNet, which steers the frozen UNet by a picture,")
+        f"{kind}, which steers the frozen UNet by a picture,")
     return control_weights(config, components, control, card, scale)
 
 # %% ../nbs/library/controlnet.ipynb #d28e49e4

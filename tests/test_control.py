@@ -1,6 +1,7 @@
 "The commands that steer a UNet by pictures, on a toy model: what they take, what they change, what they leave."
 import json
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -8,6 +9,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import ControlNetModel, StableDiffusionXLAdapterPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, T2IAdapter
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -16,7 +18,9 @@ from sdxl_course.controlnet import ControlNetConfig, main as controlnet_main, op
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.inference import load_pipeline, main as generate_main
 from sdxl_course.model.adapters import add_lora, lora_parameters
-from sdxl_course.model.control import follow_picture, new_adapter, new_controlnet, save_control, steering
+from sdxl_course.model.components import count_parameters
+from sdxl_course.model.conditioning import encode_prompts
+from sdxl_course.model.control import control_residuals, follow_picture, new_adapter, new_controlnet, save_control, steering
 from sdxl_course.model.lora_files import save_lora
 from sdxl_course.model.lora_scales import set_lora_scale
 from sdxl_course.model.refiner import load_refiner, refine
@@ -33,7 +37,11 @@ SHARED = {name: flag for name, flag in REFERENCE.items() if name not in ("rank",
 UPSTREAM = dict(
     controlnet=(ControlNetConfig, controlnet_main, SHARED | dict(controlnet_model_name_or_path=(str, None), output_dir=(str, "controlnet-model"), resolution=(int, 512), image_interpolation_mode=(str, "lanczos"))),
     adapter=(T2IAdapterConfig, adapter_main, SHARED | dict(adapter_model_name_or_path=(str, None), output_dir=(str, "t2iadapter-model"), resolution=(int, 1024), checkpoints_total_limit=(int, 3), dataloader_num_workers=(int, 1))))
-TRAIN = dict(controlnet=(ControlNetConfig, train_controlnet, ControlNetModel), adapter=(T2IAdapterConfig, train_t2i_adapter, T2IAdapter))
+TRAIN = dict(controlnet=(ControlNetConfig, train_controlnet, ControlNetModel), adapter=(T2IAdapterConfig, train_t2i_adapter, T2IAdapter),
+    small=(partial(ControlNetConfig, controlnet_size="small"), train_controlnet, ControlNetModel))
+
+
+def part_of(kind): return "adapter" if kind == "adapter" else "controlnet"  # what diffusers' pipelines call it
 
 
 def add_maps(folder, column="conditioning_image"):
@@ -84,7 +92,7 @@ def test_every_upstream_flag_has_its_name_type_and_default(kind, capsys):
     assert shown["validation_image"] == ["a.png", "b.png"] and shown["validation_prompt"] == ["a house", "a car"]
 
 
-@pytest.mark.parametrize("kind, Pipeline", [("controlnet", StableDiffusionXLControlNetPipeline), ("adapter", StableDiffusionXLAdapterPipeline)])
+@pytest.mark.parametrize("kind, Pipeline", [("controlnet", StableDiffusionXLControlNetPipeline), ("adapter", StableDiffusionXLAdapterPipeline), ("small", StableDiffusionXLControlNetPipeline)])
 def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(all_steps, steered, kind, Pipeline, toy, toy_model, mapped):
     live = toy()
     before = {name: [p.clone() for p in getattr(live, name).parameters()] for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
@@ -93,7 +101,7 @@ def test_stock_diffusers_loads_the_result_and_draws_the_pictures_of_the_run(all_
     Kind = TRAIN[kind][2]
     loaded = Kind.from_pretrained(str(result.output_dir))
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in live.control.state_dict().items())
-    pipeline = Pipeline.from_pipe(StableDiffusionXLPipeline.from_pretrained(str(toy_model)), **{"controlnet" if kind == "controlnet" else "adapter": loaded})
+    pipeline = Pipeline.from_pipe(StableDiffusionXLPipeline.from_pretrained(str(toy_model)), **{part_of(kind): loaded})
     pipeline.set_progress_bar_config(disable=True)
     draw = lambda prompt, file: 255*pipeline(prompt, image=Image.open(mapped / "maps" / file), generator=torch.Generator().manual_seed(0), num_inference_steps=20, guidance_scale=3.0, height=64, width=64, output_type="np").images[0]
     gap = lambda a, b: abs(a - np.asarray(b)).max()
@@ -152,15 +160,54 @@ def test_maps_in_a_folder_of_their_own_and_in_a_table_train_alike(steered, mappe
     assert found == wanted
 
 
-def test_a_new_controlnet_begins_with_the_base_models_loss_and_a_trained_one_goes_on(steered, toy):
-    from sdxl_course.text_to_image import TextToImageConfig, open_text_to_image
-    first = steered("controlnet", "first", learning_rate=1e-2)
+@pytest.mark.parametrize("kind", ["controlnet", "small"])
+def test_a_trained_controlnet_goes_on_at_its_size(steered, kind):
+    first, words = steered(kind, "first", learning_rate=1e-2), "A small ControlNet without attention, which steers" if kind == "small" else "A ControlNet, which steers"
     then = steered("controlnet", "then", controlnet_model_name_or_path=str(first.output_dir))
     assert then.validation_loss_before == pytest.approx(first.validation_loss_after, rel=1e-5)
+    for run in (first, then): assert words in (run.output_dir / "README.md").read_text()
+    assert [yaml.safe_load((run.output_dir / "config.yaml").read_text())["controlnet_size"] for run in (first, then)] == ["small" if kind == "small" else None, None]
+
+
+def test_a_small_controlnet_is_the_full_one_without_attention(toy, tmp_path):
+    "It begins as the UNet's, says nothing yet, and hears of the prompt by the pooled vector alone."
+    parts = toy()
+    full, small = new_controlnet(parts, 3), new_controlnet(parts, 3, "small")
+    own, theirs, unet = small.state_dict(), full.state_dict(), parts.unet.state_dict()
+    for name, p in own.items(): assert torch.equal(p, theirs[name]), name
+    copied = {name for name in own if not name.startswith("controlnet_")}
+    assert copied == {name for name in unet if name.startswith(("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block.resnets.0")) and ".attentions." not in name}
+    for name in copied: assert torch.equal(own[name], unet[name]), name
+    zero = [name for name in own if name.startswith(("controlnet_down_blocks", "controlnet_mid_block"))]
+    assert len(zero) == 2*len(small.controlnet_down_blocks) + 2 and not any(own[name].any() for name in zero)
+    assert not small.attn_processors and full.attn_processors and count_parameters(small) < count_parameters(full)
+    place = save_control(small, tmp_path / "small").parent
+    told, again = json.loads((place / "config.json").read_text()), ControlNetModel.from_pretrained(str(place))
+    assert set(told["down_block_types"]) == {"DownBlock2D"} and told["mid_block_type"] == "UNetMidBlock2D" and all(torch.equal(p, own[name]) for name, p in again.state_dict().items())
+    draw = lambda name: torch.randn(2, 4, 8, 8, generator=seeded(name))
+    (words, pooled), (others, vectors) = (encode_prompts(parts, [text]*2) for text in ("a red house", "a dog"))
+    def added(control, words, pooled): # what a network adds to the UNet, in one vector
+        batch = SimpleNamespace(prompt_embeds=words, pooled_prompt_embeds=pooled, time_ids=torch.full((2, 6), 64.))
+        with torch.no_grad(): found = control_residuals(control, draw("noise"), torch.tensor([500, 20]), batch, draw("map")[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).sigmoid(), torch.float32)
+        return torch.cat([x.flatten() for x in (*found["down_block_additional_residuals"], found["mid_block_additional_residual"])])
+    assert not added(small, words, pooled).any()
+    for control in (small, full):
+        for block in (*control.controlnet_down_blocks, control.controlnet_mid_block): torch.nn.init.dirac_(block.weight)
+    assert torch.equal(added(small, words, pooled), added(small, others, pooled)) and not torch.equal(added(full, words, pooled), added(full, others, pooled))
+    assert not torch.equal(added(small, words, pooled), added(small, words, vectors))
+
+
+@pytest.mark.parametrize("kind, other, told", [("small", "controlnet", "controlnet_size (was 'small', now None)"), ("controlnet", "small", "controlnet_size (was None, now 'small')")])
+def test_a_resumed_run_keeps_its_size(steered, kind, other, told):
+    folder = steered(kind, max_train_steps=1, checkpointing_steps=1).output_dir / "checkpoint-1"
+    for more in (dict(), dict(resume_with_changes="controlnet_size")):
+        with pytest.raises(CourseError) as caught: steered(other, "on", resume_from_checkpoint=str(folder), **more)
+        assert (told if not more else "cannot name controlnet_size") in str(caught.value)
 
 
 @pytest.mark.parametrize("words, message", [([], "no data was given"), (["--train_data_dir", "{plain}"], "no column 'conditioning_image'"), (["--train_data_dir", "{pictures}", "--conditioning_image_column", "depth"], "no column 'depth'"),
     (["--train_data_dir", "{pictures}", "--rank", "4"], "rank"), (["--train_data_dir", "{pictures}", "--controlnet_model_name_or_path", "{plain}"], "does not load as a ControlNetModel"),
+    (["--train_data_dir", "{pictures}", "--controlnet_size", "small", "--controlnet_model_name_or_path", "{plain}"], "leave one of them out"), (["--train_data_dir", "{pictures}", "--controlnet_size", "smal"], "choose from 'full', 'small'"),
     (["--train_data_dir", "{plain}", "--conditioning_data_dir", "{plain}/none"], "conditioning_data_dir"),
     (["--train_data_dir", "{pictures}", "--validation_prompt", "a house"], "belong together"), (["--train_data_dir", "{pictures}", "--validation_prompt", "a", "b", "--validation_image", "a", "b", "c"], "differ in number"),
     (["--train_data_dir", "{pictures}", "--validation_prompt", "a", "--validation_image", "{pictures}/metadata.jsonl"], "cannot be read as a picture")], ids=lambda one: one if isinstance(one, str) else None)
@@ -205,6 +252,7 @@ def test_a_card_shows_how_the_result_is_used(steered, mapped):
 # ---------------------------------------------------------------- drawing: generate --controlnet and --adapter
 
 PIPELINES = dict(controlnet=(new_controlnet, ControlNetModel, StableDiffusionXLControlNetPipeline), adapter=(new_adapter, T2IAdapter, StableDiffusionXLAdapterPipeline))
+NETWORKS = PIPELINES | dict(small=(partial(new_controlnet, size="small"), ControlNetModel, StableDiffusionXLControlNetPipeline))
 QUICK = dict(num_inference_steps=4, guidance_scale=3.0)
 
 
@@ -213,13 +261,13 @@ def gap(ones, others): return max(int(np.abs(np.asarray(a, int) - np.asarray(b, 
 
 @pytest.fixture(scope="module")
 def networks(toy, tmp_path_factory):
-    "Folders of a ControlNet and of a T2I-Adapter that say something loud."
+    "Folders of a ControlNet, of a T2I-Adapter and of a small ControlNet that say something loud."
     home, parts = tmp_path_factory.mktemp("networks"), toy()
-    for kind, (new, _, _) in PIPELINES.items():
+    for kind, (new, _, _) in NETWORKS.items():
         network = new(parts, 0)
         for name, p in network.named_parameters(): p.data += 0.15*torch.randn(p.shape, generator=seeded(name))
         save_control(network, home / kind)
-    return {kind: home / kind for kind in PIPELINES}
+    return {kind: home / kind for kind in NETWORKS}
 
 
 @pytest.fixture
@@ -241,14 +289,15 @@ def drawn(toy_model, tmp_path):
     return draw
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_generate_draws_what_the_stock_pipeline_draws(kind, networks, lines, drawn, toy_model):
-    _, Network, Pipeline = PIPELINES[kind]
-    ours = drawn("--prompt", "a house", "a cat", "--seed", "5", "--num_inference_steps", "4", "--guidance_scale", "3", f"--{kind}", networks[kind], "--control_image", lines, "--control_scale", "0.7")
-    stock = Pipeline.from_pretrained(str(toy_model), **{kind: Network.from_pretrained(str(networks[kind]))}, add_watermarker=False)
+    _, Network, Pipeline = NETWORKS[kind]
+    part = part_of(kind)
+    ours = drawn("--prompt", "a house", "a cat", "--seed", "5", "--num_inference_steps", "4", "--guidance_scale", "3", f"--{part}", networks[kind], "--control_image", lines, "--control_scale", "0.7")
+    stock = Pipeline.from_pretrained(str(toy_model), **{part: Network.from_pretrained(str(networks[kind]))}, add_watermarker=False)
     stock.set_progress_bar_config(disable=True)
     shown = ImageOps.fit(Image.open(lines), (64, 64), Image.Resampling.LANCZOS)  # the middle, as high as it is
-    draw = lambda prompt, picture, scale: stock(prompt, image=picture, generator=torch.Generator().manual_seed(5), height=64, width=64, **QUICK, **{f"{kind}_conditioning_scale": scale}).images[0]
+    draw = lambda prompt, picture, scale: stock(prompt, image=picture, generator=torch.Generator().manual_seed(5), height=64, width=64, **QUICK, **{f"{part}_conditioning_scale": scale}).images[0]
     theirs = [draw(prompt, shown, 0.7) for prompt in ("a house", "a cat")]
     assert gap(ours, theirs) <= 1
     assert gap(ours, [draw(prompt, shown, 0.2) for prompt in ("a house", "a cat")]) > 1 and gap(ours, [draw(prompt, ImageOps.invert(shown), 0.7) for prompt in ("a house", "a cat")]) > 1

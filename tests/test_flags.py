@@ -561,7 +561,7 @@ MACHINE = set("""cast_teacher_unet mixed_precision gradient_checkpointing allow_
     cache_latents cache_text_embeds revision variant""".split())
 
 NEVER = set("""ddpm_num_steps ddpm_beta_schedule reward whole_unet unet_time_cond_proj_dim adapter rank lora_alpha lora_layers use_dora use_rslora init_lora_weights train_text_encoder optimizer use_8bit_adam use_ema seed prediction_type rescale_betas_zero_snr do_edm_style_training
-    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors modifier_token freeze_model""".split())
+    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction placeholder_token num_vectors modifier_token freeze_model controlnet_size""".split())
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -613,7 +613,7 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(train_text_encoder_ti=True, ti_lr=1e-3, optimizer="prodigy"), dict(train_text_encoder_ti=True, ti_lr=1e-3))],
     full=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n"))],
     steer=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(validation_prompt=["a"]), dict(validation_prompt=["a"], validation_image=["i.png"])),
-    (dict(validation_prompt=["a", "b"], validation_image=["i.png"]*3), dict(validation_prompt=["a", "b"], validation_image=["i.png"]))],
+    (dict(validation_prompt=["a", "b"], validation_image=["i.png"]*3), dict(validation_prompt=["a", "b"], validation_image=["i.png"])), (dict(controlnet_size="full", controlnet_model_name_or_path="c"), dict(controlnet_size="full"))],
     adapter=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(validation_image=["i.png"]), dict(validation_prompt=["a"], validation_image=["i.png"])),
     (dict(validation_prompt=["a", "b"], validation_image=["i.png"]*3), dict(validation_prompt=["a"], validation_image=["i.png"]*3))],
     edit=[(dict(train_data_dir=None), dict(train_data_dir=None, dataset_name="n")), (dict(caption_column="words"), dict(edit_prompt_column="words")),
