@@ -34,7 +34,7 @@ data.files data.metadata data.records data.preprocess data.report data.tables da
 train.machine train.sharding train.objective train.policy train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.control train.hub train.run train.build train.rounds train.pixels train.class_images train.concepts
 text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix lcm dpo unconditional
-memory plan remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
+memory plan remake inference lora custom_merge measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
 measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep overfit app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.refiner pretraining.export

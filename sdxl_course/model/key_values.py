@@ -185,6 +185,7 @@ def word_embeddings(
         rows.append(embeds[first:len(ids)])
     return torch.cat(rows)
 
+# %% ../../nbs/library/model_key_values.ipynb #c1cd4b0b
 def share_prompts(
     prompts:list, # each with words of one run
     words:list, # the words of each run
@@ -207,7 +208,7 @@ def share_prompts(
 class Merge:
     "What a merge made, and how well it kept to its two aims."
     path: Path # the file of the weights
-    missed: float # largest gap between an answer to a prompt's words and its own run's, as a share of the largest answer
+    missed: float # largest gap between an answer to new words and that of their own run, as a share of the largest
     shift: float # how far answers to the other captions moved, as a share of their norm
     own_shifts: list # how far each run alone had moved them
 
