@@ -198,13 +198,14 @@ def test_mistakes_get_one_sentence(options, capsys, words, sentence):
 # ------------------------------------------------ pictures in several sizes
 
 def shown(run, number=12):
-    "What the first batches of a run hold: (side, caption, mask, latents) of each picture of the thing; class pictures come as a second list."
+    "What the first batches of a run hold: (side, caption, mask, latents, pixels) of each picture of the thing; class pictures come as a second list."
     own, beside = [], []
     for _, micro in zip(range(number), (micro for epoch in range(number) for micro in run.sampler.micro_steps(epoch, epoch + 1))):
-        batch, _, _, captions = run.loader.batch(micro, run.loader.prepare(micro))
+        prepared = run.loader.prepare(micro)
+        batch, _, _, captions = run.loader.batch(micro, prepared)
         masks = batch.extra.get("mask", torch.ones(len(captions), 1, *batch.latents.shape[2:]))
         sides = [run.loader.place(epoch, i)[0] if hasattr(run.loader, "place") else 64 for (i, _), epoch in zip(run.loader.samples(micro), run.loader.epochs(micro))]
-        rows = list(zip(sides, captions, masks, batch.latents))
+        rows = list(zip(sides, captions, masks, batch.latents, [one and one.pixels for one in prepared]))
         half = len(micro.indices)
         own, beside = own + rows[:half], beside + rows[half:]
     return own, beside
@@ -215,14 +216,16 @@ def test_pictures_of_the_thing_are_shown_in_several_sizes_and_class_pictures_are
     run = open_custom_diffusion(options(**more), toy(), lambda text: None)
     own, beside = shown(run)
     run.close()
-    assert {side for side, *_ in beside} == {64} and not any("very small" in text or "zoomed" in text for _, text, *_ in beside) and all((mask == 1).all() for *_, mask, _ in beside)
-    for side, text, mask, _ in own:
+    assert {side for side, *_ in beside} == {64} and not any("very small" in text or "zoomed" in text for _, text, *_ in beside) and all((mask == 1).all() for *_, mask, _, _ in beside)
+    for side, text, mask, _, pixels in own:
         words = [word for word in ("far away", "very small", "zoomed in", "close up") if text == f"a {word} <new1> c"]
         assert bool(words) == (side < 0.6*64 or side > 64) and (words or text == "a <new1> c") and (not words or (words[0] in ("far away", "very small")) == (side < 64))
         assert float(mask.mean()) == pytest.approx(1, rel=1e-5) and (mask == 0).any() == (side < 64) and len(mask.unique()) <= 2
+        seen = (pixels != 0).all(0)  # no byte is 0 here: that is the margin
+        assert int(seen.sum()) == min(side, 64)**2 and (side < 38 or (torch.nn.functional.avg_pool2d(seen[None].float(), 8) == 1)[mask > 0].all())
     assert len({side for side, *_ in own}) > 10 and min(side for side, *_ in own) < 38 < 64 < max(side for side, *_ in own)
     run = open_custom_diffusion(options("whole", noaug=True), toy(), lambda text: None)
-    assert {(text, bool((mask == 1).all())) for _, text, mask, _ in shown(run)[0]} == {("a <new1> c", True)}
+    assert {(text, bool((mask == 1).all())) for _, text, mask, *_ in shown(run)[0]} == {("a <new1> c", True)}
     run.close()
 
 
@@ -230,7 +233,7 @@ def test_no_loss_is_taken_outside_the_picture(options, toy):
     run = open_custom_diffusion(options(), toy(), lambda text: None)
     own = [row for row in shown(run)[0] if row[0] < 64]
     run.close()
-    for _, _, mask, latents in own:
+    for _, _, mask, latents, _ in own:
         error, gap = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), 1e3*(mask == 0)
         inside = error.square()[:, mask[0] > 0].mean()
         assert float(masked_mse((latents + error + gap)[None], latents[None], mask[None])) == pytest.approx(float(inside), rel=1e-4)
@@ -331,7 +334,7 @@ def test_what_cannot_be_merged_gets_one_sentence(apart, tmp_path, capsys, fault)
 
 def test_a_merge_needs_two_runs_a_free_place_and_keys_and_values_alone(apart, learn, tmp_path, capsys):
     before = files_of(apart[0])
-    for words, sentence in (([apart[0], "--output_dir", "x"], "got 1 folder"), ([*apart], "--output_dir is missing"), ([*apart, "--output_dir", apart[0]], "nothing is overwritten"),
+    for words, sentence in (([apart[0], "--output_dir", tmp_path / "x"], "got 1 folder"), ([*apart], "--output_dir is missing"), ([*apart, "--output_dir", apart[0]], "nothing is overwritten"),
             ([*apart, "--output_dir", tmp_path / "x", "--prompts", "a <new1> <new2>"], "words of several runs"), ([*apart, "--output_dir", tmp_path / "x", "--prompts", "a <new1>"], "no prompt says <new2>"),
             ([*apart, "--output_dir", tmp_path / "x", "--captions", tmp_path / "gone"], "cannot be read")):
         assert merge(words) == 2 and sentence in capsys.readouterr().err and files_of(apart[0]) == before and not (tmp_path / "x").exists()
