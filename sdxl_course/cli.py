@@ -40,6 +40,7 @@ COMMANDS = { # word -> (module with a `main`, what it does)
     "plan": ("plan", "say whether a run fits a card, and how long it takes"),
     "push": ("train.hub", "upload what a run left, where the run itself could not"),
     "lora": ("lora", "look into, convert, merge, resize or extract LoRA files"),
+    "custom-merge": ("custom_merge", "make one model of things that custom-diffusion learnt apart"),
     "app": ("app", "draw with LoRAs in a web page, before and after side by side"),
 }
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUSTOM_DIFFUSION', 'open_custom_diffusion', 'train_custom_diffusion', 'main', 'CustomDiffusionConfig',
            'nearest_captions', 'real_records', 'class_records', 'check_modifiers', 'publish_concepts', 'custom_card',
-           'custom_weights']
+           'custom_weights', 'custom_loader']
 
 # %% ../nbs/library/custom_diffusion.ipynb #45516367
 import sys
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import ClassVar
 from .core import CourseError
 from .data.check import check_dataset
+from .data.loader import BatchLoader
+from .data.resizing import ResizeOptions, ResizingLoader
 from .dreambooth import SubjectOptions, find_subjects, validation_subjects
 from .model.adapters import enable_gradient_checkpointing
 from .model.conditioning import encode_prompts
@@ -27,7 +29,7 @@ from .train.class_images import ClassOptions, process_group, training_dtype
 from .train.concepts import ConceptOptions, classes_of, concepts_of, prior_loss, prior_records
 from .train.config import TrainConfig
 from .train.machine import data_parallel
-from .train.prepare import load_model
+from .train.prepare import load_model, make_loader
 from .train.results import CardText
 from .train.run import Method
 from .train.weights import PRECISIONS, Trained, together, token_weights, words_usage
@@ -45,7 +47,7 @@ _RULES = (
 
 # %% ../nbs/library/custom_diffusion.ipynb #17d1b9a9
 @dataclass(frozen=True, kw_only=True)
-class CustomDiffusionConfig(ClassOptions, ConceptOptions, SubjectOptions, TrainConfig):
+class CustomDiffusionConfig(ResizeOptions, ClassOptions, ConceptOptions, SubjectOptions, TrainConfig):
     "Teach SDXL things through new words and the keys and values of cross-attention (Kumari et al., 2023)."
     modifier_token: str = option("<new1>", "the new word of each thing, with + between, as in <new1>+<new2>",
         resume="never")
@@ -59,6 +61,7 @@ class CustomDiffusionConfig(ClassOptions, ConceptOptions, SubjectOptions, TrainC
     save_precision: str = option("fp32", "number format of the final weights", resume="free", choices=tuple(PRECISIONS))
     output_dir: str = option("custom-diffusion-model", "folder for everything the run writes", resume="free")
     resolution: int = option(512, "side of the training square in pixels", "8 ..")
+    random_flip: bool = option(False, "mirror every other picture at random", aliases=["--hflip"])
     num_train_epochs: int = option(1, "passes over the data, unless max_train_steps is given", "1 ..", "free")
     train_batch_size: int = option(4, "pictures per device and micro-step; with class pictures as many of those "
         "beside them", "1 ..", "free")
@@ -173,8 +176,12 @@ def custom_weights(
     return together(matrices, token_weights(tokens, rate, decay, publish=lambda folder: None))
 
 # %% ../nbs/library/custom_diffusion.ipynb #1a2b4f29
+def custom_loader(config, *given)->BatchLoader: # given: as `make_loader` wants it
+    "The loader that shows pictures of the thing in several sizes, or the plain one."
+    return make_loader(config, *given, kind=BatchLoader if config.noaug else ResizingLoader)
+
 CUSTOM_DIFFUSION = Method("custom-diffusion", CustomDiffusionConfig, find_subjects, custom_weights, prior_loss,
-    read_validation=validation_subjects, class_records=class_records, check=check_modifiers,
+    read_validation=validation_subjects, class_records=class_records, check=check_modifiers, loader=custom_loader,
     trigger=lambda config: ", ".join(one.instance_prompt for one in concepts_of(config)),
     unused_gradients=lambda config: True)
 

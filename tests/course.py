@@ -30,11 +30,11 @@ world.shapes world.objects world.places world.scene world.textures world.trace w
 model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.refiner model.attention model.rank model.subspace model.lora model.lora_forward model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
 model.lora_tools model.weight_files
 model.words model.key_values model.control
-data.files data.metadata data.records data.preprocess data.report data.tables data.check data.shards data.cache data.sampler data.loader
+data.files data.metadata data.records data.preprocess data.report data.tables data.check data.shards data.cache data.sampler data.loader data.resizing
 train.machine train.sharding train.objective train.policy train.optimizer train.loop train.checkpoint train.changes train.validation train.results train.config train.prepare
 train.weights train.control train.hub train.run train.build train.rounds train.pixels train.class_images train.concepts
 text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix lcm dpo unconditional
-memory plan remake inference lora measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
+memory plan remake inference lora custom_merge measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
 measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep overfit app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.refiner pretraining.export

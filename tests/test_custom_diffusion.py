@@ -8,12 +8,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
-from sdxl_course.core import CourseError
-from sdxl_course.custom_diffusion import CustomDiffusionConfig, class_records, main, train_custom_diffusion
+from sdxl_course.core import CourseError, save_tensors
+from sdxl_course.custom_diffusion import CustomDiffusionConfig, class_records, main, open_custom_diffusion, train_custom_diffusion
 from sdxl_course.model.components import NETWORKS
 from sdxl_course.model.conditioning import encode_prompts
-from sdxl_course.model.key_values import KEY_VALUE_FILE, key_values, load_concepts
+from sdxl_course.model.key_values import KEY_VALUE_FILE, key_values, load_concepts, merged_weight, readouts, word_embeddings
 from sdxl_course.train import prepare
+from sdxl_course.train.objective import masked_mse
 from test_trainer import REFERENCE
 from toy import files_of
 
@@ -23,7 +24,7 @@ LACKS = ("pretrained_vae_model_name_or_path", "variant", "train_data_dir", "data
 UPSTREAM = {name: flag for name, flag in REFERENCE.items() if name not in LACKS} | dict(  # the flags of train_custom_diffusion.py: (type, default)
     modifier_token=(str, MISSING), initializer_token=(str, "ktn+pll+ucd"), freeze_model=(str, "crossattn_kv"), real_prior=(bool, False), with_prior_preservation=(bool, False),
     class_data_dir=(str, None), class_prompt=(str, None), prior_loss_weight=(float, 1.0), instance_data_dir=(str, None), instance_prompt=(str, MISSING), resolution=(int, 512),
-    output_dir=(str, "custom-diffusion-model"), train_batch_size=(int, 4), num_train_epochs=(int, 1), learning_rate=(float, 1e-5), sample_batch_size=(int, 4))
+    output_dir=(str, "custom-diffusion-model"), train_batch_size=(int, 4), num_train_epochs=(int, 1), learning_rate=(float, 1e-5), sample_batch_size=(int, 4), noaug=(bool, False))
 
 
 @pytest.fixture
@@ -51,9 +52,10 @@ def test_every_upstream_flag_has_its_name_type_and_default():
 
 def test_the_command_line_takes_them_all(capsys):
     argv = [word for name, (kind, default) in UPSTREAM.items() if default not in (None, MISSING) and kind is not bool for word in (f"--{name}", str(default))]
-    given = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "a <new1> c", "--modifier_token", "<new1>", *argv, "--print_config"]
+    given = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "a <new1> c", "--modifier_token", "<new1>", *argv, "--noaug", "--hflip", "--print_config"]
     assert command(["custom-diffusion", *given]) == 0
-    assert json.loads(capsys.readouterr().out)["freeze_model"] == "crossattn_kv"
+    found = json.loads(capsys.readouterr().out)
+    assert found["freeze_model"] == "crossattn_kv" and found["noaug"] and found["random_flip"]
 
 
 def lasting(folder):
@@ -64,8 +66,8 @@ def lasting(folder):
     return kept
 
 
-@pytest.mark.parametrize("more", [dict(), dict(freeze_model="crossattn", gradient_checkpointing=True, use_ema=True), dict(with_prior_preservation=True, real_prior=True, class_prompt="a house")],
-    ids=["plain", "all of attention", "real class pictures"])
+@pytest.mark.parametrize("more", [dict(), dict(freeze_model="crossattn", gradient_checkpointing=True, use_ema=True), dict(with_prior_preservation=True, real_prior=True, class_prompt="a house"),
+    dict(noaug=True)], ids=["plain", "all of attention", "real class pictures", "whole pictures"])
 def test_resume_is_exact(learn, make_pictures, more):
     if "real_prior" in more: more = dict(more, class_data_dir=str(make_pictures(4, "class")), num_class_images=3)
     more = dict(more, max_train_steps=4, checkpointing_steps=2, lr_scheduler="cosine")
@@ -191,3 +193,152 @@ def test_mistakes_get_one_sentence(options, capsys, words, sentence):
     assert main([*given, *words]) == 2
     told = capsys.readouterr().err
     assert sentence in told and "Traceback" not in told
+
+
+# ------------------------------------------------ pictures in several sizes
+
+def shown(run, number=12):
+    "What the first batches of a run hold: (side, caption, mask, latents, pixels) of each picture of the thing; class pictures come as a second list."
+    own, beside = [], []
+    for _, micro in zip(range(number), (micro for epoch in range(number) for micro in run.sampler.micro_steps(epoch, epoch + 1))):
+        prepared = run.loader.prepare(micro)
+        batch, _, _, captions = run.loader.batch(micro, prepared)
+        masks = batch.extra.get("mask", torch.ones(len(captions), 1, *batch.latents.shape[2:]))
+        sides = [run.loader.place(epoch, i)[0] if hasattr(run.loader, "place") else 64 for (i, _), epoch in zip(run.loader.samples(micro), run.loader.epochs(micro))]
+        rows = list(zip(sides, captions, masks, batch.latents, [one and one.pixels for one in prepared]))
+        half = len(micro.indices)
+        own, beside = own + rows[:half], beside + rows[half:]
+    return own, beside
+
+
+def test_pictures_of_the_thing_are_shown_in_several_sizes_and_class_pictures_are_not(options, toy, make_pictures):
+    more = dict(with_prior_preservation=True, real_prior=True, class_prompt="a house", class_data_dir=str(make_pictures(4, "class")), num_class_images=3)
+    run = open_custom_diffusion(options(**more), toy(), lambda text: None)
+    own, beside = shown(run)
+    run.close()
+    assert {side for side, *_ in beside} == {64} and not any("very small" in text or "zoomed" in text for _, text, *_ in beside) and all((mask == 1).all() for *_, mask, _, _ in beside)
+    for side, text, mask, _, pixels in own:
+        words = [word for word in ("far away", "very small", "zoomed in", "close up") if text == f"a {word} <new1> c"]
+        assert bool(words) == (side < 0.6*64 or side > 64) and (words or text == "a <new1> c") and (not words or (words[0] in ("far away", "very small")) == (side < 64))
+        assert float(mask.mean()) == pytest.approx(1, rel=1e-5) and (mask == 0).any() == (side < 64) and len(mask.unique()) <= 2
+        seen = (pixels != 0).all(0)  # no byte is 0 here: that is the margin
+        assert int(seen.sum()) == min(side, 64)**2 and (side < 38 or (torch.nn.functional.avg_pool2d(seen[None].float(), 8) == 1)[mask > 0].all())
+    assert len({side for side, *_ in own}) > 10 and min(side for side, *_ in own) < 38 < 64 < max(side for side, *_ in own)
+    run = open_custom_diffusion(options("whole", noaug=True), toy(), lambda text: None)
+    assert {(text, bool((mask == 1).all())) for _, text, mask, *_ in shown(run)[0]} == {("a <new1> c", True)}
+    run.close()
+
+
+def test_no_loss_is_taken_outside_the_picture(options, toy):
+    run = open_custom_diffusion(options(), toy(), lambda text: None)
+    own = [row for row in shown(run)[0] if row[0] < 64]
+    run.close()
+    for _, _, mask, latents, _ in own:
+        error, gap = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), 1e3*(mask == 0)
+        inside = error.square()[:, mask[0] > 0].mean()
+        assert float(masked_mse((latents + error + gap)[None], latents[None], mask[None])) == pytest.approx(float(inside), rel=1e-4)
+
+
+@pytest.mark.parametrize("more, sentence", [(dict(cached_crops=2), "sizes are drawn"), (dict(use_aspect_ratio_buckets=True), "add --noaug"), (dict(masked_loss=True, unmasked_weight=0.5), "margin")])
+def test_what_cannot_go_with_several_sizes_is_refused(options, more, sentence):
+    with pytest.raises(CourseError, match=sentence): options(**more)
+    assert options(**more, noaug=True)
+
+
+# ------------------------------------------------ two things, trained apart and merged
+
+@pytest.fixture
+def apart(learn, make_pictures):
+    "Two finished runs of the same base model."
+    other = make_pictures(2, "other")
+    (other / "metadata.jsonl").unlink()
+    return [learn("one").output_dir, learn("two", instance_data_dir=str(other), instance_prompt="a <new2> d", modifier_token="<new2>", initializer_token="d").output_dir]
+
+
+def merge(folders, *more): return command(["custom-merge", *map(str, folders), *more, "--num_captions", "9"])
+
+
+def test_a_merge_answers_each_word_as_its_own_run_and_leaves_the_runs_as_they_are(apart, toy, tmp_path, toy_model, capsys):
+    before, both = [files_of(folder) for folder in apart], tmp_path / "both"
+    assert merge(apart, "--output_dir", str(both)) == 0
+    assert "with <new1>, <new2>" in capsys.readouterr().out and [files_of(folder) for folder in apart] == before
+    live, base = load_concepts(toy(), both), toy()
+    for folder, prompt, word in zip(apart, ("a <new1> c", "a <new2> d"), ("<new1>", "<new2>")):
+        alone = load_concepts(toy(), folder)
+        for one in (alone, live):
+            for part in (one.text_encoder, one.text_encoder_2): part.eval()
+        assert torch.allclose(encode_prompts(live, [prompt])[0], encode_prompts(alone, [prompt])[0], atol=1e-6)  # the word is the same
+        told = word_embeddings(live, [prompt], word)
+        for name, p in key_values(live.unet).items():
+            layer, kind = name.split(".processor.to_")[0], name.split(".processor.to_")[1][0]
+            own, plain = told @ key_values(alone.unet)[name].T, told @ base.unet.get_submodule(layer).get_submodule(f"to_{kind}").weight.T
+            assert (told @ p.T - own).abs().max() < 1e-4 * own.abs().max() < 0.1 * (plain - own).abs().max(), name
+    ours, theirs = live.pipeline(), stock(toy_model, both, ["<new1>", "<new2>"])
+    ours.set_progress_bar_config(disable=True)
+    with torch.no_grad(): embeds, pooled = encode_prompts(live, ["a <new1> <new2>"])
+    found, _, found_pooled, _ = theirs.encode_prompt("a <new1> <new2>", do_classifier_free_guidance=False)
+    assert (embeds - found).abs().max() < 1e-5 and (pooled - found_pooled).abs().max() < 1e-5
+    told = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled, num_inference_steps=2, height=64, width=64, output_type="np", guidance_scale=1.0)
+    a, b = (pipeline(**told, generator=torch.Generator().manual_seed(3)).images for pipeline in (ours, theirs))
+    assert abs(a - b).max() < 1e-4
+    names = {}
+    code = (both / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("this folder", str(both)).replace(f"the folder of {toy_model.name}", str(toy_model))
+    exec("\n".join(code.strip().splitlines()[:-1]), names)
+    assert (names["pipeline"].encode_prompt("a <new1> <new2>", do_classifier_free_guidance=False)[0] - embeds).abs().max() < 1e-5
+    assert merge([both, apart[0]], "--output_dir", str(tmp_path / "no")) == 2 and "several files have a word <new1>" in capsys.readouterr().err
+
+
+def test_a_merged_matrix_keeps_its_two_promises():
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[0]), dtype=torch.float64)
+    W, W1, C, R = draw(4, 9), draw(5, 9)[:4], draw(3, 9), draw(60, 9)
+    merged = merged_weight(W, C, C @ W1.T, readouts(C, R))
+    assert torch.allclose(C @ merged.T, C @ W1.T, atol=1e-9)
+    change, gram = merged - W, R.T @ R
+    assert (change @ gram @ torch.linalg.svd(C)[2][3:].T).abs().max() < 1e-3  # stationary: the gradient has no part along what no target sees
+    R[:, :3], C[:, 3:] = 0, 0
+    merged = merged_weight(W, C, C @ W1.T, readouts(C, R))
+    assert torch.allclose(R @ merged.T, R @ W.T, atol=1e-9) and torch.allclose(C @ merged.T, C @ W1.T, atol=1e-9)
+
+
+def edit_config(folder, old, new): (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(old, new))
+
+
+def narrower(folder):
+    values = load_file(folder / KEY_VALUE_FILE)
+    save_tensors(folder / KEY_VALUE_FILE, {name: t[:, :-1].contiguous() if t.numel() else t for name, t in values.items()})
+
+
+def short_words(folder):
+    (file,) = folder.glob("*_emb.safetensors")
+    save_tensors(file, {name: t[:, :-1].contiguous() for name, t in load_file(file).items()}, dict(placeholders='["<new2>"]'))
+
+
+SPOILT = {  # what is done to the second run, what is said
+    "another base": (lambda folder: edit_config(folder, "pretrained_model_name_or_path: ", "pretrained_model_name_or_path: /other"), "a merge needs one base model"),
+    "other shapes": (narrower, "does not fit this model"),
+    "other encoders": (short_words, "does not fit this model: its words have 7 numbers"),
+    "the same word": (lambda folder: [file.write_bytes((folder.parent / "one" / "one_emb.safetensors").read_bytes()) for file in folder.glob("*_emb.safetensors")], "several files have a word <new1>"),
+    "no words": (lambda folder: [file.unlink() for file in folder.glob("*_emb.safetensors")], "holds no new words"),
+    "no weights": (lambda folder: (folder / KEY_VALUE_FILE).unlink(), "holds no pytorch_custom_diffusion_weights.safetensors"),
+    "half a file": (lambda folder: (folder / KEY_VALUE_FILE).write_bytes((folder / KEY_VALUE_FILE).read_bytes()[:999]), "is not a whole safetensors file"),
+    "no prompt": (lambda folder: edit_config(folder, "a <new2> d", "a d"), "says none of <new1>, <new2>")}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_what_cannot_be_merged_gets_one_sentence(apart, tmp_path, capsys, fault):
+    SPOILT[fault][0](apart[1])
+    assert merge(apart, "--output_dir", str(tmp_path / "both")) == 2
+    told = capsys.readouterr().err
+    assert SPOILT[fault][1] in told and "Traceback" not in told and told.count("\n") == 1 and not (tmp_path / "both").exists()
+
+
+def test_a_merge_needs_two_runs_a_free_place_and_keys_and_values_alone(apart, learn, tmp_path, capsys):
+    before = files_of(apart[0])
+    for words, sentence in (([apart[0], "--output_dir", tmp_path / "x"], "got 1 folder"), ([*apart], "--output_dir is missing"), ([*apart, "--output_dir", apart[0]], "nothing is overwritten"),
+            ([*apart, "--output_dir", tmp_path / "x", "--prompts", "a <new1> <new2>"], "words of several runs"), ([*apart, "--output_dir", tmp_path / "x", "--prompts", "a <new1>"], "no prompt says <new2>"),
+            ([*apart, "--output_dir", tmp_path / "x", "--captions", tmp_path / "gone"], "cannot be read")):
+        assert merge(words) == 2 and sentence in capsys.readouterr().err and files_of(apart[0]) == before and not (tmp_path / "x").exists()
+    whole = learn("whole", freeze_model="crossattn", instance_prompt="a <new3> c", modifier_token="<new3>").output_dir
+    assert merge([apart[0], whole], "--output_dir", str(tmp_path / "x")) == 2 and "--freeze_model crossattn_kv" in capsys.readouterr().err
+    assert merge([*apart, "--output_dir", str(tmp_path / "x"), "--save_precision", "bf16"]) == 0
+    assert {t.dtype for t in load_file(tmp_path / "x" / KEY_VALUE_FILE).values() if t.numel()} == {torch.bfloat16}
