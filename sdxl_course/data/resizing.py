@@ -46,6 +46,7 @@ def random_side(
     if rng.uniform("shrunk") >= SHRUNK: low, high = (int(part*resolution) for part in LARGE)
     return low + rng.randint("side", high - low)
 
+# %% ../../nbs/library/data_resizing.ipynb #dd6c6c6d
 def say_size(
     text:str, # caption
     side:int, # of the picture, pixels
@@ -70,6 +71,7 @@ def place_square(
     square[:, top:top + side, left:left + side] = pixels
     return square
 
+# %% ../../nbs/library/data_resizing.ipynb #974a753e
 def picture_mask(
     side:int, # of the small picture, pixels
     origin:tuple, # (top, left) of it
@@ -106,6 +108,7 @@ def _prepare(self:ResizingLoader, epoch, i, target):
     return PreparedImage(put(prepared.pixels), prepared.original_size, tuple(cut), (resolution,)*2, prepared.flipped,
         {name: put(pixels) for name, pixels in prepared.extra.items()})
 
+# %% ../../nbs/library/data_resizing.ipynb #35e3fd2c
 @patch
 def latents(self:ResizingLoader, micro, prepared):
     "As of any loader, with a mask where a picture leaves a margin."
@@ -117,6 +120,7 @@ def latents(self:ResizingLoader, micro, prepared):
         tensors[MASK.name] = mask*tensors.get(MASK.name, 1)
     return found
 
+# %% ../../nbs/library/data_resizing.ipynb #eb5d5b94
 @patch
 def caption(self:ResizingLoader, rng, i:int):
     "The words of a sample, and those of its size."

@@ -46,6 +46,7 @@ def add_key_values(
         attn.set_processor(key_value_processor(attn, attn.is_cross_attention, query_output))
     return key_values(unet)
 
+# %% ../../nbs/library/model_key_values.ipynb #9e784bd4
 def key_values(unet)->dict: # name -> fp32 parameter
     "The weights that `add_key_values` added."
     return {name: p for name, p in unet.named_parameters() if "_custom_diffusion." in name}
@@ -71,6 +72,7 @@ def read_key_values(
     if values and all("_custom_diffusion." in name for name in values): return values
     raise CourseError(f"{path} holds no weights of Custom Diffusion: wanted {KEY_VALUE_FILE}")
 
+# %% ../../nbs/library/model_key_values.ipynb #e65c96d8
 def check_fit(
     values:dict, # name -> tensor of a file
     named:dict, # name -> tensor of a model
@@ -107,6 +109,7 @@ def readouts(
     d = torch.linalg.solve(gram, C.T).T
     return torch.linalg.pinv(d @ C.T, hermitian=True) @ d
 
+# %% ../../nbs/library/model_key_values.ipynb #368a7b11
 def merged_weight(
     base, # (o, d): the weights before
     targets, # (n, d): embeddings of the words that matter
@@ -161,6 +164,7 @@ def words_file(folder)->Path: # of `save_embeddings`
     raise CourseError(f"{folder} holds no new words: wanted the folder of a finished run of custom-diffusion, with "
         f"{KEY_VALUE_FILE} and a file that ends in _emb.safetensors")
 
+# %% ../../nbs/library/model_key_values.ipynb #4a8d26a5
 def load_concepts(
     components, # freshly loaded SDXLComponents
     folder, # of a run, or of `merge_concepts`
@@ -212,6 +216,7 @@ class Merge:
     shift: float # how far answers to the other captions moved, as a share of their norm
     own_shifts: list # how far each run alone had moved them
 
+# %% ../../nbs/library/model_key_values.ipynb #a704474c
 def _run_values(folders, named): # named: name -> keys and values of the model
     "The trained matrices of several runs; CourseError where one does not fit, or trained more than keys and values."
     found = []
