@@ -92,7 +92,7 @@ def test_rows_of_other_settings_are_left_out(tmp_path):
     row("prior", 0, variant=to_jsonable(Variant("sofa")))
     study = gather(tmp_path, settings, SimpleNamespace(scale={}))
     assert sorted((one["variant"], one["seed"]) for one in study["rows"]) == [("base", 0), ("base", 1), ("plain", 0)]
-    assert study["provenance"] == [dict(time="0", device="cpu")] and read_study(tmp_path / "study.json") == study
+    assert study["provenance"] == [dict(time="1", device="cpu")] and read_study(tmp_path / "study.json") == study
     assert Image.open(tmp_path / "study.jpg").height == 2 * (96 + 14) + 4  # what is wanted, base and plain
 
 
