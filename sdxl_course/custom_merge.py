@@ -18,6 +18,8 @@ from .world.captions import caption
 from .world.scene import sample_scene
 from .model.components import load_components
 from .model.key_values import KEY_VALUE_FILE, Merge, merge_concepts, read_words, share_prompts, words_file
+from .data.files import read_file
+from .data.metadata import decode_text
 from .data.check import check_dataset
 from .train.concepts import read_concepts
 from .train.prepare import config_folder
@@ -109,8 +111,8 @@ def other_captions(
         report = check_dataset(Path(place).expanduser(), None, None, "image", "text", None, None, 0)
         found = [text for record in report.records for text in record.captions]
     else:
-        try: found = [line.strip() for line in Path(place).expanduser().read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+        try: found = [line.strip() for line in decode_text(read_file(Path(place).expanduser())).splitlines()]
+        except CourseError as error:
             raise CourseError(f"--captions {place} cannot be read ({error}): wanted a text file with a caption on each "
                 "line, or a folder of captioned pictures") from None
     texts = list(dict.fromkeys(text for text in found if text))[:number]
