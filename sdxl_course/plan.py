@@ -88,7 +88,6 @@ class Forecast:
 def _keeps(config, trained): # whether (pictures, captions) are encoded once, as far as the options say
     "What a run will keep: of pictures that are not square it depends on the crop."
     fixed = config.center_crop or config.use_aspect_ratio_buckets or config.cached_crops
-    fixed = fixed and getattr(config, "noaug", True) # no picture is shown twice in the same size
     texts = not trained.trains_text and config.cache_text_embeds is not False and not config.shuffle_tags
     return config.cache_latents is not False and bool(fixed), texts
 
