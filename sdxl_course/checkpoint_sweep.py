@@ -18,6 +18,7 @@ from pathlib import Path
 from .core import CourseError, seeded, write_atomic, write_json
 from .devices import provenance
 from .model.lora_files import LORA_WEIGHT_NAME_SAFE, attach_lora
+from .data.metadata import read_lines
 from .train.checkpoint import list_checkpoints
 from .train.results import in_markdown
 from .inference import load_pipeline, set_lora_scale
@@ -25,7 +26,7 @@ from .measure.towers import load_clip, load_dino
 from .measure.pictures import read_drawn, says
 from .measure.scores import LIKENESS, copy_scores, grouped_interval, look_at, moved, nearness, own_cosines
 from .measure.report import gallery_card, html_page, spelled
-from .judge import check_output, draw_into, drawing_options, read_prompts
+from .judge import check_output, draw_into, drawing_options
 
 # %% ../nbs/library/checkpoint_sweep.ipynb #9617b73f
 def run_settings(
@@ -156,7 +157,7 @@ def sweep_sources(
     known = run_settings(config.sweep)
     model = known.get("pretrained_model_name_or_path", "tiny") if config.model == "tiny" else config.model
     said = [known.get("validation_prompt"), *(known.get("validation_prompts") or ())]
-    prompts = read_prompts(config.prompts) if config.prompts else [prompt for prompt in said if prompt]
+    prompts = read_lines(config.prompts, "--prompts") if config.prompts else [prompt for prompt in said if prompt]
     if not prompts: raise CourseError(f"--sweep {config.sweep} came without --prompts, and the run has no "
         "validation prompts: wanted a text file, one prompt a line, some of them without what was learnt")
     place = config.references or known.get("instance_data_dir") or known.get("train_data_dir")

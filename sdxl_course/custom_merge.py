@@ -18,8 +18,7 @@ from .world.captions import caption
 from .world.scene import sample_scene
 from .model.components import load_components
 from .model.key_values import KEY_VALUE_FILE, Merge, merge_concepts, read_words, share_prompts, words_file
-from .data.files import read_file
-from .data.metadata import decode_text
+from .data.metadata import read_lines
 from .data.check import check_dataset
 from .train.concepts import read_concepts
 from .train.prepare import config_folder
@@ -110,11 +109,7 @@ def other_captions(
     elif Path(place).expanduser().is_dir():
         report = check_dataset(Path(place).expanduser(), None, None, "image", "text", None, None, 0)
         found = [text for record in report.records for text in record.captions]
-    else:
-        try: found = [line.strip() for line in decode_text(read_file(Path(place).expanduser())).splitlines()]
-        except CourseError as error:
-            raise CourseError(f"--captions {place} cannot be read ({error}): wanted a text file with a caption on each "
-                "line, or a folder of captioned pictures") from None
+    else: found = read_lines(place, "--captions", "caption")
     texts = list(dict.fromkeys(text for text in found if text))[:number]
     if not texts: raise CourseError(f"--captions {place} holds no caption: wanted one on each line")
     return texts

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .core import CourseError
-from .data.files import read_file
+from .data.metadata import read_lines
 from .data.records import content_key
 from .evaluate import scene_of
 from .options import option, run_command
@@ -76,13 +76,8 @@ def read_prompts(
     config, # DdpoConfig
     log=print, # not needed
 )->list: # PromptRecord
-    "The prompts of a file; CourseError where there are none."
-    try: text = read_file(Path(config.prompt_file).expanduser()).decode("utf-8-sig", "replace")
-    except CourseError as error:
-        raise CourseError(f"--prompt_file {config.prompt_file}: {error}; wanted a text file with one prompt a line"
-            ) from error
-    lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
-    if not lines: raise CourseError(f"--prompt_file {config.prompt_file} holds no prompt: wanted one a line")
+    "The prompts of a file, each once; CourseError where there are none."
+    lines = dict.fromkeys(read_lines(config.prompt_file, "--prompt_file"))
     return [PromptRecord((line,), Path(line.replace("/", " ")), content_key(line.encode())) for line in lines]
 
 # %% ../nbs/library/ddpo.ipynb #42b124da

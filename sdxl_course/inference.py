@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 from .core import CourseError, image_grid, is_interactive, run_guarded
 from .devices import pick_device, weight_dtype
-from .options import SEEDS, check_constraints, check_limits, fields_of, option, parse_config
-from .options import writable_folder
+from .options import SEEDS, check_constraints, check_limits, fields_of, option, parse_config, writable_folder
 from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
@@ -35,6 +34,7 @@ from .model.lora_files import attach_lora, find_lora, lora_file
 from .model.lora_scales import LoraPlan, LoraUseOptions, adapter_names, fused_loras, name_loras, plan_loras
 from .model.lora_scales import set_lora_scale
 from .model.words import learned_placeholders, load_learned_tokens, replace_placeholders, words_beside
+from .model.key_values import KEY_VALUE_FILE, load_key_values, words_file
 from .remake import CHUNK, FILES, batch_bounds, kept_settings, lora_hash, parameters_text
 from .remake import picture_record, read_record, told_again, used_file, weights_mark, with_picture
 
@@ -66,12 +66,14 @@ def load_pipeline(
     offload:str=None, # as in `spare_memory`
     vae_slicing:bool=False, # as in `spare_memory`
     vae_tiling:bool=False, # as in `spare_memory`
+    custom_diffusion=None, # folder of a run of custom-diffusion, or of a merge: its keys and values
     **options, # vae, revision, variant as in `load_components`
 ): # diffusers.StableDiffusionXLPipeline
     "A stock pipeline, ready to draw; CourseError where a file or a folder is not what it should be."
     device = pick_device(device)
     dtype = dtype or weight_dtype("fp16" if device.type == "cuda" else "no", device)
     pipeline = load_components(model, dtype=dtype, device="cpu" if offload else device, **options).pipeline()
+    if custom_diffusion: load_key_values(pipeline.unet, Path(custom_diffusion).expanduser()/KEY_VALUE_FILE)
     for name, where in name_loras(lora).items(): attach_lora(pipeline, where, adapter_name=name)
     set_lora_scale(pipeline, lora_scale, lora_places)
     spare_memory(pipeline, device, offload, vae_slicing, vae_tiling)
@@ -140,6 +142,7 @@ class GenerateConfig(SpareOptions, ControlOptions, RefineOptions, StartOptions, 
     vae: str | None = option(None, "another autoencoder: folder, hub id or .safetensors file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     variant: str | None = option(None, "which weight files, for instance fp16")
+    custom_diffusion: str | None = option(None, "folder of a run of custom-diffusion, or of a merge; its words are read")
     clip_skip: int | None = option(None,
         "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2", "0 ..")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it", SEEDS)
@@ -152,6 +155,9 @@ class GenerateConfig(SpareOptions, ControlOptions, RefineOptions, StartOptions, 
     mixed_precision: str | None = option(None, "number format of the networks; fp16 on a GPU when not given",
         choices=("no", "fp16", "bf16"))
     output_dir: str = option("generated", "folder for the pictures")
+
+    constraints: ClassVar = ((lambda c: c.custom_diffusion and c.lora, "--custom_diffusion has keys and values of its "
+        "own, which a LoRA trained beside others does not fit: leave one of them out"),)
 
     def __post_init__(self): _check_config(self)
 
@@ -187,7 +193,8 @@ def settings_of(
 )->dict: # name -> plain value
     "What is written into every picture besides its prompt and seed, for people to read."
     named = lambda one: Path(one).name if one and Path(one).exists() else one # no folders of this machine
-    strengths, files = list(scales.values()) or [None], ("model", "refiner", "controlnet", "adapter", "control_image")
+    strengths = list(scales.values()) or [None]
+    files = [name for name in FILES if name not in ("vae", "init_image", "mask")]
     return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale, clip_skip=config.clip_skip,
         **{name: named(getattr(config, name)) for name in files},
@@ -198,20 +205,21 @@ def settings_of(
 def word_files(
     lora=None, # LoRA files, folders or hub ids
     embeddings=None, # files of learnt words; None: those beside the LoRAs
+    custom_diffusion=None, # folder, as in `load_pipeline`
 )->list: # of files, each once
-    "Where the words are that were learnt with LoRAs."
+    "Where the words are that were learnt with LoRAs, or with keys and values."
     local = [lora_file(one) for one in lora or () if Path(one).expanduser().exists()]
-    return list(embeddings or dict.fromkeys(file for path in local if (file := words_beside(path))))
+    found = embeddings or dict.fromkeys(file for path in local if (file := words_beside(path)))
+    return [*found, *([words_file(Path(custom_diffusion).expanduser())] if custom_diffusion else [])]
 
 # %% ../nbs/library/inference.ipynb #a1eec1bd
 def load_words(
     pipeline, # StableDiffusionXLPipeline; the new tokens go in here
-    lora=None, # as in `word_files`
-    embeddings=None, # the same
+    *given, # as in `word_files`
 )->dict: # placeholder -> new tokens
     "Load the words that were learnt with LoRAs, and tell what prompts say for them."
     found = {}
-    for file in word_files(lora, embeddings):
+    for file in word_files(*given):
         load_learned_tokens(pipeline, file)
         found |= learned_placeholders(file)
         print(f"read the words {', '.join(found)} from {Path(file).name}")
@@ -353,7 +361,7 @@ def open_pipelines(
     device, spare = pick_device(config.device), fields_of(config, SpareOptions)
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
     pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places,
-        vae=config.vae, revision=config.revision, variant=config.variant, **spare)
+        custom_diffusion=config.custom_diffusion, vae=config.vae, revision=config.revision, variant=config.variant, **spare)
     refiner = load_refiner(pipeline, config.refiner, variant=config.variant) if config.refiner else None
     if config.control_image: pipeline = follow_picture(pipeline, config.controlnet, config.adapter)
     for one in [pipeline]*bool(config.control_image) + [refiner]*bool(config.refiner):
@@ -370,7 +378,8 @@ def draw_and_save(
         config.lora_scale and one_or_all(config.lora_scale), config.lora_places)
     used, film = used_files(config, plan, folder), Film() if config.film else None
     pipeline, refiner = open_pipelines(config, plan)
-    mark, words = weights_mark(pipeline, refiner), load_words(pipeline, plan.files.values(), config.embeddings)
+    mark = weights_mark(pipeline, refiner)
+    words = load_words(pipeline, plan.files.values(), config.embeddings, config.custom_diffusion)
     warn_about_prompts(replace(config, prompt=[text for text, _ in plan.prompts.values()], lora=list(plan.files)),
         pipeline.tokenizer)
     pictures, scales, batch, known = _draw(config, pipeline, plan, rows, words, film, refiner)

@@ -93,7 +93,8 @@ def batch_bounds(
     return bounds
 
 # %% ../nbs/library/remake.ipynb #dc517f97
-FILES = ("model", "vae", "refiner", "controlnet", "adapter", "init_image", "mask", "control_image") # one of each
+FILES = ("model", "vae", "refiner", "controlnet", "adapter", "custom_diffusion", "control_image", "init_image",
+    "mask") # one of each
 LEFT_OUT = {"prompt", "negative_prompt", "seed", "num_images", "batch_size", "output_dir", "device", "from_picture",
     "film", "offload", "lora", "lora_scale", "embeddings", *FILES}
 

@@ -1,6 +1,5 @@
 "Shared by all tests: a copy of the repository, so that no test changes the checkout."
 import functools
-import functools
 import gc
 import os
 import signal

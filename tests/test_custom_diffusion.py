@@ -3,8 +3,10 @@ import json
 from dataclasses import MISSING, fields
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
@@ -288,6 +290,32 @@ def test_a_merge_answers_each_word_as_its_own_run_and_leaves_the_runs_as_they_ar
     assert merge([both, apart[0]], "--output_dir", str(tmp_path / "no")) == 2 and "several files have a word <new1>" in capsys.readouterr().err
 
 
+def test_generate_and_push_take_a_run_and_a_merge(apart, tmp_path, toy_model, capsys):
+    "The command draws what stock diffusers draws, again from its own picture too; what is shared is the weights and the words."
+    both, drawn = tmp_path / "both", tmp_path / "drawn"
+    assert merge(apart, "--output_dir", str(both)) == 0
+    for folder, words in ((apart[0], ["<new1>"]), (both, ["<new1>", "<new2>"])):
+        prompt = "a " + " ".join(words)
+        draw = ["generate", "--model", str(toy_model), "--custom_diffusion", str(folder), "--prompt", prompt, "--num_inference_steps", "2", "--guidance_scale", "1", "--seed", "3"]
+        assert command([*draw, "--output_dir", str(drawn)]) == 0
+        wanted = stock(toy_model, folder, words)(prompt, num_inference_steps=2, guidance_scale=1.0, height=64, width=64, output_type="np", generator=torch.Generator().manual_seed(3)).images[0]
+        found = np.asarray(Image.open(drawn / "image_000.png"))/255
+        assert abs(found - wanted).max() < 1.5/255
+        plain = ["generate", "--model", str(toy_model), "--prompt", "a c", "--num_inference_steps", "2", "--guidance_scale", "1", "--seed", "3", "--output_dir", str(tmp_path / "plain")]
+        assert command(plain) == 0 and abs(np.asarray(Image.open(tmp_path / "plain/image_000.png"))/255 - wanted).max() > 2/255
+        again = tmp_path / f"again-{len(words)}"
+        assert command(["generate", "--from", str(drawn / "image_000.png"), "--output_dir", str(again)]) == 0
+        assert (np.asarray(Image.open(again / "image_000.png")) == np.asarray(Image.open(drawn / "image_000.png"))).all()
+        capsys.readouterr()
+        assert command(["push", str(folder), "--dry_run"]) == 0
+        listed = capsys.readouterr().out
+        assert {KEY_VALUE_FILE, f"{folder.name}_emb.safetensors", "README.md", "config.yaml"} <= set(listed.split()) and "checkpoint" not in listed
+    assert command([*draw, "--output_dir", str(drawn), "--lora", "x"]) == 2 and "leave one of them out" in capsys.readouterr().err
+    assert command(["generate", "--model", str(toy_model), "--custom_diffusion", str(tmp_path), "--prompt", "a"]) == 2 and "Traceback" not in capsys.readouterr().err
+    (both / "config.yaml").write_text("rank: 4\n")
+    assert command(["push", str(both), "--dry_run"]) == 2 and "holds no finished run" in capsys.readouterr().err
+
+
 def test_a_merged_matrix_keeps_its_two_promises():
     draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[0]), dtype=torch.float64)
     W, W1, C, R = draw(4, 9), draw(5, 9)[:4], draw(3, 9), draw(60, 9)
@@ -336,7 +364,7 @@ def test_a_merge_needs_two_runs_a_free_place_and_keys_and_values_alone(apart, le
     before = files_of(apart[0])
     for words, sentence in (([apart[0], "--output_dir", tmp_path / "x"], "got 1 folder"), ([*apart], "--output_dir is missing"), ([*apart, "--output_dir", apart[0]], "nothing is overwritten"),
             ([*apart, "--output_dir", tmp_path / "x", "--prompts", "a <new1> <new2>"], "words of several runs"), ([*apart, "--output_dir", tmp_path / "x", "--prompts", "a <new1>"], "no prompt says <new2>"),
-            ([*apart, "--output_dir", tmp_path / "x", "--captions", tmp_path / "gone"], "cannot be read")):
+            ([*apart, "--output_dir", tmp_path / "x", "--captions", tmp_path / "gone"], "cannot be opened")):
         assert merge(words) == 2 and sentence in capsys.readouterr().err and files_of(apart[0]) == before and not (tmp_path / "x").exists()
     whole = learn("whole", freeze_model="crossattn", instance_prompt="a <new3> c", modifier_token="<new3>").output_dir
     assert merge([apart[0], whole], "--output_dir", str(tmp_path / "x")) == 2 and "--freeze_model crossattn_kv" in capsys.readouterr().err

@@ -57,7 +57,9 @@ def test_every_block_of_the_unet_is_at_work():
     mean, _ = posterior(parts.vae, to_pixels([render(scene) for scene in SCENES[:8]]))
     batch = Batch(mean, *words, make_time_ids((128, 128), (0, 0), (128, 128)).expand(8, -1))
     noise = torch.randn(mean.shape, generator=seeded("ablation"))
-    found = [ablation(parts.unet, lambda: denoising_loss(parts.unet, batch, schedule, noise, t).mean())
-        for t in torch.tensor([100, 300, 500, 700, 900])[:, None].expand(-1, 8)]
-    dead = [name for name in found[0] if max(abs(at[name]) for at in found) < 0.005]
+    dead = None
+    for t in (500, 200, 800):
+        moved = ablation(parts.unet, lambda: denoising_loss(parts.unet, batch, schedule, noise, torch.full((8,), t)).mean())
+        dead = [name for name in (moved if dead is None else dead) if abs(moved[name]) < 0.005]
+        if len(dead) <= 4: break # another level can only find fewer
     assert len(dead) <= 4, dead

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLIC', 'FURTHER', 'SILENCE', 'PAUSES', 'REASONS', 'hub_reason', 'impatient', 'three_tries', 'open_repository',
-           'without_places', 'stage', 'push_folder', 'PushConfig', 'add_evaluation', 'listing', 'push', 'main']
+           'without_places', 'stage', 'push_folder', 'PushConfig', 'add_evaluation', 'listing', 'is_merge', 'push',
+           'main']
 
 # %% ../../nbs/library/train_hub.ipynb #8cf16bca
 import json
@@ -175,13 +176,19 @@ def listing(
         return "\n".join(f"{path.stat().st_size:>12,} {path.relative_to(draft).as_posix()}" for path in paths)
 
 # %% ../../nbs/library/train_hub.ipynb #d49acd32
+def is_merge(folder)->bool: # of `sdxl-course custom-merge`, which trains nothing and keeps no log
+    "Whether a folder's configuration says which runs were merged."
+    file = Path(folder)/"config.yaml"
+    return file.is_file() and "merged" in (yaml.safe_load(file.read_text(encoding="utf-8")) or ())
+
 def push(
     config:PushConfig,
 )->str: # where to look; for a dry run the list of files
     "Upload the folder of a run; CourseError where it is none, or where that fails."
     folder = Path(config.output_dir).expanduser()
-    if not (folder/"training_log.jsonl").is_file():
-        raise CourseError(f"{folder} holds no finished run: wanted the folder of one, with its training_log.jsonl")
+    if not ((folder/"training_log.jsonl").is_file() or is_merge(folder)):
+        raise CourseError(f"{folder} holds no finished run: wanted the folder of one, with its training_log.jsonl, or "
+            "of a merge")
     if config.evaluation: add_evaluation(folder, Path(config.evaluation).expanduser())
     if config.dry_run: return listing(folder)
     name = config.hub_model_id or folder.resolve().name
