@@ -142,7 +142,7 @@ class GenerateConfig(SpareOptions, ControlOptions, RefineOptions, StartOptions, 
     vae: str | None = option(None, "another autoencoder: folder, hub id or .safetensors file")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     variant: str | None = option(None, "which weight files, for instance fp16")
-    custom_diffusion: str | None = option(None, "folder of a run of custom-diffusion, or of a merge; its words are read")
+    custom_diffusion: str | None = option(None, "folder of a run of custom-diffusion, or of a merge, with its words")
     clip_skip: int | None = option(None,
         "take the text encoders' words so many layers earlier; 0 is what A1111 calls 2", "0 ..")
     seed: int = option(0, "of the first picture of each prompt; the others count on from it", SEEDS)
@@ -360,8 +360,8 @@ def open_pipelines(
     "All that draws, where and how exact the options say; CourseError for what does not load or does not fit."
     device, spare = pick_device(config.device), fields_of(config, SpareOptions)
     dtype = weight_dtype(config.mixed_precision, device) if config.mixed_precision else None
-    pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places,
-        custom_diffusion=config.custom_diffusion, vae=config.vae, revision=config.revision, variant=config.variant, **spare)
+    pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places, vae=config.vae,
+        revision=config.revision, variant=config.variant, custom_diffusion=config.custom_diffusion, **spare)
     refiner = load_refiner(pipeline, config.refiner, variant=config.variant) if config.refiner else None
     if config.control_image: pipeline = follow_picture(pipeline, config.controlnet, config.adapter)
     for one in [pipeline]*bool(config.control_image) + [refiner]*bool(config.refiner):

@@ -50,12 +50,12 @@ class OverfitConfig(DrawOptions):
     model: str = option("tiny", "tiny, a folder or a hub id")
     ways: str = option("", "names with commas between them; not given: all")
     seeds: int = option(3, "trainings of each way", limit="1 ..")
-    max_train_steps: int = option(640, "updates of each training", limit="1 ..")
-    looks: int = option(7, "how often a training is looked at, each time after twice as many updates", limit="1 ..")
+    max_train_steps: int = option(320, "updates of each training", limit="1 ..")
+    looks: int = option(6, "how often a training is looked at, each time after twice as many updates", limit="1 ..")
     learning_rate: float = option(1e-3, "step size, where the way names no other", limit="> 0 ..")
     rank: int = option(16, "rank of the LoRA, where the way names no other", limit="1 ..")
-    num_prompts: int = option(16, "pictures in the style, of new contents", limit="1 .. 16")
-    num_unrelated: int = option(12, "pictures of prompts that have nothing to do with the style", limit="1 .. 12")
+    num_prompts: int = option(8, "pictures in the style, of new contents", limit="1 .. 16")
+    num_unrelated: int = option(8, "pictures of prompts that have nothing to do with the style", limit="1 .. 12")
 
     def __post_init__(self): check_limits(self)
 
