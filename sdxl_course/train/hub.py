@@ -178,8 +178,9 @@ def listing(
 # %% ../../nbs/library/train_hub.ipynb #d49acd32
 def is_merge(folder)->bool: # of `sdxl-course custom-merge`, which trains nothing and keeps no log
     "Whether a folder's configuration says which runs were merged."
-    file = Path(folder)/"config.yaml"
-    return file.is_file() and "merged" in (yaml.safe_load(file.read_text(encoding="utf-8")) or ())
+    try: found = yaml.safe_load((Path(folder)/"config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError): return False
+    return isinstance(found, dict) and "merged" in found
 
 def push(
     config:PushConfig,
