@@ -12,7 +12,7 @@ import inspect
 import json
 import torch
 from dataclasses import dataclass
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel, MultiAdapter, T2IAdapter
 from pathlib import Path
 from PIL import Image, ImageOps
 from typing import ClassVar
@@ -95,7 +95,8 @@ def control_pipeline(
         from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLControlNetPipeline
         first = control[0] if isinstance(control, (list, tuple)) else control
         if isinstance(first, T2IAdapter):
-            return pipeline_around(pipeline, StableDiffusionXLAdapterPipeline, adapter=control)
+            both = control if first is control else MultiAdapter(list(control))
+            return pipeline_around(pipeline, StableDiffusionXLAdapterPipeline, adapter=both)
         return pipeline_around(pipeline, StableDiffusionXLControlNetPipeline, controlnet=control)
 
 # %% ../../nbs/library/model_control.ipynb #3ac9cbba
