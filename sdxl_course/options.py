@@ -102,9 +102,9 @@ def rules_of(
 
 # %% ../nbs/library/options.ipynb #3e6de672
 PATHS = ("folder", "model", "vae", "refiner", "lora", "init_lora", "init_image", "mask", "from_picture", "embeddings",
-         "dataset_name", "images", "output", "grid", "save_images", "references", "base_images", "clip", "dino",
-         "prompts", "prompt_file", "controlnet", "adapter", "custom_diffusion", "control_image", "markdown", "html", "sweep", "plot",
-         "resume_from_checkpoint", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
+         "dataset_name", "images", "output", "grid", "save_images", "references", "base_images", "clip", "dino", "html",
+         "prompts", "prompt_file", "controlnet", "adapter", "control_image", "custom_diffusion", "markdown", "sweep",
+         "plot", "resume_from_checkpoint", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
 
 def names_path(
     name:str, # of an option
