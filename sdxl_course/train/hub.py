@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import filter_repo_objects
 from ..core import CourseError, run_guarded, write_atomic
-from ..options import option, parse_config
+from ..options import option, parse_config, read_config_file
 from .results import SharingOptions, with_evaluation
 from .weights import PIPELINE
 
@@ -178,9 +178,8 @@ def listing(
 # %% ../../nbs/library/train_hub.ipynb #d49acd32
 def is_merge(folder)->bool: # of `sdxl-course custom-merge`, which trains nothing and keeps no log
     "Whether a folder's configuration says which runs were merged."
-    try: found = yaml.safe_load((Path(folder)/"config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError): return False
-    return isinstance(found, dict) and "merged" in found
+    try: return "merged" in read_config_file(Path(folder)/"config.yaml")
+    except CourseError: return False
 
 def push(
     config:PushConfig,
