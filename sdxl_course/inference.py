@@ -173,11 +173,13 @@ def _check_config(config):
 def warn_about_prompts(
     config:GenerateConfig,
     tokenizer, # CLIPTokenizer of the model
+    words=(), # that were learnt, as prompts say them
 ):
     "Say which words a model will not read, and which ones sdxl-tiny never learned."
     known = " (the LoRA may have)" if config.lora else "; it knows only its own small world, see sdxl_course.world"
     for prompt in map(plain_text, config.prompt) if config.prompt_weights else config.prompt:
-        lost, new = removed_text(tokenizer, prompt, config.max_token_length), unlearned_words(prompt)
+        lost, plain = removed_text(tokenizer, prompt, config.max_token_length), dict.fromkeys(words, "")
+        new = unlearned_words(replace_placeholders(prompt, plain))
         if lost: print(f"a prompt is too long, the model will not hear its end: {lost!r}; "
             f"--max_token_length {config.max_token_length + 75} reads more")
         if config.model == "tiny" and new: print(f"sdxl-tiny never learned {', '.join(new)}{known}")
@@ -194,10 +196,9 @@ def settings_of(
     "What is written into every picture besides its prompt and seed, for people to read."
     named = lambda one: Path(one).name if one and Path(one).exists() else one # no folders of this machine
     strengths = list(scales.values()) or [None]
-    files = [name for name in FILES if name not in ("vae", "init_image", "mask")]
     return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale, clip_skip=config.clip_skip,
-        **{name: named(getattr(config, name)) for name in files},
+        **{name: named(getattr(config, name)) for name in FILES if name not in ("vae", "init_image", "mask")},
         control_scale=config.control_scale if config.control_image else None, lora=", ".join(scales) or None,
         lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
@@ -302,8 +303,7 @@ def used_files(
     "Every file that a picture depends on."
     found = [used_file(name, where, folder) for name in FILES if (where := getattr(config, name)) is not None]
     found += [used_file("lora", where, folder, find_lora(where), adapter=name) for name, where in plan.files.items()]
-    words = word_files(plan.files.values(), config.embeddings)
-    return found + [used_file("embeddings", file, folder) for file in words]
+    return found + [used_file("embeddings", one, folder) for one in word_files(plan.files.values(), config.embeddings)]
 
 # %% ../nbs/library/inference.ipynb #8ab0037g
 def picture_notes(
@@ -381,7 +381,7 @@ def draw_and_save(
     mark = weights_mark(pipeline, refiner)
     words = load_words(pipeline, plan.files.values(), config.embeddings, config.custom_diffusion)
     warn_about_prompts(replace(config, prompt=[text for text, _ in plan.prompts.values()], lora=list(plan.files)),
-        pipeline.tokenizer)
+        pipeline.tokenizer, words)
     pictures, scales, batch, known = _draw(config, pipeline, plan, rows, words, film, refiner)
     notes = picture_notes(known, pipeline, plan, used, mark, rows, scales, batch)
     for i, k in enumerate(wanted if film else ()): save_film(film.frames(pipeline.vae)[k], folder/f"film_{i:03d}.gif")
