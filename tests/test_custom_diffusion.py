@@ -303,6 +303,8 @@ def test_generate_and_push_take_a_run_and_a_merge(apart, tmp_path, toy_model, ca
         assert abs(found - wanted).max() < 1.5/255
         plain = ["generate", "--model", str(toy_model), "--prompt", "a c", "--num_inference_steps", "2", "--guidance_scale", "1", "--seed", "3", "--output_dir", str(tmp_path / "plain")]
         assert command(plain) == 0 and abs(np.asarray(Image.open(tmp_path / "plain/image_000.png"))/255 - wanted).max() > 2/255
+        with Image.open(drawn / "image_000.png") as picture: record = json.loads(picture.text["sdxl_course"])
+        assert (folder.name, True) in [(one["name"], one["local"]) for one in record["files"] if one["option"] == "custom_diffusion"] and "custom_diffusion" not in record["settings"]
         again = tmp_path / f"again-{len(words)}"
         assert command(["generate", "--from", str(drawn / "image_000.png"), "--output_dir", str(again)]) == 0
         assert (np.asarray(Image.open(again / "image_000.png")) == np.asarray(Image.open(drawn / "image_000.png"))).all()
