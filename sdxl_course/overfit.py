@@ -125,6 +125,7 @@ class Bench:
     "Judges, and the pictures that drawings are held against."
     def __init__(self, renders:int = 3): # of each caption that was learnt
         self.attributes, self.clip, few = load_judge("attributes"), ClipJudge(), picture_scenes()["few"]
+        self.before = {} # seed of the training -> pictures by the base model, from which every way sets out
         self.learnt = thumbnail_embeds([render(scene) for scene in few])
         again = lambda n: [render(replace(scene, seed=82_000_000 + 100*n + k)) for k, scene in enumerate(few)]
         self.fresh = np.mean([self.nearest(again(n))[0] for n in range(renders)], axis=0)
@@ -159,7 +160,9 @@ def watch(
     def look(state, folder=None):
         if state.step not in looks: return
         with eval_weights(state):
-            drawn[state.step] = draw_all(components.pipeline().to(run.accelerator.device), seed, config)
+            fresh = bench.before.get(seed) if state.step == 0 else None
+            drawn[state.step] = fresh or draw_all(components.pipeline().to(run.accelerator.device), seed, config)
+            if state.step == 0: bench.before[seed] = drawn[0]
             losses = np.array([held_out_loss(run), held_out_loss(learnt)])
         recent = [row["loss"] for row in state.rows[([0] + [one for one in looks if one < state.step])[-1]:]]
         found[str(state.step)] = dict(held_out_loss=losses[:1], learnt_loss=losses[1:], gap=losses[:1] - losses[1:],

@@ -1,8 +1,8 @@
 """Break a training run on purpose, at every moment if asked, and see whether anything is lost.
 
     python tests/faults.py                                          a few trials of every kind
-    python tests/faults.py --kill 200 --write 100 --error 300 --damage 1000 --hub 100 --save sdxl_course/studies/reliability.json
-                                                                    the long campaign
+    python tests/faults.py --kill 200 --write 100 --error 160 --damage 300 --hub 40 --save sdxl_course/studies/reliability.json
+                                                                    the long campaign, half an hour
 
 kill: the process dies before its k-th file operation; write: inside a write, after so many bytes; error: the k-th file operation
 fails (disk full, input/output error, read-only); damage: a file of a finished run is removed, emptied, cut in half or has a bit
