@@ -333,6 +333,20 @@ def test_what_the_machine_lacks_is_refused_before_anything_is_read(home):
     assert not (home / "refused").exists()
 
 
+@pytest.mark.parametrize("scheduler, warmup, updates, told", [("cosine", 500, 50, True), ("linear", 51, 50, True), ("cosine", 50, 50, False), ("constant", 500, 50, False),
+    ("constant_with_warmup", 500, 50, True)], ids=str)
+def test_a_warmup_that_outlasts_the_training_is_told_with_what_the_rate_comes_to(scheduler, warmup, updates, told):
+    from sdxl_course.model.adapters import parameter_groups
+    from sdxl_course.train.prepare import optimizer_and_schedule
+    said, place = [], torch.nn.Parameter(torch.zeros(4))
+    config = TextToImageConfig(pretrained_model_name_or_path="m", train_data_dir="d", learning_rate=1e-3, lr_scheduler=scheduler, lr_warmup_steps=warmup)
+    optimizer, schedule = optimizer_and_schedule(config, parameter_groups({"unet.x.lora_A.default.weight": place}, 1e-3, weight_decay=0.0), updates, log=said.append)
+    assert bool(said) == told
+    if told:
+        for _ in range(updates): optimizer.step(), schedule.step()
+        assert f"has come to {schedule.get_last_lr()[0] / 1e-3:.0%} of" in said[0] and f"{warmup} is longer" in said[0]
+
+
 @shows("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
 def test_each_flag_of_prodigy_reaches_it_and_changes_its_way():
     from sdxl_course.model.adapters import parameter_groups

@@ -106,7 +106,7 @@ def build_run(
     check_disk(disk_needs(config, loader, trained, updates, checkpoint))
     validation = fill_cache(loader, config, others, encode_text, accelerator, method.validation)
     loss = prepare_loss(accelerator, method.loss(config, components, schedule, encode_text), trained, log)
-    optimizer, lr_scheduler = optimizer_and_schedule(config, trained.groups, updates, scale)
+    optimizer, lr_scheduler = optimizer_and_schedule(config, trained.groups, updates, scale, log)
     state = TrainState(trained.named, accelerator.prepare(optimizer), lr_scheduler, seed,
         ema=Ema(trained.named, config.ema_decay) if config.use_ema else None)
     return Run(method, config, Path(config.output_dir).expanduser(), components, accelerator, loader, sampler,

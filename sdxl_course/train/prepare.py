@@ -30,7 +30,7 @@ from ..model.sampling import inference_scheduler
 from ..options import fields_of
 from .checkpoint import read_state
 from .objective import DenoisingLoss, active_weightings, make_weighting
-from .optimizer import make_optimizer, make_schedule
+from .optimizer import UNWARMED, make_optimizer, make_schedule
 
 # %% ../../nbs/library/train_prepare.ipynb #134a5b2e
 def data_fingerprint(
@@ -177,8 +177,12 @@ def optimizer_and_schedule(
     groups:list, # parameter groups, as `Trained` has them
     updates:int, # in all
     scale:float=1, # of the learning rate
+    log=lambda text: None, # gets a sentence where the warm-up is longer than the training
 )->tuple: # (torch optimizer, learning-rate schedule)
     "The optimizer and the schedule that the options ask for."
+    if config.lr_scheduler not in UNWARMED and config.lr_warmup_steps > updates:
+        log(f"--lr_warmup_steps {config.lr_warmup_steps} is longer than the training: after its {updates} updates the rate "
+            f"has come to {updates/config.lr_warmup_steps:.0%} of --learning_rate; --lr_warmup_steps 0 begins with all of it")
     prodigy = {name: getattr(config, f"prodigy_{name}") for name in ("beta3", "decouple", "use_bias_correction",
         "safeguard_warmup")}
     optimizer = make_optimizer(groups, config.learning_rate*scale, (config.adam_beta1, config.adam_beta2),
