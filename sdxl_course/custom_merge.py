@@ -111,7 +111,7 @@ def other_captions(
         found = [text for record in report.records for text in record.captions]
     else: found = read_lines(place, "--captions", "caption")
     texts = list(dict.fromkeys(text for text in found if text))[:number]
-    if not texts: raise CourseError(f"--captions {place} holds no caption: wanted one on each line")
+    if not texts: raise CourseError(f"--captions {place} holds no caption: wanted pictures with captions")
     return texts
 
 # %% ../nbs/library/custom_merge.ipynb #059b249b

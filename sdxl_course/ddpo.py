@@ -39,6 +39,8 @@ class RewardOptions:
     sample_guidance_scale: float = option(5.0, "guidance while drawing and training; 1: none", "1 ..")
     sample_batch_size: int = option(1, "pictures drawn at a time", "1 ..")
     sample_num_batches_per_epoch: int = option(2, "such batches in a round", "1 ..")
+    sample_shared_noise: bool = option(False, "begin all pictures of a prompt in a round with the same noise, so that "
+        "their rewards differ by what was chosen alone (Xue et al., 2025)")
     train_num_inner_epochs: int = option(1, "passes over the pictures of a round", "1 ..")
     train_clip_range: float = option(1e-4, "how far the probability of a choice may move in a round", "> 0 ..")
     train_adv_clip_max: float = option(5.0, "largest advantage, in standard deviations", "> 0 ..")
@@ -134,6 +136,7 @@ def policy_loader(
         pictures=count, at_once=config.sample_batch_size, steps=config.sample_num_steps,
         fraction=config.train_timestep_fraction, passes=config.train_num_inner_epochs, most=config.train_adv_clip_max,
         min_count=config.per_prompt_stat_tracking and config.per_prompt_stat_tracking_min_count,
+        shared_noise=config.sample_shared_noise,
         resolution=config.resolution, max_token_length=config.max_token_length, clip_skip=config.clip_skip)
 
 # %% ../nbs/library/ddpo.ipynb #465650f4

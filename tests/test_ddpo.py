@@ -101,6 +101,23 @@ def test_a_round_is_drawn_with_one_set_of_weights_and_every_choice_comes_up_once
     finally: run.close()
 
 
+def test_pictures_of_a_prompt_begin_alike_where_noise_is_shared(ddpo):
+    alone, run = (ddpo(name=f"shared-{shared}", run=open_ddpo, sample_num_batches_per_epoch=4, sample_shared_noise=shared) for shared in (False, True))
+    try:
+        alone.loader.roll_out(0)
+        assert len({tuple(one.flatten().tolist()) for one in alone.loader.drawn[2][:, 0]}) == 8  # eight pictures, eight beginnings
+        begins = []
+        for number in (0, 1):
+            run.loader.roll_out(number)
+            _, prompts, chain, *_ = run.loader.drawn
+            first = {prompt: chain[prompts.index(prompt), 0] for prompt in prompts}
+            assert len(first) == 2 and all(torch.equal(one[0], first[prompt]) for prompt, one in zip(prompts, chain))
+            assert not torch.equal(*first.values()) and len({tuple(one.flatten().tolist()) for one in chain[:, 1]}) == 8  # choices are their own
+            begins.append(first)
+        assert not any(torch.equal(begins[0][prompt], begins[1][prompt]) for prompt in first)
+    finally: alone.close(), run.close()
+
+
 def test_stored_probabilities_are_those_of_the_choices(ddpo):
     run = ddpo(run=open_ddpo)
     try:
@@ -111,7 +128,7 @@ def test_stored_probabilities_are_those_of_the_choices(ddpo):
     finally: run.close()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(train_num_inner_epochs=2, train_timestep_fraction=0.7, gradient_accumulation_steps=2), dict(use_ema=True, per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(train_num_inner_epochs=2, train_timestep_fraction=0.7, gradient_accumulation_steps=2), dict(use_ema=True, sample_shared_noise=True, per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2)], ids=str)
 def test_resume_is_exact_even_in_the_middle_of_a_round(ddpo, options):
     options = dict(options, max_train_steps=5, checkpointing_steps=1)
     lasting = lambda folder: {name: data for name, data in files_of(folder).items() if name == "training_log.jsonl" or name.endswith(".safetensors") and name.startswith(("checkpoint-5", "pytorch"))}

@@ -98,6 +98,7 @@ class PromptLoader(BatchLoader):
     passes: int = 1 # over the pictures of a round
     most: float = 5.0 # largest advantage
     min_count: int = 0 # pictures of a prompt that get a scale of their own; 0: one scale for all
+    shared_noise: bool = False # pictures of a prompt in a round begin with the same noise
 
     def _index(self):
         self.all, self.keys, self.drawn = list(self.records), [record.key for record in self.records], None
@@ -131,13 +132,14 @@ def ask(self:PromptLoader,
 def draw(self:PromptLoader,
     prompts:list, # one for each picture
     keys:list, # of each picture: tuples that name its noise
+    starts:list | None = None, # the same for the noise that each begins with; None: the keys
 )->tuple: # PIL images, latents (b, steps + 1, 4, h, w), log-probabilities (b, steps)
     "Draw with the weights as they are, and remember every choice."
     loss, unet = self.policy.loss, self.components.unet
     side = self.resolution//vae_scale_factor(self.components.vae)
-    noise = lambda k: torch.stack([torch.randn(unet.config.in_channels, side, side,
-        generator=seeded(self.seed, "drawing", *key, k)) for key in keys]).to(self.device)
-    times, chain, chances = chain_times(len(loss.schedule), self.steps).to(self.device), [noise(-1)], []
+    noise = lambda k, names=keys: torch.stack([torch.randn(unet.config.in_channels, side, side,
+        generator=seeded(self.seed, "drawing", *name, k)) for name in names]).to(self.device)
+    times, chain, chances = chain_times(len(loss.schedule), self.steps).to(self.device), [noise(-1, starts or keys)], []
     with eval_mode(unet):
         for k in range(self.steps):
             start, earlier = (times[k + i].expand(len(keys)) for i in (0, 1))
@@ -165,9 +167,10 @@ def roll_out(self:PromptLoader,
     "Draw the pictures of a round, each in one of the processes, and judge them."
     rows = torch.randint(len(self.all), (self.pictures,), generator=seeded(self.seed, "prompts", number)).tolist()
     prompts, keys = [self.all[row].captions[0] for row in rows], [(number, k) for k in range(self.pictures)]
+    starts = [(number, "prompt", row) for row in rows] if self.shared_noise else keys
     groups = [slice(k, k + self.at_once) for k in range(0, self.pictures, self.at_once)]
     def draw(group): # for all processes
-        pictures, *tensors = self.draw(prompts[group], keys[group])
+        pictures, *tensors = self.draw(prompts[group], keys[group], starts[group])
         return pictures, *(tensor.cpu() for tensor in tensors)
     with self.policy.at_beginning(number): drawn = shared_work(groups, draw)
     rewards = self.judge(sum((one[0] for one in drawn), []), prompts)
