@@ -178,8 +178,8 @@ def warn_about_prompts(
     "Say which words a model will not read, and which ones sdxl-tiny never learned."
     known = " (the LoRA may have)" if config.lora else "; it knows only its own small world, see sdxl_course.world"
     for prompt in map(plain_text, config.prompt) if config.prompt_weights else config.prompt:
-        lost, plain = removed_text(tokenizer, prompt, config.max_token_length), dict.fromkeys(words, "")
-        new = unlearned_words(replace_placeholders(prompt, plain))
+        lost = removed_text(tokenizer, prompt, config.max_token_length)
+        new = unlearned_words(replace_placeholders(prompt, dict.fromkeys([*words, *tokenizer.get_added_vocab()], "")))
         if lost: print(f"a prompt is too long, the model will not hear its end: {lost!r}; "
             f"--max_token_length {config.max_token_length + 75} reads more")
         if config.model == "tiny" and new: print(f"sdxl-tiny never learned {', '.join(new)}{known}")

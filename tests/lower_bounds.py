@@ -61,8 +61,6 @@ def main(words):
     args, rest = parser.parse_known_args(words)
     required, further = requirements()
     if args.torch: required = [f"torch=={args.torch}" if word.startswith("torch>") else word for word in required]
-    folder = Path(tempfile.mkdtemp(prefix="lower-bounds-"))
-    (folder/"wanted.txt").write_text("\n".join(required + further), encoding="utf-8")
     if not shutil.which("uv"): sys.exit("uv is not installed, which finds the set: pip install uv")
     with tempfile.TemporaryDirectory(prefix="lower-bounds-") as folder:
         wanted, pins, venv = (Path(folder)/name for name in ("wanted.txt", "pins.txt", "venv"))

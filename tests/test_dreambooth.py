@@ -1071,8 +1071,10 @@ def listed(rows, path):
 @pytest.mark.parametrize("kind", ["json", "yaml"])
 def test_several_concepts_are_learnt_with_their_own_words_and_repeats(usual, toy, things, tmp_path, kind):
     config = make(usual, **listed(things, tmp_path / f"things.{kind}"), repeats=2, max_train_steps=1, output_dir=str(tmp_path / "o"), with_prior_preservation=True)
-    run = open_dreambooth(config, toy(), lambda text: None)
+    said = []
+    run = open_dreambooth(config, toy(), said.append)
     try:
+        assert "5 different pictures are shown 18 times a pass, as --concepts says" in said
         shown = Counter((record.path.parent.name, record.captions) for record in run.loader.records)
         assert shown == {("chair", ("a photo of TOK chair",)): 3 * 2, ("dog", ("a photo of TOK dog",)): 2 * 3 * 2}
         beside = Counter((record.path.parent.name, record.captions) for record in run.loader.class_records)

@@ -1,4 +1,5 @@
 "What the page 50_inference does not show: odd inputs, several LoRAs, live trainers' modules and the command's exit codes."
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,14 @@ def test_scale_zero_is_the_base_also_for_dora(toy_model, tmp_path, pipeline):
     assert gap(sweep_lora_scale(dora, PROMPTS[0], 0, (0,), **QUICK), base) == 0
     assert gap(generate(dora, PROMPTS[0], 0, **QUICK), base) > 1  # back on after the sweep
     assert gap(generate(load_pipeline(toy_model, lora=tmp_path, lora_scale=0, device="cpu"), PROMPTS[0], 0, **QUICK), base) == 0
+
+
+@pytest.mark.parametrize("name", ["lokr_style", "hada_w1_a", "lora_A", "lokr"])
+def test_a_file_may_be_called_as_the_tensors_of_an_adapter_are(toy_model, loras, tmp_path, name):
+    file = tmp_path / f"{name}.safetensors"
+    shutil.copy(loras["style"] / "pytorch_lora_weights.safetensors" if Path(loras["style"]).is_dir() else loras["style"], file)
+    same = (generate(load_pipeline(toy_model, lora=one, device="cpu"), PROMPTS[0], 0, **QUICK) for one in (file, loras["style"]))
+    assert gap(*same) == 0
 
 
 def test_several_loras_and_their_strengths(toy_model, loras, pipeline):

@@ -258,7 +258,7 @@ def hub(monkeypatch):
     listener.close()
 
 
-@pytest.mark.parametrize("status, words, calls", [("silent", "did not answer", 3), (401, "token is not valid", 2), (403, "may not write", 2), (404, "no such owner", 1), (429, "pause", 3), (500, "out of order", 3), (503, "out of order", 3)])
+@pytest.mark.parametrize("status, words, calls", [("silent", "did not answer", 3), (401, "token is not valid", 2), (403, "may not write", 2), (404, "no such owner", 1), (409, "answer cannot be read", 3), (200, "answer cannot be read", 3), (429, "pause", 3), (500, "out of order", 3), (503, "out of order", 3)])
 def test_a_hub_that_says_no_or_nothing_is_told_apart(hub, status, words, calls):
     from sdxl_course.train.hub import open_repository
     hub["status"] = status

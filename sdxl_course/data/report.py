@@ -69,7 +69,7 @@ def summary(self:DataReport)->list: # (what, value) pairs
         words = median(len(text.split()) for text in captions)
         said = f"{len(captions)}, {len(set(captions))} different, {words:g} words at the median"
     shown = sum(record.repeats for record in self.records)
-    if shown > len(short): rows.append(("shown in a pass", f"{shown} pictures, as the names of their folders say"))
+    if shown > len(short): rows.append(("shown in a pass", f"{shown} pictures, with repeats"))
     return rows + [("shorter side", f"{min(short)} to {max(short)} pixels, median {median(short):g}"),
                    ("width / height", f"{min(ratios):.2f} to {max(ratios):.2f}"), ("captions", said)]
 

@@ -236,7 +236,7 @@ def _init_A(
 
 # %% ../../nbs/library/model_adapters.ipynb #e5455ae6
 LORA_NAME = re.compile(
-    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|(?:hada|lokr)_\w+)"
+    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|(?:hada|lokr)_\w+)"
     r"\.(?P<adapter>[^.]+?)(?:\.weight)?")
 
 def lora_parameters(

@@ -170,7 +170,8 @@ def prepare_loader(
     texts = loader.caches_text_embeds(trained.trains_text, config.cache_text_embeds)
     loader.choose_place(latents[0], texts[0], config.output_dir)
     for sentence in unused_options(config): log(sentence)
-    report_data(loader, latents, texts, log)
+    said = "as the names of their folders say; --repeats_from_folders False would show each of them once"
+    report_data(loader, latents, texts, log, "as --concepts says" if getattr(config, "concepts", None) else said)
     captions = [caption for r in loader.records for caption in r.captions]
     report_lengths(captions, loader.components.tokenizer, config.max_token_length, log)
     return not texts[0]

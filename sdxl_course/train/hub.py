@@ -50,6 +50,7 @@ def hub_reason(
         return f"{words} (HTTP {status})", status in (408, 409, 429) or status >= 500
     if "Offline" in name: return "offline mode is on: unset HF_HUB_OFFLINE", False
     if "Timeout" in name: return f"the hub did not answer ({name})", True
+    if isinstance(error, (LookupError, json.JSONDecodeError)): return f"the hub's answer cannot be read ({name})", True
     if isinstance(error, (ValueError, TypeError)): return f"the name or the token has a wrong form ({name})", False
     return f"the hub cannot be reached ({name}): wanted a network", True
 

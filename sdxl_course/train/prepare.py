@@ -137,6 +137,7 @@ def report_data(
     latents:tuple, # (cached?, why)
     texts:tuple, # (cached?, why)
     log, # gets the sentences
+    why:str="", # where the repeats of pictures come from
 ):
     "Say what was found, and what is cached and why."
     if hasattr(loader, "describe"): log(loader.describe()); return
@@ -147,8 +148,8 @@ def report_data(
         f"pictures are {how(latents, 'cut and encoded afresh each time')}; captions are "
         f"{how(texts, 'encoded in every step')}")
     if any(r.repeats != 1 for r in loader.records):
-        log(f"{len({r.path for r in loader.records})} different pictures are shown {len(loader.records)} times a pass, "
-            "as the names of their folders say; --repeats_from_folders False would show each of them once")
+        log(f"{len({r.path for r in loader.records})} different pictures are shown {len(loader.records)} times a pass"
+            f"{why and ', '}{why}")
     if (cache := loader.cache).folder and (latents[0] or texts[0]):
         where = "memory, with a copy for later runs in "*cache.in_memory
         log(f"what is kept lies in {where}{shown_path(cache.folder)}")
@@ -181,8 +182,9 @@ def optimizer_and_schedule(
 )->tuple: # (torch optimizer, learning-rate schedule)
     "The optimizer and the schedule that the options ask for."
     if config.lr_scheduler not in UNWARMED and config.lr_warmup_steps > updates:
-        log(f"--lr_warmup_steps {config.lr_warmup_steps} is longer than the training: after its {updates} updates the rate "
-            f"has come to {updates/config.lr_warmup_steps:.0%} of --learning_rate; --lr_warmup_steps 0 begins with all of it")
+        log(f"--lr_warmup_steps {config.lr_warmup_steps} is longer than the training: after its {updates} updates the "
+            f"rate has come to {updates/config.lr_warmup_steps:.0%} of --learning_rate; --lr_warmup_steps 0 begins "
+            "with all of it")
     prodigy = {name: getattr(config, f"prodigy_{name}") for name in ("beta3", "decouple", "use_bias_correction",
         "safeguard_warmup")}
     optimizer = make_optimizer(groups, config.learning_rate*scale, (config.adam_beta1, config.adam_beta2),
