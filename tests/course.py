@@ -425,7 +425,20 @@ def prose(name, nb):
         if any(not one.isascii() for one in names): yield f"cell {i} has names outside ASCII"
 
 
-RULES = {rule.__name__: rule for rule in (header, colab, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose)}
+PERSON = r"[A-Z\u00c0-\u017f][\w\u2019'-]+"
+CITATION = rf"(?:{PERSON}\s+(?:et\s+al\.?|and\s+others|and\s+colleagues|(?:and|&)\s+{PERSON}),?\s+\(?|{PERSON}(?:,\s+|\s+\())(?:19|20)\d\d\b"
+
+
+def cited(name, nb):
+    "A paper that a lesson names, as in (Heusel et al., 2017) or Gal et al. (2022), is a link to it."
+    if kind(name) != "lesson": return
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "markdown": continue
+        text = re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$|\[[^\]]*\]\(https?://[^\s)]+\)", " ` ", cell.source, flags=re.S)
+        for paper in re.findall(CITATION, text): yield f"markdown cell {i} names a paper without its link: {' '.join(paper.split())!r}"
+
+
+RULES = {rule.__name__: rule for rule in (header, colab, ending, share, workshop, imports, checks, budgets, outputs, secrets, evaluated, prose, cited)}
 
 
 def typical_length(pages):

@@ -35,7 +35,7 @@ def lesson():
     nb = notebook("# How much is two and two?\n\n> A sum\n\n| learn | need | time | cost | exports |\n|---|---|---|---|---|\n"
                   "| adding | counting | 1 min | CPU, free | `sdxl_course.two` |\n\n[![Open in Colab](badge.svg)](https://colab.research.google.com/github/sdxl-course/sdxl_course/blob/main/nbs/07_two.ipynb)",
                   ("#| default_exp two",), ("#| export\nimport math",), ("import os\nfrom fastcore.test import test_eq",),
-                  "## Does it add up?\n\nWe add with `math.fsum`; see `x != y`.",
+                  "## Does it add up?\n\nWe add with `math.fsum` ([Shewchuk, 1997](https://doi.org/10.1007/PL00009321)); see `x != y`.",
                   ("#| exports\ndef add(*terms):\n    import decimal\n    return math.fsum(terms)",),
                   ("test_eq(add(2, 2), 4)",), ("#| gpu\nadd(2, 3)",), (GUARD,), "## Exercises\n\nAdd three.",
                   ("mine = None\ncheck('three', mine, 3)",), ("#| code-fold: true\nassert add(1, 2) == 3\n" + "assert add(1, 3) == 4\n" * 9,),
@@ -128,6 +128,13 @@ BROKEN_LESSONS = [
     ("prose", source(4, "It works!")),
     ("prose", source(4, "It works \U0001F680.")),
     ("prose", replaced(10, "mine = None", "\u03b1 = mine = None")),
+    ("cited", source(4, "It is exact (Shewchuk, 1997).")),
+    ("cited", source(4, "Shewchuk (1997) adds without rounding.")),
+    ("cited", source(4, "It is exact (Shewchuk et al. 1997, section 2).")),
+    ("cited", source(4, "Shewchuk and\nothers (1997) add without rounding.")),
+    ("cited", source(4, "| adding | Ogita and \u0141ucek-Rump, 2005 |")),
+    ("cited", source(4, "[fsum](https://doi.org/10.1007/PL00009321) (Shewchuk, 1997) is exact.")),
+    ("cited", source(4, "It is exact ([Shewchuk, 1997](08_three.ipynb)).")),
 ]
 BROKEN_WORKSHOPS = [
     ("workshop", replaced(0, "# sums.two", "# Sums of two")),
