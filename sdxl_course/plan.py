@@ -209,56 +209,70 @@ class Proposal:
         return shlex.join(sum(words, []))
 
 # %% ../nbs/library/plan.ipynb #b07c85ac
-def _each(found): # bytes that one more picture takes, where the forecast has one: all but the gradients
-    "Activations, and what the backward pass makes for each picture."
-    step, update = found.moments["a step"], found.moments["an update"]
-    return step["activations"] + max(step["backward"] - update["gradients"], 0)
+def _seen(method, config, known, flags): # Forecast
+    "The forecast of a command with these flags, made once."
+    config = replace(config, **flags)
+    if (key := repr(config)) not in known: known[key] = forecast(method, config)
+    return known[key]
 
 # %% ../nbs/library/plan.ipynb #a1e92dee
-def _batch(found, card, want): # pictures at a time, 0: not even one; activations grow with the batch
-    "The largest share of an update that fits at once."
-    rest = found.moments["a step"]
-    each = _each(found)
-    most = int((card.room - (sum(rest.values()) - each))//each)
-    others = max(sum(m.values()) for name, m in found.moments.items() if name != "a step")
-    if most < 1 or others > card.room: return 0
-    return math.ceil(want/math.ceil(want/min(most, want)))
+def _flags(card, config, b, spare): # option -> value
+    "What makes the same update with so many pictures at a time."
+    turns = math.ceil(config.train_batch_size*config.gradient_accumulation_steps/b)
+    flags = dict(mixed_precision="bf16" if card.bf16 else "fp16", train_batch_size=b, gradient_accumulation_steps=turns)
+    return flags | ({"gradient_checkpointing": spare} if spare or config.gradient_checkpointing else {})
+
+def _between(small, large, share, room): # `share` 0: as the small one, 1: as the large one
+    "Whether a batch between two others should fit: each moment grows with it in a straight line."
+    size = lambda found, name: sum(found.moments[name].values())
+    return all(size(small, name) + share*(size(large, name) - size(small, name)) <= room for name in small.moments)
 
 # %% ../nbs/library/plan.ipynb #18e4b00a
-def _attempt(card, config, found, spare): # Proposal, or None
-    "One way to run on a card."
+def _attempt(card, config, spare, see): # Proposal, or None
+    "The most pictures at a time that fit; a straight line says where to look, a forecast whether it is so."
     want = config.train_batch_size*config.gradient_accumulation_steps
-    if not (b := _batch(found, card, want)): return None
-    parts = {name: sum(moment.values()) for name, moment in found.moments.items()}
-    parts["a step"] += (b - 1)*_each(found)
-    turns, moment = math.ceil(want/b), max(parts, key=parts.get)
-    flags = dict(mixed_precision="bf16" if card.bf16 else "fp16", train_batch_size=b, gradient_accumulation_steps=turns)
-    one = replace(found, flops=found.flops*b).seconds(card)
-    return Proposal(card, flags | ({"gradient_checkpointing": True} if spare else {}), [], parts[moment]/GIB + CONTEXT,
-        one*turns, moment)
+    sizes = sorted({math.ceil(want/turns) for turns in range(1, want + 1)}, reverse=True)
+    found = lambda b: see(_flags(card, config, b, spare))
+    if not found(want).fits(card):
+        if want == 1 or not found(1).fits(card): return None
+        line = lambda b: _between(found(1), found(want), (b - 1)/(want - 1), card.room)
+        sizes = [b for b in sizes[1:] if b == 1 or line(b)]
+    b = next(b for b in sizes if found(b).fits(card))
+    flags, moment = _flags(card, config, b, spare), found(b).moment
+    turns = flags["gradient_accumulation_steps"]
+    return Proposal(card, flags, [], found(b).peak/GIB + CONTEXT, found(b).seconds(card)*turns, moment)
+
+# %% ../nbs/library/plan.ipynb #ad56f870
+def _hopeless(config, found): # forecasts of one picture at a time
+    "A sentence for a card on which nothing fits."
+    least = min(found, key=lambda one: one.peak)
+    crop = "--center_crop, " if "VAE" in least.moments["a step"] and config.cache_latents is not False else ""
+    return (f"one picture at a time needs {least.peak/GIB + CONTEXT:.1f} GiB, more than there is: try {crop}"
+        f"--resolution {max(config.resolution//2, 64)}, a lower --rank, or text encoders that stay frozen")
 
 # %% ../nbs/library/plan.ipynb #09e780e9
 def propose(
     method, # Method
     config, # its configuration
     cards, # Cards
+    known:dict=None, # forecasts that were made, by what they are of; gets those made here
 )->list: # Proposal for each card
-    "The fastest way to make the same updates on each card, from two forecasts."
-    base = replace(config, mixed_precision="bf16", train_batch_size=1, gradient_accumulation_steps=1)
-    found = {spare: forecast(method, replace(base, gradient_checkpointing=spare)) for spare in (False, True)}
-    return [_explained(card, config, found, [_attempt(card, config, found[spare], spare) for spare in found])
-        for card in cards]
+    "The fastest way to make the same updates on each card; each was forecast with its own flags."
+    known = {} if known is None else known
+    see, ways = lambda flags: _seen(method, config, known, flags), []
+    for card in cards:
+        plain = _attempt(card, config, False, see)
+        all_at_once = plain and plain.flags["gradient_accumulation_steps"] == 1 # nothing is faster
+        ways.append(_explained(card, config, see, plain, None if all_at_once else _attempt(card, config, True, see)))
+    return ways
 
 # %% ../nbs/library/plan.ipynb #ad56f86e
-def _explained(card, config, found, attempts):
+def _explained(card, config, see, plain, spare):
     "The better of two attempts, and why."
-    plain, spare = attempts
-    need = min(sum(one.moments["a step"].values()) for one in found.values())/GIB + CONTEXT
-    if not (plain or spare): return Proposal(card, {}, [f"one picture at a time needs {need:.1f} GiB, more than there "
-        f"is: try --resolution {max(config.resolution//2, 64)}, a lower --rank, or text encoders that stay frozen"],
-        0, 0)
+    if not (plain or spare): return Proposal(card, {}, [_hopeless(config, [see(_flags(card, config, 1, saved))
+        for saved in (False, True)])], 0, 0)
     cost = lambda one: (one.seconds or one.flags["gradient_accumulation_steps"]*(1.36 if one is spare else 1), one.peak)
-    best = min(filter(None, attempts), key=cost)
+    best = min(filter(None, (plain, spare)), key=cost)
     half, b, turns = list(best.flags.values())[:3]
     reasons = [f"{half} halves the frozen weights" + ("" if card.bf16 else "; this card has no bf16")]
     if turns > 1: reasons.append(f"{b} at a time fit, so {turns} turns make the same update")
@@ -296,13 +310,14 @@ def report(
     config, # its configuration
 )->str: # lines
     "Everything there is to say about a training command."
-    cards, now = [find_card(name) for name in plan.card or CARDS], forecast(method, config)
+    cards, known = [find_card(name) for name in plan.card or CARDS], {}
+    now = _seen(method, config, known, {})
     lines = [f"{method.name}, {config.resolution} px, batches of {config.train_batch_size}, "
         f"{config.mixed_precision or 'no'} mixed precision: {now.trained:,} numbers train", "", now.table(), ""]
-    if "VAE" in now.moments["a step"]: lines.append("Pictures that are not square are cut and encoded afresh in "
+    if "VAE" in now.moments["a step"] and config.cache_latents is not False: lines.append("Pictures that are not square are cut and encoded afresh in "
         "every step; --center_crop would keep them, and let the VAE go.\n")
     updates = updates_of(config, plan.pictures)
-    for card, one in zip(cards, propose(method, config, cards)):
+    for card, one in zip(cards, propose(method, config, cards, known)):
         fits = f"as it is it needs {now.peak/GIB + CONTEXT:.1f} GiB and {'fits' if now.fits(card) else 'does not fit'}"
         hours = f"; {updates} updates in about {updates*one.seconds/3600:.1f} hours" if updates and one.seconds else ""
         pace = f", {one.seconds:.2f} s an update{hours}" if one.seconds else ""

@@ -226,11 +226,12 @@ def copy_course(to):
 # ---------------------------------------------------------------- README
 
 def readme(nb):
-    "README.md out of index.ipynb: text as it is, code and its printed output fenced, links moved up one folder."
+    "README.md out of index.ipynb: text as it is, code and its printed output fenced, links as they are from the repository's root."
+    here = f"]({SETTINGS['git_url']}/blob/{SETTINGS['branch']}/" # on the site, what is not a page has its address on GitHub
     parts = ["<!-- Written by `python tests/refresh.py --readme` from nbs/index.ipynb. Edit that page. -->"]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            parts.append(re.sub(r"\]\((?!https?:|#|/|\.\./)", "](nbs/", cell.source).replace("](../", "]("))
+            parts.append(re.sub(r"\]\((?!https?:|#|/)", "](nbs/", cell.source).replace(here, "]("))
         elif cell.cell_type == "code" and "hide" not in directives(cell):
             parts.append(f"```python\n{cell.source}\n```")
             text = "".join(output.get("text", "") for output in cell.outputs)

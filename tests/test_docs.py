@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
-from course import NOTEBOOKS, environment, page_name
+from course import NOTEBOOKS, copy_course, environment, page_name
 from render_site import STAGE, render, slug
 
 
@@ -19,19 +20,29 @@ def make_docs(root):
     return subprocess.run([sys.executable, "-c", STAGE], cwd=root, env=environment(root), capture_output=True, text=True)
 
 
-def test_docs_stage(fresh_copy, request):
-    made = make_docs(fresh_copy)
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory):
+    "A copy of the repository with its processed pages in _proc and the site in _site."
+    root = copy_course(tmp_path_factory.mktemp("docs") / "sdxl_course")
+    made = make_docs(root)
     assert made.returncode == 0, made.stderr[-3000:]
-    pages = fresh_copy / "_proc"
+    assert len(render(root / "_proc", root / "_site")) == len(NOTEBOOKS)
+    return root
+
+
+def test_docs_stage(docs):
+    pages = docs / "_proc"
     assert {path.relative_to(pages).as_posix() for path in pages.rglob("*.ipynb")} == {f"{page_name(path)}.ipynb" for path in NOTEBOOKS}
     assert (pages / "_quarto.yml").is_file() and not (pages / "_quarto.yml").is_symlink()
     core = json.loads((pages / "library" / "core.ipynb").read_text(encoding="utf-8"))
     text = "".join("".join(cell["source"]) for cell in core["cells"])
     assert "image_grid" in text and "default_exp" not in text
-    site = fresh_copy / "_site"
-    assert len(render(pages, site)) == len(NOTEBOOKS)
-    check_links(site)
-    check_in_a_browser(site, None if request.config.getoption("--slow") else 6)
+    check_links(docs / "_site")
+
+
+def test_pages_fit_their_screens(request):
+    browser = find_browser() # before a site is made in vain
+    check_in_a_browser(browser, request.getfixturevalue("docs") / "_site", None if request.config.getoption("--slow") else 6)
 
 
 class Reader(HTMLParser):
@@ -58,6 +69,7 @@ def check_links(site):
             if re.match(r"https?://|data:|mailto:", link): continue
             name, _, anchor = link.partition("#")
             target = (path.parent / name).resolve() if name else path
+            assert target.is_relative_to(site.resolve()), f"{path.name}: {link} leaves the site"
             assert target.is_file(), f"{path.name}: {link}"
             assert not anchor or anchor in pages[target].ids, f"{path.name}: {link}"
         assert all(alt.strip() for _, alt in page.pictures), path
@@ -91,10 +103,14 @@ TRY = """<script>async function all() {
 addEventListener('load', all)</script>"""
 
 
-def check_in_a_browser(site, count=None):
-    "Each page, or so many, at the width of a phone, a tablet and a screen; left out where there is no Chromium."
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser: return
+def find_browser():
+    "Chromium; a test that wants it is skipped where there is none."
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or pytest.skip("no Chromium: what the pages look like was not tried")
+
+
+def check_in_a_browser(browser, site, count=None):
+    "Each page, or so many, at the width of a phone, a tablet and a screen."
     names = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
     names.sort(key=lambda name: (name != "index.html", -(site / name).stat().st_size))
     names = names[:count]
@@ -104,6 +120,20 @@ def check_in_a_browser(site, count=None):
     shown = subprocess.run(words, capture_output=True, text=True, timeout=400).stdout
     found = json.loads(re.search(r"<body[^>]*>(\{.*\})</body>", shown, re.S)[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert found == dict(pages=len(names), found=[])
+
+
+def test_without_a_browser_the_test_says_that_it_tried_nothing(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(pytest.skip.Exception, match="no Chromium"): find_browser()
+
+
+@pytest.mark.parametrize("link, wrong", [("a.html", None), ("https://example.org", None), ("../LICENSE", "leaves the site"), ("b.html", "b.html")])
+def test_a_link_that_leaves_the_site_is_noticed(tmp_path, link, wrong):
+    "Also where there is a file, as beside a site that was made in a checkout."
+    (tmp_path / "LICENSE").touch()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "a.html").write_text(f'<a href="{link}">x</a>', encoding="utf-8")
+    with pytest.raises(AssertionError, match=wrong) if wrong else nullcontext(): check_links(tmp_path / "site")
 
 
 def test_headings_get_the_ids_that_quarto_gives_them():

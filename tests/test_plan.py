@@ -111,3 +111,26 @@ def test_the_fastest_way_that_fits_is_proposed(toy_model):
     assert all(one.flags["train_batch_size"] * one.flags["gradient_accumulation_steps"] >= 16 and one.peak <= card.memory for one, card in zip(ways, cards) if one.peak)
     assert "one picture at a time needs" in ways[-1].reasons[0] and "--resolution" in ways[-1].reasons[0]
     assert CARDS["80"].room > CARDS["8"].room and isinstance(config, TextToImageConfig)
+
+
+@pytest.mark.parametrize("crop", ["--center_crop", "", "--center_crop --gradient_checkpointing"], ids=["kept", "cut afresh", "checkpointing asked for"])
+@pytest.mark.parametrize("method", ["text-to-image", "dreambooth"])
+def test_a_proposal_agrees_with_the_forecast_of_its_own_flags(toy_model, method, crop):
+    "Added to the command as they are printed, on cards from large to small; pictures that are cut afresh are encoded in every step."
+    data = "--train_data_dir pictures" if method == "text-to-image" else "--instance_data_dir x --instance_prompt y --with_prior_preservation --class_data_dir c --class_prompt d"
+    command = shlex.split(f"{method} --pretrained_model_name_or_path {toy_model} {data} --resolution 64 --train_batch_size 16 {crop}")
+    ends = [forecast(*read_command([*command, *shlex.split(f"--mixed_precision bf16 --train_batch_size {b} --gradient_checkpointing {spare}")])).peak for b, spare in ((1, True), (16, False))]
+    room = lambda share: (ends[0] + share * (ends[1] - ends[0])) / 0.97 / GIB + CONTEXT
+    ways = propose(*read_command(command), [Card(f"{share}", room(share) + 1e-9, 1, bf16=share != 0.5) for share in (1, 0.5, 0.01)])
+    assert len({one.flags["train_batch_size"] for one in ways}) > 1 and all(one.peak for one in ways)
+    for one in ways:
+        method, config = read_command([*command, *shlex.split(one.line())])
+        found = forecast(method, config)
+        assert one.peak == found.peak / GIB + CONTEXT and one.moment == found.moment and found.fits(one.card)
+        assert one.seconds == found.seconds(one.card) * one.flags["gradient_accumulation_steps"]
+
+
+def test_what_needs_the_memory_is_what_the_hopeless_are_told(toy_model):
+    for crop, told in (("", True), ("--center_crop", False), ("--cache_latents False", False)):
+        one, = propose(*read_command(shlex.split(f"text-to-image --pretrained_model_name_or_path {toy_model} --train_data_dir x --resolution 64 {crop}")), [Card("none", CONTEXT + 1e-6)])
+        assert not one.peak and ("--center_crop" in one.reasons[0]) == told

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from nbformat.v4 import new_markdown_cell, new_notebook
 
 from course import (LIB, NBS, NOTEBOOKS, RECIPES, ROOMS, ROOT, SETTINGS, course_imports, default_exp, environment, kind, misplaced, page_name, public_names, read,
                     readme, room_of, too_long, uphill)
@@ -152,6 +153,12 @@ def test_readme_is_the_index_page():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(read(NBS / "index.ipynb")), "run python tests/refresh.py --readme"
 
 
+def test_readme_links_what_is_in_the_repository_without_its_address():
+    here = f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}"
+    cell = new_markdown_cell(f"[a](library/core.ipynb) [b]({here}/LICENSE) [c](https://example.org/{here}) [d](#top)")
+    assert f"[a](nbs/library/core.ipynb) [b](LICENSE) [c](https://example.org/{here}) [d](#top)" in readme(new_notebook(cells=[cell]))
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
@@ -161,7 +168,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_links_between_pages_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown"))
-    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+    assert [link for link in links if "://" not in link and not ((path.parent / link).exists() and (path.parent / link).resolve().is_relative_to(NBS))] == [], "what is not a page has its address on GitHub"
 
 
 def index_rows():
@@ -187,6 +194,10 @@ def test_index_links_every_page_of_the_library():
 def test_quarto_file_and_its_link_read_the_same():
     cure = "nbs/_quarto.yml must be a link to ../_quarto.yml; on Windows run: git config core.symlinks true, then git checkout nbs/_quarto.yml"
     assert (NBS / "_quarto.yml").read_text(encoding="utf-8") == (ROOT / "_quarto.yml").read_text(encoding="utf-8"), cure
+
+
+def test_site_has_a_light_and_a_dark_theme():
+    assert list(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["format"]["html"]["theme"]) == ["light", "dark"], "the first one is the default"
 
 
 def test_sidebar_lists_every_page():
