@@ -26,7 +26,7 @@ results: the green chair, its model | 43_result_green_chair | - | text | hugging
 results: the green chair, its notebook | 43_result_green_chair | - | text | SDXL LoRA DreamBooth GreenChair.ipynb
 results: the green chair, its pictures | 43_result_green_chair | The result | code | result = dict(wanted=truth, before=generate(
 architecture: the picture of the parts | 10_components | Which parts are there, and who talks to whom? | text | ](images/10_box.svg)
-architecture: positive and negative prompt | 50_inference | How do we say what we do not want? | code | against = generate(pipeline, plain, three, **quick, negative_prompt=colors)
+architecture: positive and negative prompt | 50_inference | How do we say what we do not want? | code | against = generate(pipeline, plain, two, **quick, negative_prompt=colors)
 architecture: two text encoders, and which is which | 10_components | Which parts are there, and who talks to whom? | text | `text_encoder_2` is OpenCLIP ViT-bigG/14
 architecture: two text encoders, their sizes | 10_components | How big is the real one? | code | text_encoder=123_060_480, text_encoder_2=694_659_840
 architecture: embeddings are joined | 11_conditioning | Which layer's answer does SDXL take? | code | by_hand = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -122,7 +122,7 @@ diffusers: pipelines | 17_diffusers | One: the pipeline | text | One: the pipeli
 diffusers: models | 17_diffusers | Two: the models | text | Two: the models
 diffusers: noise schedulers | 17_diffusers | Three: the scheduler | text | Three: the scheduler
 diffusers: discrete and continuous timesteps | 17_diffusers | Three: the scheduler | code | is_floating_point
-diffusers: speed against quality | 50_inference | Which sampler? | code | names = ("euler", "euler_a", "ddim", "unipc", "dpmpp_2m_karras")
+diffusers: speed against quality | 50_inference | Which sampler? | code | names, few = ("euler", "euler_a", "ddim", "unipc", "dpmpp_2m_karras"), 4
 diffusers: another scheduler | 17_diffusers | Another scheduler | text | a scheduler is made from another's configuration
 diffusers: piece by piece | 17_diffusers | The same picture, piece by piece | code | latents = scheduler.step(without + guidance*(with_words - without), t, latents).prev_sample
 diffusers: training scripts | 80_arguments | The first command, line by line | text | It is read by our parser, not run: the data set and SDXL 1.0 are on the hub.
