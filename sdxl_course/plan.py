@@ -314,8 +314,9 @@ def report(
     now = _seen(method, config, known, {})
     lines = [f"{method.name}, {config.resolution} px, batches of {config.train_batch_size}, "
         f"{config.mixed_precision or 'no'} mixed precision: {now.trained:,} numbers train", "", now.table(), ""]
-    if "VAE" in now.moments["a step"] and config.cache_latents is not False: lines.append("Pictures that are not square are cut and encoded afresh in "
-        "every step; --center_crop would keep them, and let the VAE go.\n")
+    if "VAE" in now.moments["a step"] and config.cache_latents is not False:
+        lines.append("Pictures that are not square are cut and encoded afresh in every step; --center_crop would keep "
+            "them, and let the VAE go.\n")
     updates = updates_of(config, plan.pictures)
     for card, one in zip(cards, propose(method, config, cards, known)):
         fits = f"as it is it needs {now.peak/GIB + CONTEXT:.1f} GiB and {'fits' if now.fits(card) else 'does not fit'}"
