@@ -5,8 +5,8 @@ from sdxl_course.train.rounds import PromptLoader
 
 def main(words):
     draw = PromptLoader.draw
-    def told(self, prompts, keys):
+    def told(self, prompts, keys, *starts):
         print("drawn:", *keys, flush=True)
-        return draw(self, prompts, keys)
+        return draw(self, prompts, keys, *starts)
     PromptLoader.draw = told
     return ddpo.main(words)
