@@ -223,6 +223,11 @@ def copy_course(to):
     return Path(shutil.copytree(ROOT, to, ignore=skip, symlinks=True))
 
 
+def chromium():
+    "The command of a browser, None where there is none."
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 # ---------------------------------------------------------------- README
 
 def readme(nb):

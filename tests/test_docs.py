@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from course import NOTEBOOKS, copy_course, environment, page_name
+from course import NOTEBOOKS, chromium, copy_course, environment, page_name
 from render_site import STAGE, render, slug
 
 
@@ -105,8 +105,7 @@ addEventListener('load', all)</script>"""
 
 def find_browser():
     "Chromium; a test that wants it is skipped where there is none."
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    return found or pytest.skip("no Chromium: what the pages look like was not tried")
+    return chromium() or pytest.skip("no Chromium: what the pages look like was not tried")
 
 
 def check_in_a_browser(browser, site, count=None):

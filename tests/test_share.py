@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 from huggingface_hub import ModelCard
+from course import chromium
 from sdxl_course.app import Studio, add_to_history, find_loras, first_prompt, main as app, make_interface
 from sdxl_course.cli import main as command
 from sdxl_course.core import CourseError, load_tensors, seeded
@@ -94,7 +95,7 @@ def test_without_gradio_the_app_says_so(monkeypatch, capsys):
 def browser_page():
     pytest.importorskip("gradio")
     sync = pytest.importorskip("playwright.sync_api")
-    place = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    place = chromium()
     with sync.sync_playwright() as driver:
         try: browser = driver.chromium.launch(executable_path=place, args=["--no-sandbox"])
         except Exception: pytest.skip("no browser")
