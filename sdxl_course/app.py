@@ -16,6 +16,7 @@ from .core import CourseError, run_guarded
 from .devices import pick_device, weight_dtype
 from .options import SEEDS, check_limits, option, parse_config
 from .model.lora_files import LORA_WEIGHT_NAME_SAFE, lora_file
+from .model.samplers import steps_to_take
 from .model.sampling import generate
 from .model.words import replace_placeholders
 from .data.files import natural_key
@@ -66,7 +67,7 @@ class Studio:
         prompt:str,
         negative_prompt:str = "", # "": none
         seed:int = 0,
-        steps:int = 20,
+        steps:int = None, # as many as the sampler usually needs
         guidance:float = 3.0,
         scales=(), # strength of each LoRA, in order
     )->tuple: # (picture without LoRAs, picture with them)
@@ -74,7 +75,7 @@ class Studio:
         if not str(prompt or "").strip(): raise CourseError("no prompt was given: wanted words to draw")
         spell = lambda text: replace_placeholders(text, self.words)
         negative = spell(negative_prompt) if negative_prompt else None
-        asked = spell(prompt), negative, int(seed), int(steps), float(guidance)
+        asked = spell(prompt), negative, int(seed), steps and int(steps), float(guidance)
         with self.lock:
             if asked != self.asked: self.before, self.asked = self._picture(asked, [0.0]*len(self.names)), asked
             return self.before, self._picture(asked, list(scales)) if any(scales) else self.before
@@ -116,12 +117,12 @@ def add_to_history(
 def make_interface(
     studio:Studio,
     prompt:str = "", # to begin with
-    steps:int = 20,
+    steps:int = None, # as many as the sampler usually needs
     guidance:float = 3.0,
     seed:int = 0,
 ): # gradio.Blocks; `.launch()` opens it
     "A page around a studio; CourseError without gradio."
-    gr = load_gradio()
+    gr, steps = load_gradio(), steps_to_take(steps, studio.pipeline.scheduler)
     def draw(prompt, negative, seed, steps, guidance, history, *scales):
         try: before, after = studio.draw(prompt, negative, seed or 0, steps, guidance, scales)
         except CourseError as error: raise gr.Error(str(error)) from error
@@ -150,7 +151,8 @@ class AppConfig:
     model: str = option("tiny", "tiny, a folder, a hub id or one .safetensors file")
     prompt: str | None = option(None, "to begin with; not given: what the run drew")
     seed: int = option(0, "to begin with", SEEDS)
-    num_inference_steps: int = option(GenerateConfig.num_inference_steps, "to begin with", "1 .. 100")
+    num_inference_steps: int | None = option(None, "to begin with; not given: as many as the sampler usually needs",
+        "1 .. 100")
     guidance_scale: float = option(GenerateConfig.guidance_scale, "to begin with", "0 .. 20")
     mixed_precision: str | None = option(None, "number format of the networks; fp16 on a GPU when not given",
         choices=("no", "fp16", "bf16"))

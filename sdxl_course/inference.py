@@ -24,7 +24,7 @@ from .world.scene import STYLES
 from .world.captions import caption_words
 from .model.components import load_components
 from .model.conditioning import removed_text
-from .model.samplers import SamplerOptions, named_scheduler
+from .model.samplers import SamplerOptions, named_scheduler, steps_to_take
 from .model.prompts import PromptOptions, plain_text
 from .model.sampling import Film, StartOptions, generate, own_generator, picture_size, save_film
 from .model.sampling import DrawOptions, save_picture
@@ -334,14 +334,14 @@ def picture_notes(
 def _draw(config, pipeline, plan, rows, words, film, refiner):
     "The pictures of some rows and the strengths that drew them; and what stands for options that were not given."
     spell, (size, batch) = lambda text: replace_placeholders(text, words), drawing_size(config, pipeline)
-    (prompts, negatives, seeds), finish, steps = zip(*rows), None, config.num_inference_steps
-    shared = dict(num_inference_steps=steps, guidance_scale=config.guidance_scale, batch_size=batch,
-        progress=is_interactive(), clip_skip=config.clip_skip, prompt_weights=config.prompt_weights,
-        **fields_of(config, SamplerOptions))
+    (prompts, negatives, seeds), finish, asked = zip(*rows), None, config.num_inference_steps
+    config = replace(config, num_inference_steps=steps_to_take(asked, pipeline.scheduler, config.scheduler))
+    shared = dict(batch_size=batch, progress=is_interactive(), clip_skip=config.clip_skip,
+        prompt_weights=config.prompt_weights, **fields_of(config, DrawOptions), **fields_of(config, SamplerOptions))
     more = dict(size=size, max_token_length=config.max_token_length)
     if config.control_image: more |= steering(pipeline, config.control_image, size, config.control_scale)
     if refiner:
-        split_steps(pipeline, refiner, steps, config.denoising_end, config.scheduler)
+        split_steps(pipeline, refiner, config.num_inference_steps, config.denoising_end, config.scheduler)
         seeds, finish = [own_generator(seed) for seed in seeds], partial(refine, refiner, **shared,
             denoising_start=config.denoising_end)
         more |= dict(latents=True, denoising_end=config.denoising_end)

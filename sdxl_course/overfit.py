@@ -56,6 +56,7 @@ class OverfitConfig(DrawOptions):
     rank: int = option(16, "rank of the LoRA, where the way names no other", limit="1 ..")
     num_prompts: int = option(8, "pictures in the style, of new contents", limit="1 .. 16")
     num_unrelated: int = option(8, "pictures of prompts that have nothing to do with the style", limit="1 .. 12")
+    num_inference_steps: int = option(8, "how often the UNet is asked", "1 .. 1000")
 
     def __post_init__(self): check_limits(self)
 

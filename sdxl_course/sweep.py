@@ -66,6 +66,7 @@ class SweepConfig(DrawOptions):
     max_train_steps: int = option(160, "updates of each training", limit="1 ..")
     train_batch_size: int = option(4, "pictures of each update", limit="1 ..")
     num_prompts: int = option(16, "pictures in the style that are judged", limit="1 .. 16")
+    num_inference_steps: int = option(8, "how often the UNet is asked", "1 .. 1000")
 
     def __post_init__(self): check_limits(self)
 

@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'SDXL', 'TINY', 'REFINER', 'sdxl_architecture', 'tiny_archi
 
 # %% ../../nbs/library/model_architecture.ipynb #2225e58e
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel, UniPCMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from ..core import seeded
 from .components import SDXLComponents
@@ -21,7 +21,7 @@ SHARED = dict( # what is the same at every size of SDXL
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
     vae=dict(latent_channels=4, scaling_factor=0.13025, force_upcast=True),
     scheduler=dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-        steps_offset=1, timestep_spacing="leading", prediction_type="epsilon",
+        steps_offset=1, prediction_type="epsilon",
         clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True)) # read by samplers that are made from this one
 
 # %% ../../nbs/library/model_architecture.ipynb #d25fc268
@@ -33,7 +33,8 @@ SDXL = dict( # the published sizes of SDXL 1.0 (Podell et al., 2023)
     unet=dict(sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
         transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
         addition_time_embed_dim=256, projection_class_embeddings_input_dim=6*256 + 1280),
-    vae=dict(sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32))
+    vae=dict(sample_size=1024, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32),
+    scheduler=dict(timestep_spacing="leading"))
 
 # %% ../../nbs/library/model_architecture.ipynb #dc5e195d
 TINY = dict( # the sizes of sdxl-tiny: the same plan, about a hundredth of the parameters
@@ -44,11 +45,13 @@ TINY = dict( # the sizes of sdxl-tiny: the same plan, about a hundredth of the p
     unet=dict(sample_size=32, block_out_channels=(64, 96, 192), layers_per_block=1,
         transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 3, 6), cross_attention_dim=64 + 128,
         addition_time_embed_dim=32, projection_class_embeddings_input_dim=6*32 + 128),
-    vae=dict(sample_size=128, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4))
+    vae=dict(sample_size=128, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4),
+    scheduler=dict(timestep_spacing="trailing")) # it begins at the last noise level (Lin et al., 2024)
 
 # %% ../../nbs/library/model_architecture.ipynb #60a962f1
 def _build(
     sizes:dict, # SDXL or TINY
+    sampler, # class of diffusers: the one to draw with by default
     name:str, # what to call the result
     device, # where the weights are made
 )->SDXLComponents: # parts without tokenizers
@@ -62,14 +65,14 @@ def _build(
         unet=UNet2DConditionModel(**sizes["unet"]), vae=AutoencoderKL(**sizes["vae"], **kinds))
     for network in networks.values(): network.eval()
     return SDXLComponents(tokenizer=None, tokenizer_2=None, **networks,
-        scheduler=EulerDiscreteScheduler.from_config(sizes["scheduler"]), name=name)
+        scheduler=sampler.from_config(sizes["scheduler"]), name=name)
 
 # %% ../../nbs/library/model_architecture.ipynb #c706acc5
 def sdxl_architecture(
     device="meta", # "meta" holds shapes only; a real device draws 3.5 billion random numbers
 )->SDXLComponents: # SDXL 1.0 without trained weights and without tokenizers
     "SDXL 1.0 from its published configuration (Podell et al., 2023), for counting and planning."
-    return _build(SDXL, "sdxl-architecture", device)
+    return _build(SDXL, EulerDiscreteScheduler, "sdxl-architecture", device)
 
 # %% ../../nbs/library/model_architecture.ipynb #0bf98de2
 def tiny_architecture(
@@ -81,7 +84,7 @@ def tiny_architecture(
     sizes = {**TINY, **{part: {**TINY[part], **ids} for part in ("text_encoder", "text_encoder_2")}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded("tiny_architecture", seed).initial_seed())
-        return _build(sizes, "tiny-architecture", "cpu")
+        return _build(sizes, UniPCMultistepScheduler, "tiny-architecture", "cpu")
 
 # %% ../../nbs/library/model_architecture.ipynb #265e8423
 REFINER = dict( # sizes of sdxl-tiny's refiner, in the plan of SDXL 1.0's

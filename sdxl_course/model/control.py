@@ -105,7 +105,7 @@ def generate_controlled(
     prompts:list, # one string per picture; "": no words
     pictures:list, # one PIL image per picture; for several networks one list of them per picture
     seeds:list, # one whole number per picture
-    num_inference_steps:int=20, # denoising steps
+    num_inference_steps:int=None, # denoising steps; None: as many as the sampler usually needs
     guidance_scale:float=3.0, # 1: the prompt as it is; more: beyond it
     batch_size:int=8, # pictures at a time
     **more, # controlnet_conditioning_scale, adapter_conditioning_scale and the like

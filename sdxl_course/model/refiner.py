@@ -17,7 +17,7 @@ from ..core import CourseError, check_finite
 from ..options import is_set, option
 from .folders import read_json
 from .components import load_part, quiet, resolve_folder, tiny_path
-from .samplers import named_scheduler
+from .samplers import named_scheduler, steps_to_take
 from .prompts import negative_rows, plain_text
 from .sampling import generate, negative_for_each, own_generator, pair_seeds, pipeline_around
 from .sampling import sample_pictures
@@ -158,7 +158,7 @@ def refine(
     negative_prompt=None, # what to go away from; one for all, or one for each
     aesthetic_score:float=6., # of the pictures that are wanted
     negative_aesthetic_score:float=2.5, # of those that are not
-    num_inference_steps:int=20, # of base model and refiner together
+    num_inference_steps:int=None, # of both together; None: as many as the sampler usually needs
     guidance_scale:float=3.0, # as in `generate`
     clip_skip:int=None, # as in `generate`
     prompt_weights:bool=False, # the prompts have brackets, which are left out
@@ -190,7 +190,10 @@ def generate_refined(
         raise CourseError("got a picture to begin with and a refiner: wanted one of both, since the refiner goes on "
             "where the base model stops drawing from noise")
     prompts, seeds = pair_seeds(prompts, seeds)
-    split_steps(pipeline, refiner, options.get("num_inference_steps", 20), denoising_end, options.get("scheduler"))
+    scheduler = options.get("scheduler")
+    steps = steps_to_take(options.pop("num_inference_steps", None), pipeline.scheduler, scheduler)
+    split_steps(pipeline, refiner, steps, denoising_end, scheduler)
+    options |= dict(num_inference_steps=steps)
     generators = [own_generator(seed) for seed in seeds]
     drawn = generate(pipeline, prompts, generators, negative_prompt=negative_prompt,
         denoising_end=float(denoising_end), **options | dict(latents=True))

@@ -23,7 +23,7 @@ from .components import quiet
 from .conditioning import check_clip_skip
 from .noise import NoiseSchedule
 from .latents import decode_latents, native_resolution, side_step
-from .samplers import guided_between, named_scheduler
+from .samplers import guided_between, named_scheduler, steps_to_take
 from .prompts import prompt_rows
 
 # %% ../../nbs/library/model_sampling.ipynb #35a4396a
@@ -68,7 +68,7 @@ def sample_pictures(
     prompts:dict, # arguments of the pipeline, one row per picture: prompt, or prompt_embeds and its companions
     seeds:list, # one whole number per picture, or a torch.Generator that goes on
     size:tuple, # (height, width) in pixels; None: the pictures among the prompts say it
-    steps:int=20, # denoising steps
+    steps:int=None, # denoising steps; None: as many as the sampler usually needs
     guidance:float=3.0, # scale of classifier-free guidance (Ho and Salimans, 2022)
     batch_size:int=8, # pictures at a time
     scheduler=None, # another one than the pipeline's own, or its name in SAMPLERS
@@ -81,6 +81,7 @@ def sample_pictures(
 )->list: # PIL images, or latents (c, h, w)
     "Draw pictures, each of which depends only on its own prompt and seed (up to rounding)."
     pictures, size = [], {} if size is None else dict(zip(("height", "width"), size))
+    steps = steps_to_take(steps, pipeline.scheduler, scheduler)
     with _ready(pipeline, scheduler, progress), guided_between(pipeline, guidance_interval):
         for i in range(0, len(seeds), batch_size):
             batch = slice(i, i + batch_size)
@@ -99,7 +100,7 @@ def draw_pictures(
     empty, # the same for no prompt
     seeds:list, # one whole number per picture
     size:int=None, # side in pixels; None: what the model knows
-    steps:int=20, # denoising steps
+    steps:int=None, # denoising steps; None: as many as the sampler usually needs
     guidance:float=3.0, # scale of classifier-free guidance
     around=lambda pipeline: pipeline, # makes another pipeline of the same parts, see `pipeline_around`
     **given, # to that pipeline for each picture: image
@@ -195,7 +196,8 @@ def fitting_size(
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
     "How long, and how hard, the UNet is asked."
-    num_inference_steps: int = option(20, "how often the UNet is asked", "1 .. 1000")
+    num_inference_steps: int | None = option(None, "how often the UNet is asked; not given: as often as the sampler "
+        "usually needs, 20 times with Euler's and 8 with UniPC", "1 .. 1000")
     guidance_scale: float = option(3.0, "how hard to push towards the prompt", "0 ..")
 
 # %% ../../nbs/library/model_sampling.ipynb #6599e4e3
@@ -258,7 +260,7 @@ def generate(
     pipeline, # StableDiffusionXLPipeline, as `load_pipeline` gives it
     prompts, # one string or several
     seeds, # one whole number, or one per prompt
-    num_inference_steps:int=20, # denoising steps
+    num_inference_steps:int=None, # denoising steps; None: as many as the sampler usually needs
     guidance_scale:float=3.0, # 1: the prompt as it is; more: beyond it
     size=None, # side or (height, width) in pixels; None: what the model was made for
     batch_size:int=8, # pictures at a time; changes the speed only
@@ -275,10 +277,11 @@ def generate(
 )->list: # PIL images, or latents (c, h, w)
     "Draw prompts, one picture per prompt and seed; CourseError for what does not fit together."
     prompts, seeds = pair_seeds(prompts, seeds)
-    _check_numbers(pipeline, num_inference_steps, batch_size, clip_skip, 1 if init_image is None else strength)
+    steps = steps_to_take(num_inference_steps, pipeline.scheduler, scheduler)
+    _check_numbers(pipeline, steps, batch_size, clip_skip, 1 if init_image is None else strength)
     rows = prompt_rows(pipeline, prompts, negative_for_each(negative_prompt, len(prompts)), prompt_weights,
         max_token_length, clip_skip)
-    return _sample(pipeline, rows, seeds, size, init_image, mask, strength, steps=num_inference_steps,
+    return _sample(pipeline, rows, seeds, size, init_image, mask, strength, steps=steps,
         guidance=guidance_scale, batch_size=batch_size, scheduler=scheduler, progress=progress, clip_skip=clip_skip,
         **more)
 

@@ -109,6 +109,6 @@ def save_refiner(
         ("tokenizer_2", "CLIPTokenizer"))} | {"vae": ["diffusers", "AutoencoderKL"]}
     none = dict.fromkeys(("text_encoder", "tokenizer"), [None, None])
     write_json(folder/"model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline", **ours, **none,
-        "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False})
     return True

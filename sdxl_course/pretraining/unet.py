@@ -106,7 +106,7 @@ SAMPLE_PROMPTS = ("a photo of a red chair in the snow", "a photo of a blue car i
 def sample_pictures(
     components, # SDXLComponents
     prompts, # what to draw
-    steps:int=20, # of the Euler sampler
+    steps:int=20, # denoising steps
     guidance:float=3., # weight of the words
 )->list: # PIL images
     "Draw with the stock pipeline; picture k starts from noise of its own."

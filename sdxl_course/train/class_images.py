@@ -24,6 +24,7 @@ from ..options import is_within, option
 from ..model.components import NETWORKS
 from ..model.conditioning import empty_prompt_embeds, encode_prompts
 from ..model.latents import check_resolution, vae_dtype
+from ..model.samplers import sampler_of
 from ..model.sampling import draw_pictures, inference_scheduler, save_picture
 from ..data.files import is_picture, list_files, list_folder, train_split, wanted_files, why_unread
 from ..data.metadata import METADATA, SIDECARS, caption_list
@@ -176,15 +177,16 @@ def drawing_settings(
     config, # DreamBoothConfig
     precision:str, # fp32, fp16 or bf16
     weights:str="", # see `weights_name`
-    predicts:str=None, # prediction type of the scheduler that draws, where it is known
+    scheduler=None, # that draws, where it is known
 )->dict: # plain values
     "All that a class picture depends on, besides its number."
     vae = config.pretrained_vae_model_name_or_path
     more = dict(clip_skip=config.clip_skip) if config.clip_skip else {}
+    predicts, steps = (scheduler.config.prediction_type, sampler_of(scheduler).steps) if scheduler else (None, None)
     return more | dict(prompt=config.class_prompt, max_token_length=config.max_token_length, model=model_name(config),
         revision=config.revision, vae=vae and Path(vae).name, weights=weights,
         prediction_type=predicts or config.prediction_type, rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        precision=precision, seed=config.seed or 0, size=config.resolution, steps=20, guidance=3.0)
+        precision=precision, seed=config.seed or 0, size=config.resolution, steps=steps, guidance=3.0)
 
 # %% ../../nbs/library/train_class_images.ipynb #764a2567
 def _differing(
@@ -357,8 +359,7 @@ def complete_class(
     found = read_settings(folder) if any(Path(folder).glob("class-*.png")) else {} # of pictures that are there
     precision = drawing_precision(config, found, missing, group.device, log)
     base, trainable = _drawn_and_trained(config, components, precision, missing, group.device)
-    wanted = drawing_settings(config, precision, *((weights_name(base), base.scheduler.config.prediction_type)
-        if base else ()))
+    wanted = drawing_settings(config, precision, *((weights_name(base), base.scheduler) if base else ()))
     if found: log_differences(folder, found, wanted, log)
     group.wait_for_everyone() # all have looked before anyone writes
     if group.is_main_process and not found: write_json(Path(folder)/SETTINGS_FILE, wanted)
