@@ -312,6 +312,13 @@ def test_every_picture_is_drawn_again_to_the_last_bit(toy_model, loras, tmp_path
     assert gap(again, pictures[3:]) == 0
 
 
+def test_steps_that_nobody_asked_for_are_written_down_too(toy_model, tmp_path, capsys):
+    pictures, notes = run(tmp_path / "out", "--model", toy_model, "--prompt", "a cat")
+    assert "Steps: 20, Sampler: Euler" in notes[0]["parameters"] and notes[0]["steps"] == "20"
+    again, _ = run(tmp_path / "again", "--from", tmp_path / "out" / "image_000.png")
+    assert gap(again, pictures) == 0 and "to the last bit" in capsys.readouterr().out
+
+
 def test_a_picture_from_a_picture_is_drawn_again(toy_model, tmp_path, capsys):
     begin, mask = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)), Image.new("L", (64, 64), 255)
     for one, name in ((begin, "begin.png"), (mask, "mask.png")): one.save(tmp_path / name)

@@ -12,7 +12,7 @@ from sdxl_course.model.latents import decode_latents
 from sdxl_course.model.lora_files import save_lora
 from sdxl_course.model.lora_scales import fused_loras, lora_layers, set_lora_scale, swap_lora
 from sdxl_course.model.prompts import prompt_rows, read_weights, weighted_prompts
-from sdxl_course.model.samplers import SAMPLERS, guided_between, named_scheduler, noise_level
+from sdxl_course.model.samplers import SAMPLERS, guided_between, named_scheduler, noise_level, steps_to_take
 from sdxl_course.model.sampling import Film, generate, start_from
 
 QUICK = dict(num_inference_steps=2)
@@ -31,6 +31,20 @@ def test_every_sampler_draws_each_picture_from_its_own_seed(pipeline, name):
     both = generate(pipeline, ["a cat", "a mug"], [3, 4], scheduler=name, num_inference_steps=3)
     assert pipeline.scheduler is own and gap(both[1:], generate(pipeline, "a mug", 4, scheduler=name, num_inference_steps=3)) <= 1
     assert gap(both[:1], both[1:]) > 1
+
+
+@pytest.mark.parametrize("options, steps", [({}, 20), (dict(scheduler="unipc"), 8), (dict(scheduler="lcm"), 4), (dict(scheduler="unipc", num_inference_steps=3), 3)], ids=str)
+def test_where_nobody_says_how_many_steps_the_sampler_does(pipeline, options, steps):
+    seen = []
+    hook = pipeline.unet.conv_in.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    try: generate(pipeline, "a cat", 3, **options)
+    finally: hook.remove()
+    assert len(seen) == steps
+
+
+def test_the_shipped_model_takes_few_steps():
+    tiny = load_components("tiny").scheduler
+    assert (type(tiny).__name__, tiny.config.timestep_spacing, steps_to_take(None, tiny)) == ("UniPCMultistepScheduler", "trailing", 8)
 
 
 def test_a_sampler_by_name_is_that_of_diffusers(pipeline):
