@@ -145,7 +145,7 @@ def draw_scenes(
         seeds = [10_000*config.seed + k + i for i in range(len(part))]
         if pipeline is None: pictures += [render(scene) for scene in part]
         else: pictures += generate(pipeline, [prompt_of(scene) for scene in part], seeds, config.num_inference_steps,
-            config.guidance_scale, batch_size=config.batch_size, progress=is_interactive())
+            config.guidance_scale, batch_size=config.batch_size, progress=is_interactive(), scheduler=config.scheduler)
         seconds += [(time.perf_counter() - began)/len(part)]*len(part)
     return pictures, seconds
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, seeded, write_atomic, write_json
 from .devices import provenance
 from .options import option, writable_folder
+from .model.samplers import SAMPLERS
 from .model.sampling import generate, save_picture
 from .data.metadata import read_lines
 from .data.check import read_dataset
@@ -55,6 +56,8 @@ class JudgeOptions:
     dino: str | None = option(None, _SAID["dino"])
     prompts: str | None = option(None, _SAID["prompts"])
     num_images: int = option(2, "pictures of each of --prompts", "1 ..")
+    scheduler: str | None = option(None, "the sampler to draw with; the model's own when not given",
+        choices=tuple(SAMPLERS))
     lora_scale: float = option(1.0, "strength of --lora", "-1000 .. 1000")
     validation_data_dir: str | None = option(None, _SAID["validation_data_dir"])
     markdown: str | None = option(None, "Markdown file to write")
@@ -129,7 +132,7 @@ def draw_into(
 def drawing_options(config)->dict: # arguments of `generate`
     "How to draw, as the options say."
     return dict(num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-        batch_size=config.batch_size)
+        batch_size=config.batch_size, scheduler=config.scheduler)
 
 # %% ../nbs/library/judge.ipynb #dd7701aa
 def draw_both(

@@ -134,8 +134,9 @@ def score_section(
     found, ceiling = scores["evaluation"], scores.get("ceiling", {})
     names = [name for name in found if f"{name}_interval" in found and name != "seconds_per_image"]
     asked = lambda name: name in ("num_prompts", "num_held_out", "num_inference_steps", "guidance_scale", "batch_size",
-        "seed", "fidelity", "vae")
-    settings = " ".join(f"--{name} {value}" for name, value in found["settings"].items() if asked(name))
+        "seed", "fidelity", "vae", "scheduler")
+    settings = " ".join(f"--{name} {value}" for name, value in found["settings"].items()
+        if asked(name) and value is not None)
     through = "\n".join(vae_row(style, one) for style, one in found.get("vae", {}).items())
     return SCORE_SECTION.format(settings=settings, number=found["num_pictures"], seconds=found["seconds_per_image"],
         rows="\n".join([*(score_row(name, found, ceiling) for name in names), *fidelity_rows(found, ceiling)]),
