@@ -94,7 +94,7 @@ def save_before_after(
 class DemoConfig:
     "Teach the small model a style: before and after."
     output_dir: str = option("sdxl-course-demo", "folder for what it makes")
-    steps: int = option(140, "of training", limit="1 ..")
+    steps: int = option(220, "of training", limit="1 ..")
     num_prompts: int = option(16, "how many prompts are drawn, before and after", limit="1 .. 16")
     seed: int = option(0, "decides every draw", limit=SEEDS)
 
