@@ -34,7 +34,7 @@ from .measure.distributions import frechet_distance, judge_features, patch_dista
 from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_attributes, right_answers
 from .measure.judges import vae_scores, vae_table
 from .measure.subject import SUBJECT_COLOR, SubjectJudge
-from .judge import JudgeOptions, check_general, check_output, is_general, judge_pictures
+from .judge import JudgeOptions, check_general, check_output, drawing_options, is_general, judge_pictures
 from .checkpoint_sweep import sweep_run
 
 # %% ../nbs/library/evaluate.ipynb #c3346823
@@ -144,8 +144,8 @@ def draw_scenes(
         part, began = scenes[k:k + config.batch_size], time.perf_counter()
         seeds = [10_000*config.seed + k + i for i in range(len(part))]
         if pipeline is None: pictures += [render(scene) for scene in part]
-        else: pictures += generate(pipeline, [prompt_of(scene) for scene in part], seeds, config.num_inference_steps,
-            config.guidance_scale, batch_size=config.batch_size, progress=is_interactive(), scheduler=config.scheduler)
+        else: pictures += generate(pipeline, [prompt_of(scene) for scene in part], seeds, progress=is_interactive(),
+            **drawing_options(config))
         seconds += [(time.perf_counter() - began)/len(part)]*len(part)
     return pictures, seconds
 

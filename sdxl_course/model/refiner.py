@@ -191,9 +191,9 @@ def generate_refined(
             "where the base model stops drawing from noise")
     prompts, seeds = pair_seeds(prompts, seeds)
     scheduler = options.get("scheduler")
-    steps = steps_to_take(options.pop("num_inference_steps", None), pipeline.scheduler, scheduler)
+    steps = steps_to_take(options.get("num_inference_steps"), pipeline.scheduler, scheduler)
     split_steps(pipeline, refiner, steps, denoising_end, scheduler)
-    options |= dict(num_inference_steps=steps)
+    options["num_inference_steps"] = steps
     generators = [own_generator(seed) for seed in seeds]
     drawn = generate(pipeline, prompts, generators, negative_prompt=negative_prompt,
         denoising_end=float(denoising_end), **options | dict(latents=True))
