@@ -6,7 +6,7 @@ import pytest
 from sdxl_course import sweep
 from sdxl_course.sweep import SweepConfig, TASKS, WAYS, best_rate, main, run_sweep, seconds_needed, summary, trainings_of, training_of
 
-SHORT = dict(ways="rank_1", learning_rates=[1e-3, 2e-3], seeds=2, max_train_steps=2, train_batch_size=1, num_prompts=2, num_inference_steps=1)
+SHORT = dict(ways="rank_1", learning_rates=[1e-3, 2e-3], max_rates=2, seeds=2, max_train_steps=2, train_batch_size=1, num_prompts=2, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -27,6 +27,16 @@ def test_every_way_is_swept_before_it_is_compared():
         rows.append(dict(task=task, way=way, rate=rate, seed=seed, validation_loss=loss[way](rate)))
         if judge: judged.append((task, way, rate, seed))
     assert judged == [(task, way, rate, seed) for task in TASKS for way, rate in (("rank_1", 4e-3), ("dora", 5e-4)) for seed in range(3)]
+    tried = {way: {row["rate"] for row in rows if row["way"] == way} for way in loss}
+    assert tried == {"rank_1": {5e-4, 1e-3, 2e-3, 4e-3, 8e-3}, "dora": {2.5e-4, 5e-4, 1e-3, 2e-3}}  # until the best lies between two worse ones
+
+
+def test_rates_beyond_the_first_end_where_they_should():
+    rows, seen = [], []
+    for task, way, rate, seed, judge in trainings_of(SweepConfig(ways="dora", seeds=1, max_rates=5), rows):
+        rows.append(dict(task=task, way=way, rate=rate, seed=seed, validation_loss=-rate))  # higher is always better
+        if not judge and task == "style": seen.append(rate)
+    assert seen == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 
 def test_a_training_that_blew_up_is_no_best_one():
