@@ -44,13 +44,13 @@ ATTENTION = dict(rank=8) # what the others are held against
 WAYS = {**{f"rank_{rank}": dict(rank=rank) for rank in (1, 2, 4, 8, 16, 64)}, # name -> options of the trainer
     "dora": dict(ATTENTION, use_dora=True), "rslora_64": dict(rank=64, use_rslora=True),
     "pissa": dict(ATTENTION, init_lora_weights="pissa"), "loraplus": dict(ATTENTION, loraplus_lr_ratio=16),
-    "loha": dict(rank=4, adapter="loha"), "lokr": dict(ATTENTION, adapter="lokr"),
+    "loha": dict(rank=4, adapter="loha"), "lokr": dict(ATTENTION, adapter="lokr"), "oft": dict(ATTENTION, adapter="oft"),
     "queries": dict(rank=32, lora_layers="to_q"), "keys": dict(rank=32, lora_layers="to_k"),
     "values": dict(rank=32, lora_layers="to_v"), "outputs": dict(rank=32, lora_layers="to_out.0"),
     "queries_values": dict(rank=16, lora_layers="to_q,to_v"),
     "feedforward": dict(rank=4, lora_layers="attention+feedforward"),
     "everything": dict(rank=2, lora_layers="attention+feedforward+convolution")}
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 TASKS = ("style", "subject") # old book illustrations; the green chair
 
 # %% ../nbs/library/sweep.ipynb #e1712a3c

@@ -47,13 +47,14 @@ def test_every_k_plus_the_rest_equals_n_byte_for_byte(train):
     for name in ("pytorch_lora_weights.safetensors", "training_log.jsonl"): assert done[name] == want[name]
 
 
-@pytest.mark.parametrize("adapter", ["loha", "lokr"])
-def test_resume_is_exact_with_other_adapters(train, adapter):
-    options = dict(max_train_steps=4, checkpointing_steps=2, adapter=adapter, train_text_encoder=True, lora_layers="attention+convolution")
+@pytest.mark.parametrize("adapter, file, more", [("loha", "lycoris", dict(train_text_encoder=True, lora_layers="attention+convolution")),
+    ("lokr", "lycoris", dict(train_text_encoder=True, lora_layers="attention+convolution")), ("oft", "adapter_model", dict(lora_layers="attention+feedforward"))], ids=str)
+def test_resume_is_exact_with_other_adapters(train, adapter, file, more):
+    options = dict(max_train_steps=4, checkpointing_steps=2, adapter=adapter, **more)
     straight = train("straight", **options).output_dir
     again = resumed(train, straight, 2, options)
     assert lasting(again, 4) == lasting(straight, 4)
-    assert (again / "lycoris.safetensors").read_bytes() == (straight / "lycoris.safetensors").read_bytes()
+    assert (again / f"{file}.safetensors").read_bytes() == (straight / f"{file}.safetensors").read_bytes()
 
 
 # every pair of these options occurs in some row; flips, dropped captions, offset noise and measuring are in all of them

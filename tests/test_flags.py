@@ -215,7 +215,8 @@ TABLE = [  # model
     ("use_dora", True, {}, lambda a, b: any("lora_magnitude_vector" in n for n in tensors(a)) and differ(a, b)), ("use_rslora", True, {}, lambda a, b: note(a)["use_rslora"] and differ(a, b)),
     *[("init_lora_weights", name, {}, lambda a, b: differ(a, b) and a.result.validation_loss_before == pytest.approx(b.result.validation_loss_before, rel=1e-4))
         for name in ("default", "pissa", "pissa_niter_4", "olora", "orthogonal")],
-    *[("adapter", name, {}, lambda a, b, sign=sign: differ(a, b) and any(sign in n for n in load_tensors(a.folder / "lycoris.safetensors")[0])) for name, sign in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"))],
+    *[("adapter", name, {}, lambda a, b, file=file, sign=sign: differ(a, b) and any(sign in n for n in load_tensors(a.folder / f"{file}.safetensors")[0]))
+        for name, file, sign in (("loha", "lycoris", "hada_w1_a"), ("lokr", "lycoris", "lokr_w1"), ("oft", "adapter_model", "oft_R.weight"))],
     ("train_text_encoder", True, {}, lambda a, b: {n.split(".")[0] for n in tensors(a)} == {"unet", "text_encoder", "text_encoder_2"} and {n.split(".")[0] for n in tensors(b)} == {"unet"}),
     ("debug_loss", True, {}, lambda a, b: "loss_of" in a.log[0].keys() - b.log[0].keys() and all(len(row["loss_of"]) in (1, 2) for row in a.log)),
     # machine and sharing
@@ -609,6 +610,8 @@ STRUCK = dict(  # command -> (options that cannot be together, a neighbour that 
     (dict(block_lr="up"), dict(block_lr=" up = 1E-4, mid_block=.5")), (dict(text_encoder_lr=[1e-4] * 3), dict(text_encoder_lr=[1e-4] * 2)), (dict(output_dir="d/run"), dict(output_dir="d/.run")),
     (dict(use_dora=True, init_lora_weights="pissa"), dict(use_dora=True, init_lora_weights="orthogonal")), (dict(ema_decay=0.5), dict(ema_decay=0.5, use_ema=True)),
     (dict(adapter="loha", use_dora=True), dict(adapter="loha")), (dict(adapter="lokr", lora_alpha=2.0), dict(adapter="lokr", lora_alpha=4.0)),
+    (dict(adapter="oft", lora_alpha=2.0), dict(adapter="oft", lora_alpha=4.0)), (dict(adapter="oft", train_text_encoder=True), dict(adapter="oft")),
+    (dict(adapter="oft", lora_layers="attention+convolution"), dict(adapter="oft", lora_layers="attention+feedforward")),
     (dict(init_lora_weights="orthogonal", rank=3), dict(init_lora_weights="orthogonal", rank=4)),
     (dict(init_lora_weights="olora", lora_layers="attention+feedforward+convolution"), dict(init_lora_weights="olora", lora_layers="attention+feedforward")),
     (dict(use_aspect_ratio_buckets=True, resolution=16), dict(use_aspect_ratio_buckets=True, resolution=32)), (dict(init_lora="f", init_lora_weights="pissa"), dict(init_lora="f")),

@@ -28,7 +28,7 @@ def test_every_way_is_swept_before_it_is_compared():
         if judge: judged.append((task, way, rate, seed))
     assert judged == [(task, way, rate, seed) for task in TASKS for way, rate in (("rank_1", 4e-3), ("dora", 5e-4)) for seed in range(3)]
     tried = {way: {row["rate"] for row in rows if row["way"] == way} for way in loss}
-    assert tried == {"rank_1": {5e-4, 1e-3, 2e-3, 4e-3, 8e-3}, "dora": {2.5e-4, 5e-4, 1e-3, 2e-3}}  # until the best lies between two worse ones
+    assert tried == {"rank_1": {1e-3, 2e-3, 4e-3, 8e-3}, "dora": {2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3}}  # until the best lies between two worse ones
 
 
 def test_rates_beyond_the_first_end_where_they_should():
@@ -36,7 +36,7 @@ def test_rates_beyond_the_first_end_where_they_should():
     for task, way, rate, seed, judge in trainings_of(SweepConfig(ways="dora", seeds=1, max_rates=5), rows):
         rows.append(dict(task=task, way=way, rate=rate, seed=seed, validation_loss=-rate))  # higher is always better
         if not judge and task == "style": seen.append(rate)
-    assert seen == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert seen == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 
 
 def test_a_training_that_blew_up_is_no_best_one():

@@ -16,7 +16,7 @@ import torch
 import warnings
 from contextlib import contextmanager
 from diffusers.utils import logging as diffusers_logging
-from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from torch import nn
 from ..core import CourseError, nearest, seeded
 from .components import quiet
@@ -30,15 +30,17 @@ from dataclasses import dataclass
 _RATE = r"\s*[\w.]+\s*=\s*(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*"
 BLOCK_RATES = re.compile(f"{_RATE}(,{_RATE})*", re.IGNORECASE) # down=1e-5,up=1e-4
 
-ADAPTERS = dict(lora=LoraConfig, loha=LoHaConfig, lokr=LoKrConfig) # kinds of change, by PEFT
+ADAPTERS = dict(lora=LoraConfig, loha=LoHaConfig, lokr=LoKrConfig, oft=OFTConfig) # kinds of change, by PEFT
 
 INIT_RULES = (
     (lambda c: c.adapter != "lora" and (c.use_dora or c.use_rslora or c.lora_dropout or c.init_lora
             or c.loraplus_lr_ratio or c.init_lora_weights != "gaussian"),
         "--use_dora, --use_rslora, --lora_dropout, --init_lora, --init_lora_weights and --loraplus_lr_ratio belong to "
         "--adapter lora: leave them out"),
-    (lambda c: c.adapter == "lokr" and c.lora_alpha not in (None, c.rank),
-        "--lora_alpha is not heeded by other programs in a --adapter lokr: leave it out"),
+    (lambda c: c.adapter in ("lokr", "oft") and c.lora_alpha not in (None, c.rank),
+        "--lora_alpha is not heeded by other programs in a --adapter lokr, and an oft has none: leave it out"),
+    (lambda c: c.adapter == "oft" and (c.train_text_encoder or "conv" in c.lora_layers),
+        "--adapter oft turns the inputs of the UNet's matrices: leave --train_text_encoder and convolutions out"),
     (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2,
         "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),
     (lambda c: c.init_lora_weights.startswith(("pissa", "olora", "orthogonal")) and "conv" in c.lora_layers,
@@ -51,7 +53,7 @@ INIT_RULES = (
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
     "Which layers learn, and how wide."
-    adapter: str = option("lora", "kind of change: lora, loha or lokr", choices=tuple(ADAPTERS), resume="never")
+    adapter: str = option("lora", "kind of change: lora, loha, lokr or oft", choices=tuple(ADAPTERS), resume="never")
     rank: int = option(4, "width of the low-rank path", "1 .. 4096", resume="never")
     lora_alpha: float | None = option(None, "strength: the path is scaled by alpha / rank; none: alpha = rank",
         "> 0 ..", resume="never")
@@ -236,7 +238,7 @@ def _init_A(
 
 # %% ../../nbs/library/model_adapters.ipynb #e5455ae6
 LORA_NAME = re.compile(
-    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|(?:hada|lokr)_\w+)"
+    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector|(?:hada|lokr|oft)_\w+)"
     r"\.(?P<adapter>[^.]+?)(?:\.weight)?")
 
 def lora_parameters(
@@ -294,13 +296,16 @@ def add_lora(
     use_rslora:bool=False, # alpha / sqrt(rank) instead: rsLoRA (Kalajdzievski, 2023)
     adapter_name:str="default", # name inside the model
     generator=None, # torch.Generator that draws A; None: torch's global one
-    adapter:str="lora", # or loha (Hyeon-Woo et al., 2022), lokr (Yeh et al., 2023), without the options above
+    adapter:str="lora", # or loha (Hyeon-Woo et al., 2022), lokr (Yeh et al., 2023), without the options above;
+    # or oft (Qiu et al., 2023): turns each layer's inputs, in `rank` blocks
 ): # the same model; only the LoRA trains, in fp32
     "Add a LoRA to the chosen layers (Hu et al., 2021); CourseError, and no change, where that cannot work."
     _check_numbers(rank, alpha, dropout, init)
     alpha = rank if alpha is None else alpha
-    own = dict(alpha=alpha) if adapter != "lora" else dict(lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora,
-        use_rslora=use_rslora, init_lora_weights=True if init == "default" else init)
+    own = dict(lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora,
+        init_lora_weights=True if init == "default" else init)
+    if adapter == "oft": own = dict(oft_block_size=0, use_cayley_neumann=False) # a rotation, however far it turns
+    elif adapter != "lora": own = dict(alpha=alpha)
     targets = _checked_targets(model, layers, init, adapter_name)
     add_adapter(model, ADAPTERS[adapter](r=rank, target_modules=targets, **own), adapter_name, generator)
     for name, p in lora_parameters(model, adapter_name):

@@ -15,7 +15,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 from pathlib import Path
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig
 from ..core import CourseError, load_tensors, save_tensors
 from .adapters import LORA_NAME, add_adapter, lora_parameters
 from .lora_layouts import KOHYA_PREFIX, LoraLayer, layer_tensors, layers_note, make_layer
@@ -96,16 +96,22 @@ def file_note(
     return {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(flat, indent=2, sort_keys=True)}
 
 # %% ../../nbs/library/model_lora_files.ipynb #868f2647
+def _rotation(layer, adapter_name)->LoraLayer:
+    "What an OFT (Qiu et al., 2023) adds to a matrix: W R' - W, at whatever rank that has."
+    W = layer.base_layer.weight
+    return make_layer(dict(diff=W @ layer.get_delta_weight(adapter_name).T - W), W)
+
 def adapter_layers(
     model, # with a LoRA in it
     adapter_name:str="default", # which one
 )->dict: # module -> LoraLayer
-    "The layers of a LoRA in a network, as they change the original base weights; a LoHa or LoKr as its product."
+    "The layers of a LoRA in a network, as they change the original base weights; other kinds multiplied out."
     found = {}
     for name, value in _for_original_base(model, adapter_name):
         match = LORA_NAME.fullmatch(name)
         found.setdefault(match["module"], {})[FIELDS.get(match["kind"], match["kind"])] = value.detach()
     config = model.peft_config[adapter_name]
+    if isinstance(config, OFTConfig): return {name: _rotation(model.get_submodule(name), adapter_name) for name in found}
     if not isinstance(config, LoraConfig): return {module: make_layer(t, model.get_submodule(module).base_layer.weight,
         float(config.alpha)) for module, t in found.items()}
     note = _settings(model, adapter_name)

@@ -73,7 +73,7 @@ for key, tokenizer, encoder in (("clip_l", pipeline.tokenizer, pipeline.text_enc
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 def _publish_lora(folder, parts, dtype, kohya, factors):
-    "Write pytorch_lora_weights.safetensors; beside it kohya's layout, and the factors of a LoHa or LoKr."
+    "Write pytorch_lora_weights.safetensors; beside it kohya's layout, and what a LoHa, LoKr or OFT consists of."
     path = save_lora(folder, **parts, dtype=dtype)
     if factors: save_factors(folder, parts)
     if kohya: save_kohya(Path(folder)/"pytorch_lora_weights_kohya.safetensors", **parts, dtype=dtype,
@@ -83,7 +83,7 @@ def _publish_lora(folder, parts, dtype, kohya, factors):
 # %% ../../nbs/library/train_weights.ipynb #981696c1
 def lora_card(config)->CardText:
     "What the model card says of a LoRA."
-    kind = "DoRA" if config.use_dora else dict(lora="LoRA", loha="LoHa", lokr="LoKr")[config.adapter]
+    kind = "DoRA" if config.use_dora else dict(lora="LoRA", loha="LoHa", lokr="LoKr", oft="OFT")[config.adapter]
     tags = ("lora", "template:sd-lora", "stable-diffusion-xl", "stable-diffusion-xl-diffusers",
         *["dora"]*config.use_dora)
     usage = 'pipeline.load_lora_weights("this folder", weight_name="pytorch_lora_weights.safetensors")'
@@ -114,7 +114,7 @@ def lora_weights(
         block_rates(components.unet, config.block_lr, scale))
     kind = PRECISIONS[config.save_precision], config.output_kohya_format, config.adapter != "lora"
     save, load = lambda folder: save_lora(folder, **parts), lambda folder: load_lora_into(*three, folder)
-    if config.adapter != "lora": # the product says nothing of its factors
+    if config.adapter != "lora": # what is published says nothing of its factors
         save = lambda folder: _publish_lora(folder, parts, torch.float32, False, True)
         load = lambda folder: load_factors(folder, parts)
     return Trained(named, groups, save, load, lambda folder: _publish_lora(folder, parts, *kind), lora_card(config),
