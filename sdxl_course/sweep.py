@@ -41,7 +41,7 @@ from .demo import demo_scenes, peak_memory_bytes
 
 # %% ../nbs/library/sweep.ipynb #fdbafc22
 ATTENTION = dict(rank=8) # what the others are held against
-WAYS = {**{f"rank_{rank}": dict(rank=rank) for rank in (1, 2, 4, 8, 16, 64)}, # name -> options of the trainer
+WAYS = {**{f"rank_{rank}": dict(rank=rank) for rank in (1, 4, 8, 16, 64)}, # name -> options of the trainer
     "dora": dict(ATTENTION, use_dora=True), "rslora_64": dict(rank=64, use_rslora=True),
     "pissa": dict(ATTENTION, init_lora_weights="pissa"), "loraplus": dict(ATTENTION, loraplus_lr_ratio=16),
     "loha": dict(rank=4, adapter="loha"), "lokr": dict(ATTENTION, adapter="lokr"), "oft": dict(ATTENTION, adapter="oft"),
