@@ -31,6 +31,10 @@ if getattr(sys, "argv", [])[:1] == ["-m"] and "sdxl_course.cli" not in sys.orig_
         print(text, end="")
         sys.exit()
 
+if "IPython" in sys.modules: # in a notebook, cells that take long wait until they are asked for
+    from .slow_cells import watch_slow_cells
+    watch_slow_cells()
+
 
 def __getattr__(name):
     if name not in NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

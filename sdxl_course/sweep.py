@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'WAYS', 'RATES', 'TASKS', 'KEY', 'MEASURES', 'COSTS', 'SweepConfig', 'selected_ways', 'held_out_chairs',
-           'training_of', 'watched_memory', 'train_one', 'draw_task', 'Judges', 'measure_task', 'sweep_settings',
-           'read_rows', 'best_rate', 'rate_beyond', 'trainings_of', 'seconds_needed', 'judge_row', 'next_row', 'gather',
-           'run_sweep', 'read_sweep', 'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
+           'training_of', 'watched_memory', 'train_one', 'sweep_settings', 'read_rows', 'best_rate', 'rate_beyond',
+           'trainings_of', 'seconds_needed', 'try_row', 'judge_row', 'next_row', 'gather', 'run_sweep', 'read_sweep',
+           'judged_rows', 'summary', 'pareto_front', 'sweep_table', 'main']
 
 # %% ../nbs/library/sweep.ipynb #c14e2a09
 import json
@@ -19,38 +19,39 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from .core import CourseError, nearest, seeded, to_jsonable, write_json
+from .core import CourseError, nearest, to_jsonable, write_json
 from .devices import provenance, provenances
 from .options import CONTINUED, check_limits, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
 from .model.components import load_components, tiny_path
-from .model.sampling import DrawOptions, generate
+from .model.sampling import DrawOptions
 from .data.cache import fingerprint
 from .train.class_images import weights_name
 from .train.machine import output_lock
 from .text_to_image import TextToImageConfig, train_text_to_image
 from .dreambooth import DreamBoothConfig, train_dreambooth
 from .inference import load_pipeline
-from .measure.metrics import ClipJudge, bootstrap_interval, drift
-from .measure.judges import check_judged, load_judge, name_attributes, right_answers
-from .measure.subject import Scorer, application_scenes, repeat_to, subject_prompt
-from .evaluate import prompt_of
-from .study import rounded, unrelated_scenes
-from .demo import demo_scenes, peak_memory_bytes
+from .measure.metrics import student_interval
+from .measure.judges import check_judged, load_judge
+from .measure.subject import application_scenes
+from .study import rounded
+from .demo import peak_memory_bytes
+from .sweep_drawings import Judges, asked_scenes, draw_task, judge_drawings, moved_pictures
 
 # %% ../nbs/library/sweep.ipynb #fdbafc22
 ATTENTION = dict(rank=8) # what the others are held against
 WAYS = {**{f"rank_{rank}": dict(rank=rank) for rank in (1, 4, 8, 16, 64)}, # name -> options of the trainer
     "dora": dict(ATTENTION, use_dora=True), "rslora_64": dict(rank=64, use_rslora=True),
     "pissa": dict(ATTENTION, init_lora_weights="pissa"), "loraplus": dict(ATTENTION, loraplus_lr_ratio=16),
-    "loha": dict(rank=4, adapter="loha"), "lokr": dict(ATTENTION, adapter="lokr"), "oft": dict(ATTENTION, adapter="oft"),
+    "loha": dict(rank=4, adapter="loha"), "lokr": dict(ATTENTION, adapter="lokr"),
+    "oft": dict(ATTENTION, adapter="oft"),
     "queries": dict(rank=32, lora_layers="to_q"), "keys": dict(rank=32, lora_layers="to_k"),
     "values": dict(rank=32, lora_layers="to_v"), "outputs": dict(rank=32, lora_layers="to_out.0"),
     "queries_values": dict(rank=16, lora_layers="to_q,to_v"),
     "feedforward": dict(rank=4, lora_layers="attention+feedforward"),
     "everything": dict(rank=2, lora_layers="attention+feedforward+convolution")}
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 TASKS = ("style", "subject") # old book illustrations; the green chair
 
 # %% ../nbs/library/sweep.ipynb #e1712a3c
@@ -64,9 +65,10 @@ class SweepConfig(DrawOptions):
         "lowest or the highest of them, half or twice as much is tried too", limit="> 0 ..")
     max_rates: int = option(7, "learning rates that one way is tried at, at most", limit="1 ..")
     seeds: int = option(3, "trainings of each way at its best learning rate", limit="1 ..")
-    max_train_steps: int = option(120, "updates of each training", limit="1 ..")
+    max_train_steps: int = option(80, "updates of each training", limit="1 ..")
     train_batch_size: int = option(4, "pictures of each update", limit="1 ..")
-    num_prompts: int = option(16, "pictures in the style that are judged", limit="1 .. 16")
+    num_prompts: int = option(16, "pictures in the style that are judged, and as many others to choose rates by",
+        limit="1 .. 16")
     num_inference_steps: int = option(8, "how often the UNet is asked", "1 .. 1000")
 
     def __post_init__(self): check_limits(self)
@@ -155,47 +157,6 @@ def train_one(
         update_seconds=float(np.median(np.diff(ends))) if len(ends) > 1 else None,
         validation_loss=result.validation_loss_after, validation_loss_before=result.validation_loss_before)
 
-# %% ../nbs/library/sweep.ipynb #ffd15c1e
-def draw_task(
-    pipeline, # with or without a LoRA
-    task:str, # one of TASKS
-    subject:str, # how it knows the chair
-    seed:int, # of the training
-    config:SweepConfig,
-)->dict: # "task" and "unrelated" -> PIL images
-    "Every picture that one training is judged by; the same seeds for all of them."
-    scenes = demo_scenes(config.num_prompts) if task == "style" else application_scenes("recontextualisation")
-    own = [prompt_of(scene) if task == "style" else subject_prompt(scene, subject) for scene in scenes]
-    prompts = own + [prompt_of(scene) for scene in unrelated_scenes()]
-    drawn = generate(pipeline, prompts, [1000*seed + k for k in range(len(prompts))], config.num_inference_steps,
-        config.guidance_scale)
-    return dict(task=drawn[:len(own)], unrelated=drawn[len(own):])
-
-class Judges:
-    "What looks at the pictures."
-    def __init__(self, vae):
-        self.attributes, self.clip = load_judge("attributes"), ClipJudge()
-        self.scorer = Scorer(vae, ["recontextualisation"])
-
-# %% ../nbs/library/sweep.ipynb #bf729a1c
-@torch.no_grad()
-def measure_task(
-    task:str, # one of TASKS
-    drawn:dict, # of `draw_task`
-    before:dict, # the same by the base model
-    judges:Judges,
-)->dict: # name -> a number for each picture
-    "Style score or subject fidelity, right contents, and drift."
-    images = [judges.clip.images(one["unrelated"]) for one in (before, drawn)]
-    moved = [drift(*(side[k:k + 1] for side in images)) for k in range(len(images[0]))]
-    if task == "style":
-        right = right_answers(name_attributes(judges.attributes, drawn["task"]), demo_scenes(len(drawn["task"])))
-        return dict(score=right["style"].tolist(), content=right["content"].tolist(), drift=moved)
-    name = "recontextualisation"
-    scenes = repeat_to(application_scenes(name), drawn["task"])
-    right = right_answers(name_attributes(judges.attributes, drawn["task"]), scenes)
-    return dict(score=judges.scorer.subject_fidelity(name, drawn["task"]), content=right["place"].tolist(), drift=moved)
-
 # %% ../nbs/library/sweep.ipynb #26a29c98
 def sweep_settings(
     config:SweepConfig,
@@ -219,10 +180,9 @@ def best_rate(
     task:str, # one of TASKS
     way:str, # a key of WAYS
 )->float: # learning rate; None where nothing has been trained
-    "The learning rate with the lowest loss on held-out pictures, for the first seed."
-    tried = [row for row in rows if (row["task"], row["way"], row["seed"]) == (task, way, 0)]
-    loss = lambda row: row["validation_loss"] if row["validation_loss"] is not None else np.inf
-    return min(tried, key=loss)["rate"] if tried else None
+    "The learning rate whose trial shows most of what was asked for, with the first seed; of equal ones the lowest."
+    tried = [row for row in rows if (row["task"], row["way"], row["seed"]) == (task, way, 0) and "trial" in row]
+    return max(tried, key=lambda row: (np.mean(row["trial"]), -row["rate"]))["rate"] if tried else None
 
 def rate_beyond(
     rows:list, # of a sweep
@@ -252,17 +212,37 @@ def seconds_needed(
     config:SweepConfig, # the one that is asked about
 )->float: # None without rows
     "How long a sweep takes at least, no rate tried beyond the first, by what rows of the same machine took."
-    judged, timed = ([row for row in rows if row.get(key)] for key in ("measured", "update_seconds"))
-    if not (judged and timed): return None
+    judged, timed, tried = ([row for row in rows if row.get(key)] for key in ("measured", "update_seconds", "trial"))
+    if not (judged and timed and tried): return None
     per_picture = np.median([row["update_seconds"]/row["settings"]["train_batch_size"] for row in timed])
     around = np.median([row["seconds"] - row["update_seconds"]*len(row["losses"]) for row in timed])
-    per_glance = np.median([row["drawing_seconds"]/row["settings"]["num_inference_steps"] for row in judged])
+    glance = lambda rows, key: np.median([row[key]/row["settings"]["num_inference_steps"] for row in rows])
     pairs = len(TASKS)*len(selected_ways(config))
     trainings = pairs*(len(config.rates) + config.seeds - 1) # the best rate has been trained with the first seed
     training = around + config.max_train_steps*config.train_batch_size*per_picture
-    return float(trainings*training + pairs*config.seeds*config.num_inference_steps*per_glance)
+    glances = (len(config.rates)*glance(tried, "trial_seconds") + config.seeds*glance(judged, "drawing_seconds"))
+    return float(trainings*training + pairs*config.num_inference_steps*glances)
+
+# %% ../nbs/library/sweep.ipynb #5b8bbd09
+def _drawn(pipeline, task, subject, seed, config, trial=False):
+    "`draw_task` as the sweep's settings say."
+    return draw_task(pipeline, task, subject, seed, config.num_prompts, trial,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
 
 # %% ../nbs/library/sweep.ipynb #5b8bbd0a
+def try_row(
+    row:dict, # of `train_one`
+    config:SweepConfig,
+    judges:Judges,
+)->dict: # the row with `trial`, a number for each picture, and `trial_seconds`
+    "Draw with one LoRA what its learning rate is chosen by."
+    task, began = row["task"], time.perf_counter()
+    training = training_of(task, row["way"], row["rate"], row["seed"], config)
+    drawn = _drawn(load_pipeline(config.model, training.output_dir), task, "sks chair", row["seed"], config, True)
+    seconds = time.perf_counter() - began
+    shown = judge_drawings(task, drawn["task"], asked_scenes(task, config.num_prompts, True), judges)
+    return row | dict(trial=shown["both"], trial_seconds=seconds)
+
 def judge_row(
     row:dict, # of `train_one`
     config:SweepConfig,
@@ -272,11 +252,13 @@ def judge_row(
     "Draw with one LoRA and measure."
     task, seed = row["task"], row["seed"]
     if (task, seed) not in before:
-        before[task, seed] = draw_task(load_pipeline(config.model), task, "chair", seed, config)
+        before[task, seed] = _drawn(load_pipeline(config.model), task, "chair", seed, config)
     training, began = training_of(task, row["way"], row["rate"], seed, config), time.perf_counter()
-    drawn = draw_task(load_pipeline(config.model, training.output_dir), task, "sks chair", seed, config)
+    drawn = _drawn(load_pipeline(config.model, training.output_dir), task, "sks chair", seed, config)
     seconds = time.perf_counter() - began
-    return row | dict(measured=measure_task(task, drawn, before[task, seed], judges), drawing_seconds=seconds)
+    found = judge_drawings(task, drawn["task"], asked_scenes(task, config.num_prompts), judges)
+    found["drift"] = moved_pictures(drawn, before[task, seed], judges)
+    return row | dict(measured=found, drawing_seconds=seconds)
 
 # %% ../nbs/library/sweep.ipynb #5ba94cfd
 KEY = ("task", "way", "rate", "seed") # what tells rows apart
@@ -286,16 +268,16 @@ def next_row(
     rows:list, # that are there; changed in place
     settings:dict, # of `sweep_settings`
     config:SweepConfig,
-    judge, # function of a row, as `judge_row`
+    judge, # function of a row and whether it is judged, as `judge_row`, or tried, as `try_row`
 )->dict: # the new row; None where nothing is missing
-    "Train or judge what is missing, and keep it in a file."
+    "Train, try or judge what is missing, and keep it in a file."
     *key, judged = place
     old = next((row for row in rows if [row[name] for name in KEY] == key), None)
     if old and (not judged or "measured" in old): return None
     task, way, rate, seed = key
     row = old or train_one(*key, config) | dict(provenance=provenance(),
         settings=dict(settings, options=to_jsonable(WAYS[way])))
-    row = rounded(to_jsonable(judge(row) if judged else row)) | dict(rate=rate) # four digits are few for a rate
+    row = rounded(to_jsonable(judge(row, judged))) | dict(rate=rate) # four digits are few for a rate
     write_json(Path(config.output_dir)/"rows"/f"{task}-{way}-{rate:g}-{seed}.json", row)
     rows[:] = [one for one in rows if one is not old] + [row]
     return row
@@ -324,16 +306,16 @@ def run_sweep(
     selected_ways(config)
     settings, folder, before, known = sweep_settings(config), Path(config.output_dir), {}, []
     (folder/"rows").mkdir(parents=True, exist_ok=True)
-    def judge(row):
+    def judge(row, judged):
         if not known: known.append(Judges(load_components(config.model).vae)) # sixty renders, only where needed
-        return judge_row(row, config, before, known[0])
+        return judge_row(row, config, before, known[0]) if judged else try_row(row, config, known[0])
     with output_lock(folder):
         rows = read_rows(folder, settings)
         for place in trainings_of(config, rows):
             if row := next_row(place, rows, settings, config, judge):
-                score = f", score {np.mean(row['measured']['score']):.2f}" if "measured" in row else ""
+                what, shown = ("test", row["measured"]["both"]) if "measured" in row else ("trial", row["trial"])
                 log(f"{row['task']}, {row['way']}, rate {row['rate']:g}, seed {row['seed']}: held-out loss "
-                    f"{row['validation_loss']}{score}, {row['seconds']:.0f} s")
+                    f"{row['validation_loss']}, {what} {np.mean(shown):.2f}, {row['seconds']:.0f} s")
         hours = (seconds_needed(rows, SweepConfig()) or np.nan)/3600
         log(f"the whole sweep, {len(WAYS)} ways and {len(RATES)} rates or more, takes at least {hours:.1f} hours here")
         return gather(folder, settings, rows)
@@ -353,7 +335,7 @@ def read_sweep(
     return sweep
 
 # %% ../nbs/library/sweep.ipynb #406d9b93
-MEASURES, COSTS = ("score", "content", "drift"), ("bytes", "seconds", "peak_memory")
+MEASURES, COSTS = ("both", "score", "content", "drift"), ("bytes", "seconds", "peak_memory")
 
 def judged_rows(
     rows:list, # of a sweep
@@ -375,8 +357,8 @@ def summary(
         if not (some := judged_rows(sweep["rows"], task, way)): continue
         mean = lambda key: float(np.mean([row[key] for row in some if row[key] is not None] or [np.nan]))
         def interval(key):
-            pictures = np.concatenate([row["measured"][key] for row in some])
-            return float(np.nanmean(pictures)), *bootstrap_interval(pictures, seeded("sweep", way, key))
+            means = [np.nanmean(row["measured"][key]) for row in some]
+            return float(np.mean(means)), *student_interval(means)
         found.append(dict(way=way, rate=some[0]["rate"], trainings=len(some), loss=mean("validation_loss"),
             **{key: mean(key) for key in COSTS}, **{key: interval(key) for key in MEASURES}))
     return found

@@ -25,7 +25,7 @@ EXPORTS = {"export", "exports", "exporti"}
 
 # The rooms of the library, from the ground up: a room imports only from rooms before it. This is the one place where they stand in order.
 ROOMS = """
-core devices foreign_flags options
+slow_cells core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples world.maps
 model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.refiner model.attention model.rank model.subspace model.lora model.lora_forward model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
 model.lora_tools model.weight_files
@@ -35,7 +35,7 @@ train.machine train.sharding train.objective train.policy train.optimizer train.
 train.weights train.control train.hub train.run train.build train.rounds train.pixels train.class_images train.concepts
 text_to_image dreambooth full textual_inversion custom_diffusion controlnet t2i_adapter instruct_pix2pix lcm dpo unconditional
 memory plan remake inference lora custom_merge measure.metrics measure.control measure.judges measure.distributions measure.subject measure.claims
-measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep overfit app
+measure.towers measure.pictures measure.timesteps measure.scores measure.report judge checkpoint_sweep evaluate rewards ddpo explain study demo sweep_drawings sweep overfit app
 pretraining.stage pretraining.data pretraining.tokenizer pretraining.vae pretraining.judges pretraining.clip
 pretraining.cache pretraining.alignment pretraining.unet pretraining.refiner pretraining.export
 cli
@@ -210,7 +210,7 @@ def execute(nb, folder, env=None, kernel=None, timeout=600, slow=False):
     for i in kept: nb.cells[i].source = ""
     client = NotebookClient(nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     if kernel: client.create_kernel_manager().kernel_spec.argv = kernel
-    with client.setup_kernel(env=env or environment()):
+    with client.setup_kernel(env=(env or environment()) | {"SDXL_COURSE_SLOW": str(int(slow))}):
         for i, cell in enumerate(nb.cells): client.execute_cell(cell, i)
     for i, (source, outputs) in kept.items(): nb.cells[i].source, nb.cells[i].outputs = source, outputs
     return nb

@@ -1,6 +1,7 @@
 "Every notebook runs from top to bottom, as Run All in plain Jupyter does, and what it stored is what it shows."
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
@@ -53,6 +54,15 @@ def test_flagged_cells_keep_their_outputs(tmp_path, either):
 @pytest.mark.parametrize("source", ["assert 0, 'mistake'", "#| eval: false\nassert 0, 'mistake'"])
 def test_an_error_stops_the_run(tmp_path, either, source):
     with pytest.raises(CellExecutionError, match="mistake"): execute(pages(source), tmp_path, kernel=either)
+
+
+@pytest.mark.parametrize("wish, said", [("", "Left out, since it takes long"), ("1", "after an hour")])
+def test_run_all_in_jupyter_leaves_out_what_takes_long(tmp_path, wish, said):
+    nb = pages("from sdxl_course.core import seeded", "#| slow\nprint('after', 'an hour')", "print('then this')")
+    client = NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    with client.setup_kernel(env=environment() | {"SDXL_COURSE_SLOW": wish}):
+        for i, cell in enumerate(nb.cells): client.execute_cell(cell, i)
+    assert printed(nb).startswith(said) and printed(nb).endswith("then this\n")
 
 
 def test_running_does_not_change_what_was_given(tmp_path):

@@ -24,24 +24,24 @@ def test_every_way_is_swept_before_it_is_compared():
     loss = {"rank_1": lambda rate: abs(rate - 4e-3), "dora": lambda rate: abs(rate - 5e-4)}
     judged = []
     for task, way, rate, seed, judge in trainings_of(config, rows):
-        rows.append(dict(task=task, way=way, rate=rate, seed=seed, validation_loss=loss[way](rate)))
+        rows.append(dict(task=task, way=way, rate=rate, seed=seed, trial=[-loss[way](rate)]))
         if judge: judged.append((task, way, rate, seed))
     assert judged == [(task, way, rate, seed) for task in TASKS for way, rate in (("rank_1", 4e-3), ("dora", 5e-4)) for seed in range(3)]
     tried = {way: {row["rate"] for row in rows if row["way"] == way} for way in loss}
-    assert tried == {"rank_1": {1e-3, 2e-3, 4e-3, 8e-3}, "dora": {2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3}}  # until the best lies between two worse ones
+    assert tried == {"rank_1": {5e-4, 1e-3, 2e-3, 4e-3, 8e-3}, "dora": {2.5e-4, 5e-4, 1e-3, 2e-3}}  # until the best lies between two worse ones
 
 
 def test_rates_beyond_the_first_end_where_they_should():
     rows, seen = [], []
     for task, way, rate, seed, judge in trainings_of(SweepConfig(ways="dora", seeds=1, max_rates=5), rows):
-        rows.append(dict(task=task, way=way, rate=rate, seed=seed, validation_loss=-rate))  # higher is always better
+        rows.append(dict(task=task, way=way, rate=rate, seed=seed, trial=[rate]))  # higher is always better
         if not judge and task == "style": seen.append(rate)
-    assert seen == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert seen == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 
-def test_a_training_that_blew_up_is_no_best_one():
+def test_the_rate_that_shows_most_is_the_best_and_of_equal_ones_the_lowest():
     row = dict(task="style", way="dora", seed=0)
-    assert best_rate([dict(row, rate=1, validation_loss=None), dict(row, rate=2, validation_loss=0.5)], "style", "dora") == 2
+    assert best_rate([dict(row, rate=1, trial=[0.0, 0.0]), dict(row, rate=2, trial=[1.0, 0.0]), dict(row, rate=4, trial=[0.0, 1.0])], "style", "dora") == 2  # of two equal ones the lower
 
 
 @pytest.mark.slow
