@@ -1,5 +1,6 @@
 "The planner: what it counts on shapes is what real tensors take, commands are read as they are, proposals keep the update."
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_the_fastest_way_that_fits_is_proposed(toy_model):
     batches = [one.flags.get("train_batch_size", 0) for one in ways]
     assert batches == sorted(batches, reverse=True) and batches[0] == 16 and batches[-1] == 0
     assert all(one.flags["train_batch_size"] * one.flags["gradient_accumulation_steps"] >= 16 and one.peak <= card.memory for one, card in zip(ways, cards) if one.peak)
-    assert "one picture at a time needs" in ways[-1].reasons[0] and "--resolution" in ways[-1].reasons[0]
+    assert "one picture at a time needs" in ways[-1].reasons[0] and "--rank" in ways[-1].reasons[0]
     assert CARDS["80"].room > CARDS["8"].room and isinstance(config, TextToImageConfig)
 
 
@@ -128,6 +129,21 @@ def test_a_proposal_agrees_with_the_forecast_of_its_own_flags(toy_model, method,
         found = forecast(method, config)
         assert one.peak == found.peak / GIB + CONTEXT and one.moment == found.moment and found.fits(one.card)
         assert one.seconds == found.seconds(one.card) * one.flags["gradient_accumulation_steps"]
+
+
+def test_full_fine_tuning_is_offered_an_optimizer_that_keeps_less_and_no_rank():
+    "Ever smaller cards: Adam as asked for, Adam in 8 bits, Adafactor, nothing; each as its own forecast says."
+    method, config = read_command(shlex.split(f"full --pretrained_model_name_or_path tiny --train_data_dir x --resolution 128 --center_crop --train_batch_size 1"))
+    flags = dict(mixed_precision="bf16", gradient_checkpointing=True)
+    peaks = [forecast(method, replace(config, **flags, **optimizer)).peak for optimizer in ({}, dict(use_8bit_adam=True), dict(optimizer="adafactor"))]
+    assert peaks == sorted(peaks, reverse=True)
+    cards = [Card("one", CONTEXT + peak / 0.97 / GIB + 1e-6, 1) for peak in peaks] + [Card("none", CONTEXT + 1e-6, 1)]
+    *fit, none = propose(method, config, cards)
+    assert [{name: value for name, value in one.flags.items() if name in ("use_8bit_adam", "optimizer")} for one in fit] == [{}, dict(use_8bit_adam=True), dict(optimizer="adafactor")]
+    assert "8 bits" in " ".join(fit[1].reasons) and "Adafactor" in " ".join(fit[2].reasons)
+    assert not none.flags and "rank" not in none.reasons[0] and "LoRA" in none.reasons[0]
+    lora, = propose(*read_command(shlex.split(f"text-to-image --pretrained_model_name_or_path tiny --train_data_dir x --resolution 128 --center_crop")), [cards[-1]])
+    assert "--rank" in lora.reasons[0] and not lora.flags
 
 
 def test_what_needs_the_memory_is_what_the_hopeless_are_told(toy_model):
