@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from pathlib import Path
 from .core import CourseError, seeded, write_atomic, write_json
+from .options import fields_of
 from .devices import provenance
 from .model.lora_files import LORA_WEIGHT_NAME_SAFE, attach_lora
 from .data.metadata import read_lines
 from .train.checkpoint import list_checkpoints
 from .train.results import in_markdown
-from .inference import load_pipeline, set_lora_scale
+from .inference import LoadOptions, load_pipeline, set_lora_scale
 from .measure.towers import load_clip, load_dino
 from .measure.pictures import read_drawn, says
 from .measure.scores import LIKENESS, copy_scores, grouped_interval, look_at, moved, nearness, own_cosines
@@ -175,7 +176,8 @@ def sweep_points(
     "Draw with every LoRA at every strength, and measure."
     files, scales = lora_files(config.sweep), config.scales or [1.0]
     model, prompts, references = sweep_sources(config)
-    pipeline, seeds = load_pipeline(model), [config.seed + k for k in range(config.num_images)]
+    loaded = fields_of(config, LoadOptions)
+    pipeline, seeds = load_pipeline(model, **loaded), [config.seed + k for k in range(config.num_images)]
     draw = lambda name: draw_into(Path(folder)/name, pipeline, prompts, seeds, **drawing_options(config))
     drawn = {("base model", 0, 0., ""): draw("before")}
     for step, file in files:

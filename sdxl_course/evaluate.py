@@ -19,16 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, run_guarded, seeded, write_json
 from .devices import provenance
-from .options import SEEDS, check_limits, option, parse_config
+from .options import SEEDS, check_limits, fields_of, option, parse_config
 from .world.scene import COLORS, HELD_OUT_STYLE, OBJECTS, PLACES, STYLES, SUBJECT
 from .world.scene import Scene, is_held_out, sample_scene
 from .world.render import render
 from .world.captions import MEDIUM, SEEN, WHERE, with_article
 from .model.components import load_components
-from .model.sampling import DrawOptions, generate, save_picture
+from .model.sampling import DrawOptions, generate, picture_size, pictures_at_once, save_picture
 from .data.records import open_image
 from .data.check import read_dataset
-from .inference import load_pipeline
+from .inference import LoadOptions, load_pipeline
 from .measure.metrics import ClipJudge, bootstrap_interval, nearest_neighbours, thumbnail_embeds, to_pixels
 from .measure.distributions import frechet_distance, judge_features, patch_distances, power_ratios
 from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_attributes, right_answers
@@ -86,9 +86,9 @@ def check_sources(
     truth = config.model == "renderer"
     if truth and config.lora:
         raise CourseError("--lora came with --model renderer: the renderer takes no LoRA, leave one of them out")
-    if config.vae and (config.images or truth):
+    if config.through_vae and (config.images or truth):
         other = "--images" if config.images else "--model renderer"
-        raise CourseError(f"--vae came with {other}: wanted a model, which has a VAE")
+        raise CourseError(f"--through_vae came with {other}: wanted a model, which has a VAE")
     if config.images and config.subject:
         raise CourseError("--subject came with --images: "
             "what finished pictures show is in their metadata.jsonl, leave it out")
@@ -102,14 +102,14 @@ _ABOUT = dict(
     train_data_dir="also look for each picture's nearest neighbour among these training pictures",
     fidelity="also compare the set of pictures with as many renders of the same prompts: "
         "power by frequency, Frechet distance, sliced Wasserstein distance",
-    vae="also send num_prompts renders of every style through the model's VAE and back",
+    through_vae="also send num_prompts renders of every style through the model's VAE and back",
     style="ask for one style; not given: the styles of pre-training as they come",
     subject=f"ask for one object only; for {SUBJECT} its likeness is measured too, in styles that show colour, "
         "and nothing is held out")
 
 # %% ../nbs/library/evaluate.ipynb #cba9cff9
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(JudgeOptions, DrawOptions):
+class EvaluateConfig(JudgeOptions, LoadOptions, DrawOptions):
     "Measure a model, a LoRA, a folder of pictures, or the renderer itself: scenes of the small world, or anything."
     model: str = option("tiny", "tiny, a folder, a hub id or one .safetensors file; renderer: the truth")
     lora: str | None = option(None, "LoRA file or folder")
@@ -118,13 +118,13 @@ class EvaluateConfig(JudgeOptions, DrawOptions):
     output: str | None = option(None, "JSON file to write")
     grid: str | None = option(None, "contact sheet to write, a PNG of the first 48 pictures")
     save_images: str | None = option(None, "folder for every picture and its metadata.jsonl")
-    vae: bool = option(False, _ABOUT["vae"])
+    through_vae: bool = option(False, _ABOUT["through_vae"])
     fidelity: bool = option(False, _ABOUT["fidelity"])
     style: str | None = option(None, _ABOUT["style"], choices=(*STYLES, HELD_OUT_STYLE))
     subject: str | None = option(None, _ABOUT["subject"], choices=(SUBJECT, *OBJECTS))
     num_prompts: int = option(200, "prompts with combinations like those of the training", limit="1 ..")
     num_held_out: int = option(100, "photo prompts with combinations that pre-training never saw", limit="0 ..")
-    batch_size: int = option(8, "pictures at a time", limit="1 ..")
+    batch_size: int | None = option(None, "pictures at a time; not given: 8 up to 512 pixels, else 1", limit="1 ..")
     seed: int = option(0, "decides prompts and noise", limit=SEEDS)
 
     def __post_init__(self):
@@ -138,10 +138,12 @@ def draw_scenes(
     scenes:list, # Scene
 )->tuple: # (PIL images, seconds that each took)
     "Draw what the scenes ask for, picture k from seed k."
-    pipeline = None if config.model == "renderer" else load_pipeline(config.model, config.lora)
+    pipeline = None if config.model == "renderer" else load_pipeline(config.model, config.lora,
+        **fields_of(config, LoadOptions))
     pictures, seconds = [], []
-    for k in range(0, len(scenes), config.batch_size):
-        part, began = scenes[k:k + config.batch_size], time.perf_counter()
+    at_once = config.batch_size or (8 if pipeline is None else pictures_at_once(picture_size(pipeline)))
+    for k in range(0, len(scenes), at_once):
+        part, began = scenes[k:k + at_once], time.perf_counter()
         seeds = [10_000*config.seed + k + i for i in range(len(part))]
         if pipeline is None: pictures += [render(scene) for scene in part]
         else: pictures += generate(pipeline, [prompt_of(scene) for scene in part], seeds, progress=is_interactive(),
@@ -313,8 +315,9 @@ def evaluate_model(
     if config.fidelity:
         report["fidelity"] = fidelity_report(pictures, scenes, config.seed)
         print(fidelity_lines(report["fidelity"]))
-    if config.vae:
-        report["vae"] = vae_scores(load_components(config.model).vae, config.num_prompts, config.seed)
+    if config.through_vae:
+        known = load_components(config.model, vae=config.vae, revision=config.revision, variant=config.variant)
+        report["vae"] = vae_scores(known.vae, config.num_prompts, config.seed)
         print(vae_table(report["vae"]))
     if config.output: write_json(config.output, report)
     return report

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import CourseError, image_grid, is_interactive, seeded, write_atomic, write_json
 from .devices import provenance
-from .options import option, writable_folder
+from .options import fields_of, option, writable_folder
 from .model.samplers import SAMPLERS
-from .model.sampling import generate, save_picture
+from .model.sampling import generate, picture_size, pictures_at_once, save_picture
 from .data.metadata import read_lines
 from .data.check import read_dataset
-from .inference import load_pipeline, set_lora_scale
+from .inference import LoadOptions, load_pipeline, set_lora_scale
 from .measure.metrics import bootstrap_interval, nearest_neighbours
 from .measure.towers import fit_square, load_clip, load_dino
 from .measure.pictures import Drawn, read_drawn, says
@@ -94,7 +94,7 @@ def check_general(
     config, # JudgeOptions among the options of evaluate
 ):
     "CourseError for options that have no meaning together."
-    for flag in ("fidelity", "vae", "style", "subject"):
+    for flag in ("fidelity", "through_vae", "style", "subject"):
         if getattr(config, flag):
             raise CourseError(f"--{flag} came with options for pictures of anything: it knows the small world only, "
                 "leave it out")
@@ -141,7 +141,7 @@ def draw_both(
 )->tuple: # (Drawn, Drawn by the base model or None)
     "The prompts with the LoRA, and the same prompts and seeds without it."
     prompts, seeds = read_lines(config.prompts, "--prompts"), [config.seed + k for k in range(config.num_images)]
-    pipeline = load_pipeline(config.model, config.lora, config.lora_scale)
+    pipeline = load_pipeline(config.model, config.lora, config.lora_scale, **fields_of(config, LoadOptions))
     drawn = draw_into(Path(folder)/"after", pipeline, prompts, seeds, **drawing_options(config))
     if not config.lora: return drawn, None
     set_lora_scale(pipeline, 0)
@@ -207,13 +207,15 @@ def level_report(
 )->dict: # timesteps, base, and with a LoRA tuned, difference, low and high
     "The validation loss of the base model and of the LoRA, and the paired difference with its interval."
     records, levels = read_dataset(config.validation_data_dir), None
-    pipeline = load_pipeline(config.model, config.lora, config.lora_scale)
+    loaded = fields_of(config, LoadOptions) | dict(offload=None) # what decodes may wait elsewhere; nothing is decoded
+    pipeline = load_pipeline(config.model, config.lora, config.lora_scale, **loaded)
     examples = encode_examples(pipeline, records)
     levels = middle_levels(pipeline.scheduler.config.num_train_timesteps, number)
-    tuned = loss_by_level(pipeline, examples, levels)
+    at_once = config.batch_size or pictures_at_once(picture_size(pipeline))
+    tuned = loss_by_level(pipeline, examples, levels, batch_size=at_once)
     if not config.lora: return dict(timesteps=levels, base=tuned.mean(0).tolist(), pictures=len(examples))
     set_lora_scale(pipeline, 0)
-    base = loss_by_level(pipeline, examples, levels)
+    base = loss_by_level(pipeline, examples, levels, batch_size=at_once)
     part = lambda k: bootstrap_interval((tuned - base)[:, k], seeded("levels", k))
     low, high = zip(*map(part, range(number)))
     return dict(timesteps=levels, base=base.mean(0).tolist(), tuned=tuned.mean(0).tolist(), pictures=len(examples),

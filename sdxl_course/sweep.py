@@ -52,7 +52,7 @@ WAYS = {**{f"rank_{rank}": dict(rank=rank) for rank in (1, 4, 8, 16, 64)}, # nam
     "feedforward": dict(rank=4, lora_layers="attention+feedforward"),
     "everything": dict(rank=2, lora_layers="attention+feedforward+convolution")}
 RATES = (5e-4, 1e-3, 2e-3)
-TASKS = ("style", "subject") # old book illustrations; the green chair
+TASKS = ("subject", "style") # the green chair; old book illustrations
 
 # %% ../nbs/library/sweep.ipynb #e1712a3c
 @dataclass(frozen=True, kw_only=True)

@@ -279,13 +279,13 @@ KEYS = {"object_accuracy", "color_accuracy", "place_accuracy", "joint_accuracy",
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     out, grid = tmp_path / "new" / "scores.json", tmp_path / "grid.png"
-    words = f"--num_prompts 3 --num_held_out 2 --num_inference_steps 1 --batch_size 2 --vae --output {out} --grid {grid} --save_images {tmp_path / 'drawn'}"
+    words = f"--num_prompts 3 --num_held_out 2 --num_inference_steps 1 --batch_size 2 --through_vae --output {out} --grid {grid} --save_images {tmp_path / 'drawn'}"
     assert main(words.split()) == 0
     told, report = capsys.readouterr().out, json.loads(out.read_text())
     assert KEYS | {f"{key}_interval" for key in KEYS} <= set(report) and all(key in told for key in KEYS)
     assert report["num_pictures"] == 5 and report["settings"]["num_prompts"] == 3 and report["provenance"]["versions"]["torch"]
     assert set(report["vae"]) == {*STYLES, HELD_OUT_STYLE, "overall"} and report["vae"]["photo"]["psnr"] > 20 and "through the VAE" in told
-    assert report["vae"] == vae_scores(load_components("tiny").vae, 3) and report["settings"]["vae"] is True
+    assert report["vae"] == vae_scores(load_components("tiny").vae, 3) and report["settings"]["through_vae"] is True
     assert grid.stat().st_size > 1000
     assert main(["--images", str(tmp_path / "drawn"), "--output", str(out)]) == 0
     again = json.loads(out.read_text())
@@ -322,9 +322,10 @@ def test_folders_that_say_too_little_are_refused(tmp_path, line, message):
 
 @pytest.mark.parametrize("words, message", [
     ("--num_prompts 0", "wanted at least 1"), ("--model renderer --lora x", "takes no LoRA"), ("--images x --lora y", "take no LoRA"), ("--images x --subject lamp", "--subject came with --images"),
-    ("--images x --vae", "--vae came with --images"), ("--model renderer --vae", "--vae came with --model renderer"),
+    ("--images x --through_vae", "--through_vae came with --images"), ("--model renderer --through_vae", "--through_vae came with --model renderer"),
     ("--images nowhere", "has no metadata.jsonl"), ("--model nowhere/at/all --num_prompts 1 --num_held_out 0", "nowhere/at/all"),
-    ("--num_promts 3", "num_prompts"), ("--style cubism", "cubism"),
+    ("--num_promts 3", "num_prompts"), ("--style cubism", "cubism"), ("--vae nowhere --num_prompts 1", "nowhere"), ("--batch_size 0", "wanted at least 1"),
+    ("--offload model --num_prompts 1", "this draws on the CPU"), ("--prompts README.md --offload sequential", "this draws on the CPU"), ("--prompts README.md --vae nowhere", "nowhere"),
 ])
 def test_mistakes_end_in_a_sentence_and_two(words, message, capsys):
     assert main(words.split()) == 2

@@ -50,6 +50,7 @@ def loss_by_level(
     examples:list, # from `encode_examples`
     levels:list, # timesteps
     times:int = 2, # draws of the noise for each picture and level
+    batch_size:int = 8, # of them at a time
 )->torch.Tensor: # (pictures, levels) mean squared error
     "The validation loss of every picture at every noise level, with the same noise whenever it is asked for."
     unet, rows = components.unet, []
@@ -59,7 +60,8 @@ def loss_by_level(
         for key, entry in examples:
             draw = lambda level, k: torch.randn(entry.latent_mean.shape, generator=seeded("level", key, level, k))
             noise = torch.stack([draw(level, k) for k in range(times) for level in levels])
-            batch = collate([entry]*len(t)).to(device)
-            loss = denoising_loss(unet, batch, schedule.unweighted(), noise.to(device), t.to(device))
-            rows.append(loss.float().cpu().view(times, len(levels)).mean(0))
+            loss = torch.cat([denoising_loss(unet, collate([entry]*len(some)).to(device), schedule.unweighted(),
+                part.to(device), some.to(device)).float().cpu()
+                for part, some in zip(noise.split(batch_size), t.split(batch_size))])
+            rows.append(loss.view(times, len(levels)).mean(0))
     return torch.stack(rows)

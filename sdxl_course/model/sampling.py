@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['eval_mode', 'own_generator', 'sample_pictures', 'draw_pictures', 'pipeline_around', 'inference_scheduler',
            'pair_seeds', 'picture_size', 'open_picture', 'fitting_size', 'DrawOptions', 'StartOptions', 'start_from',
-           'negative_for_each', 'generate', 'Film', 'save_film', 'save_picture']
+           'negative_for_each', 'generate', 'pictures_at_once', 'Film', 'save_film', 'save_picture']
 
 # %% ../../nbs/library/model_sampling.ipynb #3ee29759
 import inspect
@@ -247,7 +247,7 @@ def negative_for_each(
 # %% ../../nbs/library/model_sampling.ipynb #23b22491
 def _check_numbers(pipeline, steps:int, batch_size:int, clip_skip:int, strength:float):
     "CourseError for numbers that cannot be."
-    if steps < 1 or batch_size < 1:
+    if steps < 1 or batch_size is not None and batch_size < 1:
         raise CourseError(f"got {steps} steps and batches of {batch_size}: wanted 1 or more of each")
     if int(steps*strength) < 1:
         raise CourseError(f"strength {strength} of {steps} steps leaves none: wanted at least {1/steps:.3g}, or more "
@@ -263,7 +263,7 @@ def generate(
     num_inference_steps:int=None, # denoising steps; None: as many as the sampler usually needs
     guidance_scale:float=3.0, # 1: the prompt as it is; more: beyond it
     size=None, # side or (height, width) in pixels; None: what the model was made for
-    batch_size:int=8, # pictures at a time; changes the speed only
+    batch_size:int=None, # pictures at a time; changes the speed only; None: 8 up to 512 pixels, else 1
     negative_prompt=None, # what to go away from; one for all, or one for each
     progress:bool=False, # show a bar for each batch
     scheduler=None, # another one than the pipeline's own, or its name in SAMPLERS
@@ -286,8 +286,16 @@ def generate(
         **more)
 
 # %% ../../nbs/library/model_sampling.ipynb #bf0c70bb
-def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:float, control_image=None, **more):
+def pictures_at_once(
+    size, # (height, width) in pixels
+)->int:
+    "How many pictures a card of 12 GB draws at a time."
+    return 8 if max(size) <= 512 else 1
+
+def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:float, batch_size, control_image=None,
+    **more):
     "`sample_pictures`, from noise or from a picture; what a mask protects is put back."
+    more["batch_size"] = batch_size or pictures_at_once(picture_size(pipeline, size))
     if control_image is not None: rows = rows | dict(image=[control_image]*len(seeds))
     if init_image is None: return sample_pictures(pipeline, rows, seeds, picture_size(pipeline, size), **more)
     other, given, kept = start_from(pipeline, init_image, mask, size)
