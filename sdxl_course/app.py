@@ -15,7 +15,7 @@ from pathlib import Path
 from .core import CourseError, run_guarded
 from .devices import pick_device, weight_dtype
 from .options import SEEDS, check_limits, option, parse_config
-from .model.lora_files import LORA_WEIGHT_NAME_SAFE, lora_file
+from .model.lora_reading import LORA_WEIGHT_NAME_SAFE, lora_file
 from .model.samplers import steps_to_take
 from .model.sampling import generate
 from .model.words import replace_placeholders
@@ -32,7 +32,8 @@ def find_loras(
     for place in places or ():
         path = Path(place).expanduser()
         inside = [path] if path.is_file() or (path/LORA_WEIGHT_NAME_SAFE).is_file() else [
-            *path.glob("*.safetensors"), *(file.parent for file in path.glob(f"*/{LORA_WEIGHT_NAME_SAFE}"))]
+            *(file for file in path.glob("*.safetensors") if not file.stem.endswith("_emb")), # those hold words
+            *(file.parent for file in path.glob(f"*/{LORA_WEIGHT_NAME_SAFE}"))]
         inside = sorted(inside, key=lambda one: natural_key(one.name))
         if not inside: raise CourseError(f"--lora {place} holds no LoRA: wanted a .safetensors file, the folder of a "
             "run, "

@@ -30,7 +30,7 @@ from .model.sampling import Film, StartOptions, generate, own_generator, picture
 from .model.sampling import DrawOptions, pictures_at_once, save_picture
 from .model.refiner import RefineOptions, load_refiner, refine, split_steps
 from .model.control import ControlOptions, follow_picture, steering
-from .model.lora_files import attach_lora, find_lora, lora_file
+from .model.lora_files import attach_lora, find_lora
 from .model.lora_scales import LoraPlan, LoraUseOptions, adapter_names, fused_loras, name_loras, plan_loras
 from .model.lora_scales import set_lora_scale
 from .model.words import learned_placeholders, load_learned_tokens, replace_placeholders, words_beside
@@ -209,7 +209,7 @@ def word_files(
     custom_diffusion=None, # folder, as in `load_pipeline`
 )->list: # of files, each once
     "Where the words are that were learnt with LoRAs, or with keys and values."
-    local = [lora_file(one) for one in lora or () if Path(one).expanduser().exists()]
+    local = [find_lora(one) for one in lora or () if Path(one).expanduser().exists()]
     found = embeddings or dict.fromkeys(file for path in local if (file := words_beside(path)))
     return [*found, *([words_file(Path(custom_diffusion).expanduser())] if custom_diffusion else [])]
 

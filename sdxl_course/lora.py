@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OUTLIER', 'USED', 'DTYPES', 'TOOLS', 'networks_of', 'fit_lora', 'open_lora', 'layer_values', 'describe_layers',
-           'layer_problems', 'note_problems', 'lora_info', 'ToolOptions', 'InfoConfig', 'needed', 'new_file',
-           'run_info', 'ConvertConfig', 'run_convert', 'RankOptions', 'ResizeConfig', 'run_resize', 'MergeConfig',
-           'merged', 'change_by', 'run_merge', 'ExtractConfig', 'run_extract', 'main']
+           'layer_problems', 'note_problems', 'words_of', 'lora_info', 'ToolOptions', 'InfoConfig', 'needed',
+           'new_file', 'run_info', 'WriteOptions', 'written', 'ConvertConfig', 'run_convert', 'RankOptions',
+           'ResizeConfig', 'run_resize', 'MergeConfig', 'merged', 'change_by', 'run_merge', 'ExtractConfig',
+           'run_extract', 'main']
 
 # %% ../nbs/library/lora.ipynb #9d0733b5
 import json
@@ -16,15 +17,15 @@ import torch
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import CourseError, nearest, run_guarded, load_tensors
+from .core import CourseError, nearest, run_guarded
 from .options import check_limits, option, parse_config
 from .model.architecture import sdxl_architecture, tiny_architecture
 from .model.adapters import adaptable_layers
 from .model.rank import effective_rank
-from .model.lora_files import lora_file, lora_settings
+from .model.lora_reading import load_lora, lora_file, lora_settings
 from .model.lora_layouts import KOHYA_PREFIX, LAYOUTS, read_layers
 from .model.lora_tools import changed_weight, chosen_rank, decompose_layer, difference_layer, merge_layers
-from .model.lora_tools import resize_layer, write_layers
+from .model.lora_tools import BUNDLING, merge_notes, resize_layer, write_layers
 from .model.weight_files import StoredModel, open_stored, stored_name, write_model
 
 # %% ../nbs/library/lora.ipynb #8973907f
@@ -61,7 +62,7 @@ def open_lora(
 )->tuple: # (part name -> module -> LoraLayer, part name -> network without numbers, notes of the file)
     "Read a LoRA in any layout; CourseError unless all of it finds its place."
     path = lora_file(where)
-    tensors, notes = load_tensors(path)
+    tensors, notes = load_lora(path)
     return *fit_lora(path, tensors, notes, model, architecture), notes
 
 # %% ../nbs/library/lora.ipynb #85de751c
@@ -129,6 +130,12 @@ def note_problems(
     return told
 
 # %% ../nbs/library/lora.ipynb #23f2c521
+def words_of(
+    tensors:dict, # name -> tensor of a file
+)->dict: # those of learnt words
+    "Embeddings that a LoRA carries along, as kohya's programs bundle them."
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("bundle_emb.")}
+
 def lora_info(
     where, # file or folder
     model=None, # as in `fit_lora`
@@ -136,14 +143,15 @@ def lora_info(
 )->dict: # plain values
     "What is in a LoRA file, and what is wrong with it."
     path = lora_file(where)
-    tensors, notes = load_tensors(path)
+    tensors, notes = load_lora(path)
     layers, models = fit_lora(path, tensors, notes, model, architecture)
     width = models["unet"].config.cross_attention_dim
     base = {2048: "SDXL 1.0", 192: "sdxl-tiny"}.get(width, f"an SDXL of width {width}")
     values = {part: layer_values(ones) for part, ones in layers.items()}
-    return dict(file=str(where), bytes=path.stat().st_size, base=base,
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return dict(file=str(where), bytes=sum(file.stat().st_size for file in files), base=base,
         dtypes=sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
-        words=sorted(name for name in tensors if name.startswith("bundle_emb.")),
+        words=sorted({name.split(".")[1] for name in words_of(tensors)}),
         parts={part: describe_layers(ones, values[part]) for part, ones in layers.items()}, metadata=notes,
         problems=sum((layer_problems(part, ones, values[part]) for part, ones in layers.items()),
             note_problems(notes, layers)))
@@ -204,33 +212,55 @@ def run_info(config:InfoConfig):
             f"{one['norm']:g}"
             + (f", {one['idle']} layers change nothing" if one["idle"] else ""))
         for module, rank in one["effective_ranks"].items() if config.layers else (): print(f"  {rank:6.2f}  {module}")
+    if found["words"]: print(f"learnt words: {', '.join(found['words'])}")
     for problem in found["problems"]: print(f"problem: {problem}")
     for word, text in sorted(found["metadata"].items()):
         if word not in ("format", "lora_adapter_metadata"): print(f"{word}: {text[:200]}")
 
 # %% ../nbs/library/lora.ipynb #f407987a
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig(ToolOptions):
+class WriteOptions(ToolOptions):
+    "How a LoRA is written, and where."
+    to: str = option("diffusers", "layout to write; kohya is what A1111, ComfyUI and Forge read", choices=LAYOUTS)
+    output: str = option("", "file to write; for peft a folder")
+
+def written(
+    target:Path, # of `new_file`
+    layers:dict, # part name -> module -> LoraLayer
+    models:dict, # part name -> network, for the names
+    config, # WriteOptions
+    files, # LoRA files whose notes and words are kept
+)->Path:
+    "Write a LoRA with what its sources say of themselves; learnt words that find no place are told."
+    opened = [load_lora(lora_file(file)) for file in files]
+    words = {name: tensor for tensors, _ in opened for name, tensor in words_of(tensors).items()}
+    path = write_layers(target, layers, config.to, models, DTYPES[config.save_precision],
+        merge_notes([notes for _, notes in opened]), words if config.to in BUNDLING else {})
+    if words and config.to not in BUNDLING:
+        names = ", ".join(sorted({name.split(".")[1] for name in words}))
+        print(f"left out: the learnt words {names}, for which --to {' and --to '.join(BUNDLING)} alone have a place")
+    return path
+
+# %% ../nbs/library/lora.ipynb #d9a9a65d
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(WriteOptions):
     "Write a LoRA in the layout of other programs."
     file: str = option("", "LoRA file or folder")
-    to: str = option("diffusers", "layout to write", choices=LAYOUTS)
-    output: str = option("", "file to write; for peft a folder")
 
 def run_convert(config:ConvertConfig):
     "`sdxl-course lora convert`"
     usage = "convert FILE --to LAYOUT --output FILE"
-    layers, models, notes = open_lora(needed(config.file, usage), config.model, config.architecture)
+    layers, models, _ = open_lora(needed(config.file, usage), config.model, config.architecture)
     target = new_file(needed(config.output, usage))
-    print(f"wrote {write_layers(target, layers, config.to, models, DTYPES[config.save_precision], notes)}")
+    print(f"wrote {written(target, layers, models, config, [config.file])}")
 
 # %% ../nbs/library/lora.ipynb #0f36e298
 @dataclass(frozen=True, kw_only=True)
-class RankOptions(ToolOptions):
+class RankOptions(WriteOptions):
     "How much of each layer is kept, and where the result goes."
     rank: int | None = option(None, "rank of every layer that is written", "1 ..")
     energy: float | None = option(None, "share of the sum of squared singular values to keep, in each layer",
         "> 0 .. 1")
-    output: str = option("", "file to write")
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeConfig(RankOptions):
@@ -241,19 +271,19 @@ class ResizeConfig(RankOptions):
 def run_resize(config:ResizeConfig):
     "`sdxl-course lora resize`"
     usage = "resize FILE --rank R (or --energy SHARE) --output FILE"
-    layers, models, notes = open_lora(needed(config.file, usage), config.model, config.architecture)
+    layers, models, _ = open_lora(needed(config.file, usage), config.model, config.architecture)
     target, shares = new_file(needed(config.output, usage)), []
     for part, ones in layers.items():
         for name, one in ones.items():
             ones[name], kept = resize_layer(one, config.rank, config.energy)
             shares.append(kept)
-    write_layers(target, layers, "diffusers", models, DTYPES[config.save_precision])
+    written(target, layers, models, config, [config.file])
     print(f"wrote {target}: {min(shares):.1%} of the energy kept in the worst layer, {sum(shares)/len(shares):.1%} on "
         "average")
 
 # %% ../nbs/library/lora.ipynb #5fd44675
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(ToolOptions):
+class MergeConfig(WriteOptions):
     "Make one LoRA of several, or put them into a model for good."
     files: list[str] | None = option(None, "LoRA files or folders", action="extend")
     weights: list[float] | None = option(None, "how strong each one is; 1 when not given", "-1000 .. 1000",
@@ -261,7 +291,6 @@ class MergeConfig(ToolOptions):
     rank: int | None = option(None, "rank of the result; the sum of theirs when not given", "1 ..")
     into: str | None = option(None, "model to put them into: tiny, a folder, a hub id or a file; the output is then a "
         "folder, or one file for A1111 and ComfyUI where it ends in .safetensors")
-    output: str = option("", "file to write; with --into a folder or a file")
 
 # %% ../nbs/library/lora.ipynb #28d2f58f
 def merged(
@@ -306,8 +335,7 @@ def run_merge(config:MergeConfig):
     if config.into: write_model(stored, target, change_by([one[0] for one in ones], weights),
         DTYPES[config.save_precision])
     else:
-        write_layers(target, merged([one[0] for one in ones], weights, config.rank), "diffusers", ones[0][1],
-            DTYPES[config.save_precision])
+        written(target, merged([one[0] for one in ones], weights, config.rank), ones[0][1], config, files)
     print(f"wrote {target}")
 
 # %% ../nbs/library/lora.ipynb #fac2c1c2
@@ -334,7 +362,7 @@ def run_extract(config:ExtractConfig):
             pair = (stored.module_weight(part, name) for stored in (tuned, base)) # one layer at a time
             if one := difference_layer(*pair, config.rank, config.energy): found.setdefault(part, {})[name] = one
     if not found: raise CourseError(f"{names[0]} and {names[1]} have the same weights: there is nothing to extract")
-    write_layers(target, found, "diffusers", base.networks, DTYPES[config.save_precision])
+    written(target, found, base.networks, config, [])
     print(f"wrote {target}: " + ", ".join(f"{len(ones)} layers of the {part}" for part, ones in found.items()))
 
 # %% ../nbs/library/lora.ipynb #bbdd8576

@@ -185,7 +185,7 @@ def read_command(
     place = next((i for i, word in enumerate(words) if _method_word(word)), None)
     if place is None:
         raise CourseError(f"no training command that can be planned in {shlex.join(words)!r}: wanted one of "
-            f"{', '.join(METHODS)}, or the name of a reference script, and its flags; other methods are not counted yet")
+            f"{', '.join(METHODS)}, or the name of a reference script, and its flags; others are not counted yet")
     method = METHODS[_method_word(words[place])]
     launch = shlex.join(words[:place]).replace("=", " ").split()
     config = parse_config(method.config, words[place + 1:], method.name)
@@ -286,8 +286,9 @@ def _optimizers(card, config, see): # options of each that is tried in turn
 
 def _explained(card, config, see, plain, spare, optimizer):
     "The better of two attempts, and why."
-    if not (plain or spare): return Proposal(card, {}, [_hopeless(config, [see(_flags(card, config, 1, saved, optimizer))
-        for saved in (False, True)])], 0, 0)
+    if not (plain or spare):
+        tried = [see(_flags(card, config, 1, saved, optimizer)) for saved in (False, True)]
+        return Proposal(card, {}, [_hopeless(config, tried)], 0, 0)
     cost = lambda one: (one.seconds or one.flags["gradient_accumulation_steps"]*(1.36 if one is spare else 1), one.peak)
     best = min(filter(None, (plain, spare)), key=cost)
     half, b, turns = list(best.flags.values())[:3]

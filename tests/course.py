@@ -27,7 +27,7 @@ EXPORTS = {"export", "exports", "exporti"}
 ROOMS = """
 slow_cells core devices foreign_flags options
 world.shapes world.objects world.places world.scene world.textures world.trace world.render world.captions world.samples world.maps
-model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.refiner model.attention model.rank model.subspace model.lora model.lora_forward model.adapters model.lora_layouts model.lora_files model.lora_factors model.lora_scales
+model.folders model.components model.architecture model.conditioning model.noise model.consistency model.latents model.samplers model.prompts model.sampling model.refiner model.attention model.rank model.subspace model.lora model.lora_forward model.adapters model.lora_layouts model.lora_reading model.lora_files model.lora_factors model.lora_scales
 model.lora_tools model.weight_files
 model.words model.key_values model.control
 data.files data.metadata data.records data.preprocess data.report data.tables data.check data.shards data.cache data.sampler data.loader data.resizing

@@ -28,7 +28,7 @@ from sdxl_course.instruct_pix2pix import InstructPix2PixConfig
 from sdxl_course.t2i_adapter import T2IAdapterConfig
 from sdxl_course.inference import GenerateConfig
 from sdxl_course.lcm import LcmConfig
-from sdxl_course.model.lora_files import read_lora
+from sdxl_course.model.lora_reading import read_lora
 from sdxl_course.options import RESUME, check_range, resume_kinds, rules_of, unused_options
 from sdxl_course.pretraining.export import PretrainConfig
 from sdxl_course.study import StudyConfig

@@ -12,9 +12,10 @@ import torch
 from sdxl_course.core import CourseError, load_tensors, save_tensors, seeded
 from sdxl_course.model.adapters import adaptable_layers, add_lora, lora_parameters, lora_size, lora_targets, parameter_groups
 from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
-from sdxl_course.model.lora_files import attach_lora, initialize_lora_from, load_lora_into, lora_file_tensors, read_lora
+from sdxl_course.model.lora_files import attach_lora, initialize_lora_from, load_lora_into, lora_file_tensors
 from sdxl_course.model.lora_files import save_kohya, save_lora
 from sdxl_course.model.lora_layouts import sgm_name
+from sdxl_course.model.lora_reading import read_lora
 
 EVERYTHING = "attention+feedforward+convolution"
 BASE = tiny_architecture(0)

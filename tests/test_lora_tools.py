@@ -47,14 +47,60 @@ def test_a_file_of_sdxl_is_known_as_such(sdxl_file, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("layout, name", [("diffusers", "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"), ("kohya", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"),
-    ("sgm", "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_A.weight")])
+    ("sgm", "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_A.weight"), ("peft", "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight")])
 def test_every_layout_comes_back_with_every_bit(sdxl_file, layout, name, tmp_path):
-    there = tmp_path / "there.safetensors"
-    assert main(["convert", sdxl_file, "--to", layout, "--output", there]) == 0 and name in load_file(there)
+    there = tmp_path / ("there" if layout == "peft" else "there.safetensors")
+    assert main(["convert", sdxl_file, "--to", layout, "--output", there]) == 0
+    assert name in load_file(there / "unet" / "adapter_model.safetensors" if layout == "peft" else there)
     first, again = (open_lora(path)[0] for path in (sdxl_file, there))
     assert {part: set(ones) for part, ones in first.items()} == {part: set(ones) for part, ones in again.items()}
     for part, ones in first.items():
         for module, one in ones.items(): assert torch.equal(one.A, again[part][module].A) and torch.equal(one.B, again[part][module].B) and one.alpha == again[part][module].alpha
+
+
+def test_what_a_file_says_of_itself_is_kept_but_for_what_is_no_longer_true(sdxl_file, tmp_path, capsys):
+    "The title and the trigger words stay through every tool; rank and alpha are those of the new tensors, and A1111's layout is one step away."
+    tensors = load_file(sdxl_file)
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    for file, words in zip(files, ("sks chair", "old book")):
+        save_file(tensors, file, {"ss_network_dim": "2", "modelspec.title": "style", "modelspec.trigger_phrase": words, "modelspec.license": "mit", "sshs_model_hash": "0"})
+    notes = lambda path: open_lora(path)[2]
+    for words in (["convert", files[0], "--to", "kohya"], ["resize", files[0], "--rank", "1", "--to", "kohya"], ["merge", *files, "--to", "kohya"], ["resize", files[0], "--energy", "0.9"]):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        assert main([*words, "--output", out]) == 0
+        said = notes(out)
+        assert said["modelspec.title"] == "style" and said["modelspec.license"] == "mit" and "sshs_model_hash" not in said, words
+        assert said["modelspec.trigger_phrase"] == ("sks chair, old book" if words[0] == "merge" else "sks chair")
+        if "kohya" in words: assert said["ss_network_dim"] == {"convert": "2", "resize": "1", "merge": "4"}[words[0]] and said["ss_base_model_version"] == "sdxl_base_v1-0"
+        else: assert "ss_network_dim" not in said
+    assert main(["info", tmp_path / "2.safetensors"]) == 0 and "problem: its notes" not in capsys.readouterr().out
+
+
+def test_learnt_words_are_carried_along_or_told(sdxl_file, tmp_path, capsys):
+    file, words = tmp_path / "words.safetensors", {f"bundle_emb.<s0>.{key}": torch.full((2, n), 0.5) for key, n in (("clip_l", 768), ("clip_g", 1280))}
+    save_file({**load_file(sdxl_file), **words}, file)
+    assert main(["info", file]) == 0 and "learnt words: <s0>" in capsys.readouterr().out
+    for layout, kept in (("kohya", True), ("sgm", True), ("diffusers", False)):
+        assert main(["convert", file, "--to", layout, "--output", tmp_path / f"{layout}.safetensors"]) == 0
+        assert (words.keys() <= load_file(tmp_path / f"{layout}.safetensors").keys()) == kept
+        assert ("left out: the learnt words <s0>" in capsys.readouterr().out) != kept
+    assert all(torch.equal(load_file(tmp_path / "kohya.safetensors")[name], tensor) for name, tensor in words.items())
+
+
+def test_a_folder_of_peft_draws_and_trains_on_like_a_file(tiny_style, tmp_path, capsys):
+    "With its own alpha, in UNet and both text encoders; a kind that is no LoRA is told."
+    assert main(["convert", tiny_style, "--to", "peft", "--output", tmp_path / "peft"]) == 0
+    first, again = (open_lora(path)[0] for path in (tiny_style, tmp_path / "peft"))
+    assert sorted(first) == sorted(again) and {one.alpha for ones in again.values() for one in ones.values()} == {3.0}
+    parts = load_components("tiny")
+    assert attach_lora(parts.pipeline(), tmp_path / "peft") == tmp_path / "peft"
+    module, one = next(iter(first["text_encoder_2"].items()))
+    assert (parts.text_encoder_2.get_submodule(module).get_delta_weight("default") - one.delta).abs().max() < 1e-6
+    alone = open_lora(tmp_path / "peft" / "text_encoder", "tiny")[0]  # one network's folder
+    assert list(alone) == ["text_encoder"] and len(alone["text_encoder"]) == len(first["text_encoder"])
+    config = tmp_path / "peft" / "unet" / "adapter_config.json"
+    config.write_text(config.read_text().replace("LORA", "OFT"))
+    assert main(["info", tmp_path / "peft"]) == 2 and "an adapter of the kind OFT: wanted a LoRA" in capsys.readouterr().err
 
 
 def test_what_is_read_is_never_overwritten(sdxl_file, capsys):

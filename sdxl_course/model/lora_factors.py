@@ -27,7 +27,8 @@ def _factors(models, adapter_name):
     for part, model in models.items():
         for name, p in lora_parameters(model, adapter_name):
             match = LORA_NAME.fullmatch(name)
-            start = f"base_model.model.{match['module']}" if turns else layer_start(part, match["module"], "kohya", blocks)
+            start = (f"base_model.model.{match['module']}" if turns
+                else layer_start(part, match["module"], "kohya", blocks))
             found[f"{start}.{match['kind']}" + ".weight"*turns] = p
     return found
 

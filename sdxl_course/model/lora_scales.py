@@ -16,7 +16,8 @@ from pathlib import Path
 from peft.tuners.tuners_utils import BaseTunerLayer
 from ..core import CourseError, nearest
 from ..options import option
-from .lora_files import attach_lora, find_lora, read_layers, read_lora
+from .lora_files import attach_lora, find_lora, read_layers
+from .lora_reading import read_lora
 
 # %% ../../nbs/library/model_lora_scales.ipynb #f88fee03
 def adapter_names(
