@@ -100,10 +100,10 @@ def enlarged(
     picture, # PIL image
     side:int = 384, # at the least, pixels, where the picture is smaller
 ): # PIL image
-    "A small picture as a screen should show it, pixel by pixel."
+    "A small picture as a screen should show it."
     factor = -(-side//max(picture.size))
     return picture if factor < 2 else picture.resize([factor*length for length in picture.size],
-        Image.Resampling.NEAREST)
+        Image.Resampling.LANCZOS)
 
 def add_to_history(
     history:list, # (picture, words), the newest first

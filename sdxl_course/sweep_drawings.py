@@ -22,7 +22,7 @@ def asked_scenes(
     trial:bool=False, # for choosing a learning rate
 )->list: # of Scene
     "What the pictures of a task should show."
-    if task == "subject": return application_scenes("recontextualisation")*(1 + trial)
+    if task == "subject": return application_scenes("recontextualisation")*(2 if trial else 4) # from so many noises
     scenes = demo_scenes(2*number)
     return scenes[number:] if trial else scenes[:number]
 
