@@ -199,7 +199,7 @@ def settings_of(
     return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale, clip_skip=config.clip_skip,
         **{name: named(getattr(config, name)) for name in FILES if name not in ("vae", "init_image", "mask")},
-        control_scale=config.control_scale if config.control_image else None, lora=", ".join(scales) or None,
+        control_scale=config.followed[1] if config.followed[0] else None, lora=", ".join(scales) or None,
         lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
 # %% ../nbs/library/inference.ipynb #a1eec1bc
@@ -339,7 +339,7 @@ def _draw(config, pipeline, plan, rows, words, film, refiner):
     shared = dict(batch_size=batch, progress=is_interactive(), clip_skip=config.clip_skip,
         prompt_weights=config.prompt_weights, **fields_of(config, DrawOptions), **fields_of(config, SamplerOptions))
     more = dict(size=size, max_token_length=config.max_token_length)
-    if config.control_image: more |= steering(pipeline, config.control_image, size, config.control_scale)
+    if config.followed[0]: more |= steering(pipeline, config.followed[0], size, config.followed[1])
     if refiner:
         split_steps(pipeline, refiner, config.num_inference_steps, config.denoising_end, config.scheduler)
         seeds, finish = [own_generator(seed) for seed in seeds], partial(refine, refiner, **shared,
@@ -363,8 +363,8 @@ def open_pipelines(
     pipeline = load_pipeline(config.model, plan.files, plan.scales, device, dtype, plan.places,
         custom_diffusion=config.custom_diffusion, **loaded)
     refiner = load_refiner(pipeline, config.refiner, variant=config.variant) if config.refiner else None
-    if config.control_image: pipeline = follow_picture(pipeline, config.controlnet, config.adapter)
-    for one in [pipeline]*bool(config.control_image) + [refiner]*bool(config.refiner):
+    if config.followed[0]: pipeline = follow_picture(pipeline, config.controlnet, config.adapter)
+    for one in [pipeline]*bool(config.followed[0]) + [refiner]*bool(config.refiner):
         spare_memory(one, device, config.offload, config.vae_slicing, config.vae_tiling)
     return pipeline, refiner
 

@@ -93,8 +93,8 @@ def batch_bounds(
     return bounds
 
 # %% ../nbs/library/remake.ipynb #dc517f97
-FILES = ("model", "vae", "refiner", "controlnet", "adapter", "custom_diffusion", "control_image", "init_image",
-    "mask") # one of each
+FILES = ("model", "vae", "refiner", "controlnet", "adapter", "custom_diffusion", "control_image", "edit_image",
+    "init_image", "mask") # one of each
 LEFT_OUT = {"prompt", "negative_prompt", "seed", "num_images", "batch_size", "output_dir", "device", "from_picture",
     "film", "offload", "lora", "lora_scale", "embeddings", *FILES}
 
@@ -165,7 +165,7 @@ def read_record(
             "which no other program has saved again") from error
 
 # %% ../nbs/library/remake.ipynb #0cdadcbe
-UNCHANGED = ("control_image",) # files that another one of the same name does not replace
+UNCHANGED = ("control_image", "edit_image") # files that another one of the same name does not replace
 
 def find_used(
     used:dict, # from `used_file`

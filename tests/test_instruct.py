@@ -10,8 +10,10 @@ import torch
 from diffusers import StableDiffusionXLInstructPix2PixPipeline
 from PIL import Image, ImageOps
 from sdxl_course.core import CourseError, seeded
+from sdxl_course.inference import main as generate_main
 from sdxl_course.instruct_pix2pix import EditLoss, InstructPix2PixConfig, main, open_instruct_pix2pix, train_instruct_pix2pix
 from sdxl_course.model.latents import posterior
+from sdxl_course.text_to_image import main as train_main
 from sdxl_course.model.noise import NoiseSchedule
 from test_trainer import REFERENCE
 from toy import files_of
@@ -83,6 +85,27 @@ def test_resume_is_exact(edit, options):
     folder = edit("straight", **options).output_dir
     straight = lasting(folder)
     for k in (1, 3): assert lasting(edit(f"from-{k}", **options, resume_from_checkpoint=str(folder / f"checkpoint-{k}")).output_dir) == straight, k
+
+
+def test_generate_changes_a_picture_and_draws_it_again(edit, edits, make_pictures, tmp_path, capsys):
+    "From the command line as diffusers' own pipeline does; the picture's file says how, and which picture it came from."
+    model, picture = edit().output_dir, sorted((edits / "before").iterdir())[0]
+    draw = lambda *words: generate_main(["--device", "cpu", "--num_inference_steps", "4", *map(str, words)])
+    assert draw("--model", model, "--prompt", "turn 1", "--edit_image", picture, "--image_guidance_scale", "2", "--seed", "3", "--output_dir", tmp_path / "new") == 0
+    ours = Image.open(tmp_path / "new" / "image_000.png")
+    stock = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(model)
+    theirs = stock("turn 1", image=Image.open(picture).convert("RGB").resize((64, 64)), height=64, width=64, num_inference_steps=4, guidance_scale=3.0, image_guidance_scale=2.0, generator=[torch.Generator().manual_seed(3)]).images[0]
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    capsys.readouterr()
+    assert draw("--from", tmp_path / "new" / "image_000.png", "--output_dir", tmp_path / "again") == 0 and "to the last bit" in capsys.readouterr().out
+    for words, told in ((["--model", model], "wants --edit_image"), (["--model", "tiny", "--edit_image", picture], "wants a model of instruct-pix2pix"), (["--model", model, "--image_guidance_scale", "2"], "wanted both"),
+                        (["--model", model, "--edit_image", picture, "--init_image", picture], "leave --control_image"), (["--model", model, "--edit_image", tmp_path / "none.png"], "none.png")):
+        assert draw("--prompt", "turn 1", "--output_dir", tmp_path / "no", *words) == 2
+        said = capsys.readouterr().err
+        assert told in said and "Traceback" not in said, said
+    for train, data in ((train_main, make_pictures(3, "captioned")), (main, edits)):  # it is no base model for another training
+        assert train(["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64", "--output_dir", str(tmp_path / "b"), "--max_train_steps", "1", "--report_to", "none"]) == 2
+        assert "takes 8 channels and a latent has 4" in capsys.readouterr().err
 
 
 def test_the_run_begins_as_the_base_model_and_learns_what_the_picture_before_says(edit, toy):

@@ -297,9 +297,9 @@ def load_components(
         parts = SDXLComponents(name=str(model), **own_vae,
             force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
             **{part: load_part(folder, index, part, dtype, variant) for part in PARTS if part not in own_vae})
-    if parts.vae.config.latent_channels != parts.unet.config.in_channels:
+    if parts.vae.config.latent_channels != parts.unet.config.out_channels:
         raise CourseError(f"the VAE makes {parts.vae.config.latent_channels} latent channels and the UNet of {model} "
-            f"takes {parts.unet.config.in_channels}: wanted a VAE made for SDXL")
+            f"has {parts.unet.config.out_channels}: wanted a VAE made for SDXL")
     for part in NETWORKS: check_finite(getattr(parts, part).named_parameters(), f"{model}, {part}")
     return parts.to(device)
 

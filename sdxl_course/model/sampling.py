@@ -252,6 +252,10 @@ def _check_numbers(pipeline, steps:int, batch_size:int, clip_skip:int, strength:
     if int(steps*strength) < 1:
         raise CourseError(f"strength {strength} of {steps} steps leaves none: wanted at least {1/steps:.3g}, or more "
             "steps")
+    own, seen = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
+    if type(pipeline).__name__ == "StableDiffusionXLPipeline" and seen != own:
+        raise CourseError(f"the UNet takes {seen} channels and noise has {own}, so this model does not draw from noise "
+            "alone: a model of instruct-pix2pix wants --edit_image, a picture to change")
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2) if clip_skip else ():
         check_clip_skip(encoder, clip_skip)
 

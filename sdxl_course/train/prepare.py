@@ -88,6 +88,10 @@ def load_base(
     if components.tokenizer is None:
         raise CourseError("these components have no tokenizers: wanted a whole model, as load_components gives it")
     check_resolution(config.resolution, components)
+    own, seen = components.vae.config.latent_channels, components.unet.config.in_channels
+    if seen != own:
+        raise CourseError(f"the UNet of {components.name} takes {seen} channels and a latent has {own}, as one for "
+            "editing or inpainting does: wanted a model that draws from noise alone")
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         network = getattr(components, part)
         wanted = torch.float32 if part in full_precision else vae_dtype(network, dtype) if part == "vae" else dtype
