@@ -24,7 +24,7 @@ def test_every_way_is_swept_before_it_is_compared():
     loss = {"rank_1": lambda rate: abs(rate - 4e-3), "dora": lambda rate: abs(rate - 5e-4)}
     judged = []
     for task, way, rate, seed, judge in trainings_of(config, rows):
-        rows.append(dict(task=task, way=way, rate=rate, seed=seed, trial=[-loss[way](rate)]))
+        rows.append(dict(task=task, way=way, rate=rate, seed=seed, trial=[-loss[way](rate)], validation_loss=0.1))
         if judge: judged.append((task, way, rate, seed))
     assert judged == [(task, way, rate, seed) for task in TASKS for way, rate in (("rank_1", 4e-3), ("dora", 5e-4)) for seed in range(3)]
     tried = {way: {row["rate"] for row in rows if row["way"] == way} for way in loss}
@@ -34,14 +34,16 @@ def test_every_way_is_swept_before_it_is_compared():
 def test_rates_beyond_the_first_end_where_they_should():
     rows, seen = [], []
     for task, way, rate, seed, judge in trainings_of(SweepConfig(ways="dora", seeds=1, max_rates=5), rows):
-        rows.append(dict(task=task, way=way, rate=rate, seed=seed, trial=[rate]))  # higher is always better
+        rows.append(dict(task=task, way=way, rate=rate, seed=seed, trial=[rate], validation_loss=0.1))  # higher is always better
         if not judge and task == "style": seen.append(rate)
     assert seen == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 
-def test_the_rate_that_shows_most_is_the_best_and_of_equal_ones_the_lowest():
+def test_the_rate_that_shows_most_is_the_best_and_of_equal_ones_the_one_with_the_lowest_loss():
     row = dict(task="style", way="dora", seed=0)
-    assert best_rate([dict(row, rate=1, trial=[0.0, 0.0]), dict(row, rate=2, trial=[1.0, 0.0]), dict(row, rate=4, trial=[0.0, 1.0])], "style", "dora") == 2  # of two equal ones the lower
+    rows = [dict(row, rate=1, trial=[0.0, 0.0], validation_loss=0.0), dict(row, rate=2, trial=[1.0, 0.0], validation_loss=0.3), dict(row, rate=4, trial=[0.0, 1.0], validation_loss=0.2)]
+    assert best_rate(rows, "style", "dora") == 4                                     # of two equal ones that with the lower loss
+    assert best_rate([*rows[:2], dict(rows[2], validation_loss=None)], "style", "dora") == 2  # one that blew up is no best one
 
 
 @pytest.mark.slow
