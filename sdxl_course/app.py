@@ -15,7 +15,7 @@ from pathlib import Path
 from .core import CourseError, run_guarded
 from .devices import pick_device, weight_dtype
 from .options import SEEDS, check_limits, option, parse_config
-from .model.lora_reading import LORA_WEIGHT_NAME_SAFE, lora_file
+from .model.lora_reading import LORA_WEIGHT_NAME_SAFE, lora_file, peft_parts
 from .model.samplers import steps_to_take
 from .model.sampling import generate
 from .model.words import replace_placeholders
@@ -31,7 +31,7 @@ def find_loras(
     found = []
     for place in places or ():
         path = Path(place).expanduser()
-        inside = [path] if path.is_file() or (path/LORA_WEIGHT_NAME_SAFE).is_file() else [
+        inside = [path] if path.is_file() or (path/LORA_WEIGHT_NAME_SAFE).is_file() or peft_parts(path) else [
             *(file for file in path.glob("*.safetensors") if not file.stem.endswith("_emb")), # those hold words
             *(file.parent for file in path.glob(f"*/{LORA_WEIGHT_NAME_SAFE}"))]
         inside = sorted(inside, key=lambda one: natural_key(one.name))

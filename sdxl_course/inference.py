@@ -196,10 +196,10 @@ def settings_of(
     "What is written into every picture besides its prompt and seed, for people to read."
     named = lambda one: Path(one).name if one and Path(one).exists() else one # no folders of this machine
     strengths = list(scales.values()) or [None]
-    return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale, clip_skip=config.clip_skip,
+    return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         **{name: named(getattr(config, name)) for name in FILES if name not in ("vae", "init_image", "mask")},
-        control_scale=config.followed[1] if config.followed[0] else None, lora=", ".join(scales) or None,
+        clip_skip=config.clip_skip, control_scale=config.control_scale if config.control_image else None,
+        image_guidance_scale=config.image_guidance_scale if config.edit_image else None, lora=", ".join(scales) or None,
         lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
 # %% ../nbs/library/inference.ipynb #a1eec1bc

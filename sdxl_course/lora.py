@@ -133,7 +133,7 @@ def note_problems(
 def words_of(
     tensors:dict, # name -> tensor of a file
 )->dict: # those of learnt words
-    "Embeddings that a LoRA carries along, as kohya's programs bundle them."
+    "Embeddings that a LoRA carries along, as OneTrainer bundles them; A1111 and ComfyUI find them there."
     return {name: tensor for name, tensor in tensors.items() if name.startswith("bundle_emb.")}
 
 def lora_info(
@@ -232,8 +232,12 @@ def written(
     files, # LoRA files whose notes and words are kept
 )->Path:
     "Write a LoRA with what its sources say of themselves; learnt words that find no place are told."
-    opened = [load_lora(lora_file(file)) for file in files]
-    words = {name: tensor for tensors, _ in opened for name, tensor in words_of(tensors).items()}
+    opened, words = [load_lora(lora_file(file)) for file in files], {}
+    for tensors, _ in opened:
+        for name, tensor in words_of(tensors).items():
+            if not torch.equal(words.setdefault(name, tensor), tensor):
+                raise CourseError(f"several of the files teach the word {name.split('.')[1]} a meaning of its own: "
+                    "wanted files with different words")
     path = write_layers(target, layers, config.to, models, DTYPES[config.save_precision],
         merge_notes([notes for _, notes in opened]), words if config.to in BUNDLING else {})
     if words and config.to not in BUNDLING:
@@ -327,6 +331,8 @@ def run_merge(config:MergeConfig):
     "`sdxl-course lora merge`"
     usage = "merge FILE FILE ... --weights W W ... --output FILE"
     files, target = needed(config.files, usage), new_file(needed(config.output, usage))
+    if config.into and config.to != "diffusers":
+        raise CourseError("--to says how a LoRA is written, and --into writes a model: leave one of them out")
     weights = config.weights or [1.]*len(files)
     if len(weights) != len(files): raise CourseError(f"got {len(weights)} weights for {len(files)} files: wanted one "
         "for each")

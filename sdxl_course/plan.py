@@ -250,7 +250,7 @@ def _hopeless(config, found): # forecasts of one picture at a time
     advice += [f"--resolution {config.resolution//2}"]*(config.resolution >= 128)
     advice += ["a lower --rank"]*hasattr(config, "rank")
     advice += ["text encoders that stay frozen"]*getattr(config, "train_text_encoder", False)
-    if not hasattr(config, "rank"): advice.append("a LoRA, which trains far fewer numbers")
+    if least.moments["a step"]["what trains"] > least.peak/10: advice.append("a LoRA, which trains far fewer numbers")
     return (f"one picture at a time needs {least.peak/GIB + CONTEXT:.1f} GiB, more than there is: try "
         + " or ".join(advice))
 

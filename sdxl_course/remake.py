@@ -26,11 +26,14 @@ from .train.checkpoint import sha256_of
 
 # %% ../nbs/library/remake.ipynb #6b07d173
 def lora_hash(
-    path, # .safetensors file
+    path, # .safetensors file, or a folder of them in PEFT's layout
 )->str: # 12 hexadecimal digits
-    "How A1111 tells LoRAs apart: SHA-256 of what follows the header."
-    data = Path(path).read_bytes()
-    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()[:12]
+    "How A1111 tells LoRAs apart: SHA-256 of what follows the header, of several files one after the other."
+    digest, path = hashlib.sha256(), Path(path)
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        data = file.read_bytes()
+        digest.update(data[8 + int.from_bytes(data[:8], "little"):])
+    return digest.hexdigest()[:12]
 
 # %% ../nbs/library/remake.ipynb #d9746b68
 def seen_from(

@@ -63,7 +63,7 @@ class SweepConfig(DrawOptions):
     ways: str = option("", "names with commas between them; not given: all")
     learning_rates: list[float] | None = option(None, "those that each way is tried at first; while the best is the "
         "lowest or the highest of them, half or twice as much is tried too", limit="> 0 ..")
-    max_rates: int = option(7, "learning rates that one way is tried at, at most", limit="1 ..")
+    max_rates: int = option(7, "learning rates that one way is tried at, at most; those given all are", limit="1 ..")
     seeds: int = option(3, "trainings of each way at its best learning rate", limit="1 ..")
     max_train_steps: int = option(80, "updates of each training", limit="1 ..")
     train_batch_size: int = option(4, "pictures of each update", limit="1 ..")
@@ -151,6 +151,10 @@ def train_one(
     clock = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     try:
         with watched_memory(found): result = train(training, components, log=lambda text: None)
+    except CourseError as error: # at this rate it does not hold: the worst of all, and the sweep goes on
+        if "wanted finite numbers" not in str(error): raise
+        return found | dict(seconds=time.perf_counter() - began, losses=[], bytes=None, update_seconds=None,
+            validation_loss=None, validation_loss_before=None, trial=[0.], trial_seconds=0., failed=str(error))
     finally: clock.remove()
     smallest = min(path.stat().st_size for path in result.output_dir.glob("*.safetensors")) # of a LoHa, its factors
     return found | dict(seconds=time.perf_counter() - began, losses=result.losses, bytes=smallest,
@@ -278,7 +282,8 @@ def next_row(
     task, way, rate, seed = key
     row = old or train_one(*key, config) | dict(provenance=provenance(),
         settings=dict(settings, options=to_jsonable(WAYS[way])))
-    row = rounded(to_jsonable(judge(row, judged))) | dict(rate=rate) # four digits are few for a rate
+    if judged or "trial" not in row: row = judge(row, judged)
+    row = rounded(to_jsonable(row)) | dict(rate=rate) # four digits are few for a rate
     write_json(Path(config.output_dir)/"rows"/f"{task}-{way}-{rate:g}-{seed}.json", row)
     rows[:] = [one for one in rows if one is not old] + [row]
     return row

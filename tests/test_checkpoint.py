@@ -48,7 +48,7 @@ def test_every_k_plus_the_rest_equals_n_byte_for_byte(train):
 
 
 @pytest.mark.parametrize("adapter, file, more", [("loha", "lycoris", dict(train_text_encoder=True, lora_layers="attention+convolution")),
-    ("lokr", "lycoris", dict(train_text_encoder=True, lora_layers="attention+convolution")), ("oft", "adapter_model", dict(lora_layers="attention+feedforward"))], ids=str)
+    ("lokr", "lycoris", dict(train_text_encoder=True, lora_layers="attention+convolution")), ("oft", "adapter_model", dict(lora_layers="attention+feedforward")), ("oft", "adapter_model", dict(mixed_precision="bf16"))], ids=str)
 def test_resume_is_exact_with_other_adapters(train, adapter, file, more):
     options = dict(max_train_steps=4, checkpointing_steps=2, adapter=adapter, **more)
     straight = train("straight", **options).output_dir

@@ -10,8 +10,11 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from PIL import Image
 from sdxl_course import core
+from sdxl_course.app import find_loras
 from sdxl_course.core import seeded, write_json
+from sdxl_course.inference import main as generate_main
 from sdxl_course.lora import main, open_lora
 from sdxl_course.model.adapters import adaptable_layers, add_lora, lora_parameters
 from sdxl_course.model.architecture import sdxl_architecture, tiny_architecture
@@ -85,6 +88,10 @@ def test_learnt_words_are_carried_along_or_told(sdxl_file, tmp_path, capsys):
         assert (words.keys() <= load_file(tmp_path / f"{layout}.safetensors").keys()) == kept
         assert ("left out: the learnt words <s0>" in capsys.readouterr().out) != kept
     assert all(torch.equal(load_file(tmp_path / "kohya.safetensors")[name], tensor) for name, tensor in words.items())
+    save_file({**load_file(sdxl_file), **{name: tensor + 1 for name, tensor in words.items()}}, tmp_path / "other.safetensors")
+    assert main(["merge", file, tmp_path / "other.safetensors", "--to", "kohya", "--output", tmp_path / "both.safetensors"]) == 2
+    assert "teach the word <s0> a meaning of its own" in capsys.readouterr().err and not (tmp_path / "both.safetensors").exists()
+    assert main(["merge", file, "--into", "tiny", "--to", "kohya", "--output", tmp_path / "model"]) == 2 and "--into writes a model" in capsys.readouterr().err
 
 
 def test_a_folder_of_peft_draws_and_trains_on_like_a_file(tiny_style, tmp_path, capsys):
@@ -96,6 +103,13 @@ def test_a_folder_of_peft_draws_and_trains_on_like_a_file(tiny_style, tmp_path, 
     assert attach_lora(parts.pipeline(), tmp_path / "peft") == tmp_path / "peft"
     module, one = next(iter(first["text_encoder_2"].items()))
     assert (parts.text_encoder_2.get_submodule(module).get_delta_weight("default") - one.delta).abs().max() < 1e-6
+    assert generate_main(["--prompt", "a house", "--lora", str(tmp_path / "peft"), "--num_inference_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "drawn")]) == 0
+    assert generate_main(["--prompt", "a house", "--lora", str(tiny_style), "--num_inference_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "same")]) == 0
+    pixels = lambda name: Image.open(tmp_path / name / "image_000.png").tobytes()
+    assert pixels("drawn") == pixels("same")
+    assert find_loras([tmp_path / "peft"]) == [str(tmp_path / "peft")]
+    weights = tmp_path / "peft" / "unet" / "adapter_model.safetensors"
+    assert {one.alpha for one in open_lora(weights)[0]["unet"].values()} == {3.0}      # the file alone says no alpha, its neighbour does
     alone = open_lora(tmp_path / "peft" / "text_encoder", "tiny")[0]  # one network's folder
     assert list(alone) == ["text_encoder"] and len(alone["text_encoder"]) == len(first["text_encoder"])
     config = tmp_path / "peft" / "unet" / "adapter_config.json"

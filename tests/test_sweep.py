@@ -4,6 +4,7 @@ import json
 import pytest
 
 from sdxl_course import sweep
+from sdxl_course.core import CourseError
 from sdxl_course.sweep import SweepConfig, TASKS, WAYS, best_rate, main, run_sweep, seconds_needed, summary, trainings_of, training_of
 
 SHORT = dict(ways="rank_1", learning_rates=[1e-3, 2e-3], max_rates=2, seeds=2, max_train_steps=2, train_batch_size=1, num_prompts=2, num_inference_steps=1)
@@ -44,6 +45,20 @@ def test_the_rate_that_shows_most_is_the_best_and_of_equal_ones_the_one_with_the
     rows = [dict(row, rate=1, trial=[0.0, 0.0], validation_loss=0.0), dict(row, rate=2, trial=[1.0, 0.0], validation_loss=0.3), dict(row, rate=4, trial=[0.0, 1.0], validation_loss=0.2)]
     assert best_rate(rows, "style", "dora") == 4                                     # of two equal ones that with the lower loss
     assert best_rate([*rows[:2], dict(rows[2], validation_loss=None)], "style", "dora") == 2  # one that blew up is no best one
+
+
+def test_a_training_that_blows_up_counts_as_the_worst_and_the_sweep_goes_on(tmp_path, monkeypatch):
+    def burst(config, components, log): raise CourseError("update 3 got loss nan: wanted finite numbers; nothing was changed")
+    monkeypatch.setattr(sweep, "train_dreambooth", burst)
+    config = SweepConfig(output_dir=str(tmp_path), **SHORT)
+    row = sweep.train_one("subject", "rank_1", 1.0, 0, config)
+    assert row["trial"] == [0.0] and row["validation_loss"] is None and "nan" in row["failed"]
+    (tmp_path / "rows").mkdir()
+    rows = [dict(row, rate=0.1, trial=[0.0], validation_loss=0.2)]
+    kept = sweep.next_row(("subject", "rank_1", 1.0, 0, False), rows, {}, config, lambda *given: pytest.fail("there is nothing to draw with"))
+    assert kept["rate"] == 1.0 and best_rate(rows, "subject", "rank_1") == 0.1
+    monkeypatch.setattr(sweep, "train_dreambooth", lambda *given, **more: (_ for _ in ()).throw(CourseError("no such folder")))
+    with pytest.raises(CourseError, match="no such folder"): sweep.train_one("subject", "rank_1", 1.0, 0, config)
 
 
 @pytest.mark.slow

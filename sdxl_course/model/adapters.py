@@ -39,7 +39,7 @@ INIT_RULES = (
         "--adapter lora: leave them out"),
     (lambda c: c.adapter in ("lokr", "oft") and c.lora_alpha not in (None, c.rank),
         "--lora_alpha is not heeded by other programs in a --adapter lokr, and an oft has none: leave it out"),
-    (lambda c: c.adapter == "oft" and (c.train_text_encoder or "conv" in c.lora_layers),
+    (lambda c: c.adapter == "oft" and (getattr(c, "train_text_encoder", False) or "conv" in c.lora_layers),
         "--adapter oft turns the inputs of the UNet's matrices: leave --train_text_encoder and convolutions out"),
     (lambda c: c.init_lora_weights == "orthogonal" and c.rank % 2,
         "--init_lora_weights orthogonal splits the rank in two halves: wanted an even --rank"),

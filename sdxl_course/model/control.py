@@ -229,6 +229,9 @@ def follow_picture(
 ): # from `control_pipeline`, where and as exact as the UNet; without a network from `edit_pipeline`
     "A pipeline that follows a picture; CourseError for a network that does not load or does not fit."
     if not (controlnet or adapter): return edit_pipeline(pipeline)
+    own, seen = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
+    if seen != own: raise CourseError(f"this model's UNet takes {seen} channels and a latent has {own}: wanted one "
+        "that draws from noise alone, beside which the network was trained")
     kind, where = (ControlNetModel, controlnet) if controlnet else (T2IAdapter, adapter)
     control, device = load_control(kind, where, pipeline.unet), next(pipeline.unet.parameters()).device
     place = "cpu" if device.type == "meta" else device

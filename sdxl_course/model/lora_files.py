@@ -89,8 +89,9 @@ def _settings(
 # %% ../../nbs/library/model_lora_files.ipynb #868f2647
 def _rotation(layer, adapter_name)->LoraLayer:
     "What an OFT (Qiu et al., 2023) adds to a matrix: W R' - W, at whatever rank that has."
-    W = layer.base_layer.weight
-    return make_layer(dict(diff=W @ layer.get_delta_weight(adapter_name).T - W), W)
+    with torch.no_grad(): # in fp32, whatever the frozen weights are in
+        W, R = layer.base_layer.weight.float(), layer.get_delta_weight(adapter_name).float()
+        return make_layer(dict(diff=W @ R.T - W), W)
 
 def adapter_layers(
     model, # with a LoRA in it

@@ -299,13 +299,16 @@ def pictures_at_once(
 def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:float, batch_size, control_image=None,
     **more):
     "`sample_pictures`, from noise or from a picture; what a mask protects is put back."
-    more["batch_size"] = batch_size or pictures_at_once(picture_size(pipeline, size))
     if control_image is not None: rows = rows | dict(image=[control_image]*len(seeds))
-    if init_image is None: return sample_pictures(pipeline, rows, seeds, picture_size(pipeline, size), **more)
+    many = lambda size: batch_size or pictures_at_once(size)
+    if init_image is None:
+        size = picture_size(pipeline, size)
+        return sample_pictures(pipeline, rows, seeds, size, batch_size=many(size), **more)
     other, given, kept = start_from(pipeline, init_image, mask, size)
     size = (given.pop("height"), given.pop("width")) if kept else None
     rows = rows | {name: [one]*len(seeds) for name, one in given.items()}
-    with quiet(): drawn = sample_pictures(other, rows, seeds, size, strength=strength, **more) # it casts the VAE aloud
+    with quiet(): drawn = sample_pictures(other, rows, seeds, size, strength=strength, # it casts the VAE aloud
+        batch_size=many(size or rows["image"][0].size), **more)
     return [Image.composite(one, *kept) for one in drawn] if kept else drawn
 
 # %% ../../nbs/library/model_sampling.ipynb #b0e7ec05
