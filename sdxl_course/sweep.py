@@ -21,7 +21,7 @@ from pathlib import Path
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from .core import CourseError, nearest, to_jsonable, write_json
 from .devices import provenance, provenances
-from .options import CONTINUED, check_limits, option, run_command
+from .options import CONTINUED, check_limits, fields_of, option, run_command
 from .world.samples import sample_dir
 from .world.render import render
 from .model.components import load_components, tiny_path
@@ -231,8 +231,7 @@ def seconds_needed(
 # %% ../nbs/library/sweep.ipynb #5b8bbd09
 def _drawn(pipeline, task, subject, seed, config, trial=False):
     "`draw_task` as the sweep's settings say."
-    return draw_task(pipeline, task, subject, seed, config.num_prompts, trial,
-        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
+    return draw_task(pipeline, task, subject, seed, config.num_prompts, trial, **fields_of(config, DrawOptions))
 
 # %% ../nbs/library/sweep.ipynb #5b8bbd0a
 def try_row(

@@ -20,7 +20,7 @@ from typing import ClassVar
 from ..core import CourseError, check_finite, save_tensors, seeded_rng, write_json
 from ..options import is_set, option
 from .components import quiet
-from .latents import vae_scale_factor
+from .latents import check_from_noise, vae_scale_factor
 from .prompts import prompt_rows
 from .sampling import open_picture, picture_size, pipeline_around, sample_pictures
 
@@ -229,9 +229,7 @@ def follow_picture(
 ): # from `control_pipeline`, where and as exact as the UNet; without a network from `edit_pipeline`
     "A pipeline that follows a picture; CourseError for a network that does not load or does not fit."
     if not (controlnet or adapter): return edit_pipeline(pipeline)
-    own, seen = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
-    if seen != own: raise CourseError(f"this model's UNet takes {seen} channels and a latent has {own}: wanted one "
-        "that draws from noise alone, beside which the network was trained")
+    check_from_noise(pipeline, "wanted a model that does, beside which the network was trained")
     kind, where = (ControlNetModel, controlnet) if controlnet else (T2IAdapter, adapter)
     control, device = load_control(kind, where, pipeline.unet), next(pipeline.unet.parameters()).device
     place = "cpu" if device.type == "meta" else device

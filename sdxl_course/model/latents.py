@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['posterior', 'sample_latents', 'vae_dtype', 'vae_scale_factor', 'side_step', 'native_resolution', 'check_resolution',
-           'vae_units', 'decode_latents']
+           'vae_units', 'decode_latents', 'check_from_noise']
 
 # %% ../../nbs/library/model_latents.ipynb #1b6d5719
 import math
@@ -102,3 +102,14 @@ def decode_latents(
         scaled = vae_units(vae, one).to(device, vae.dtype)
         pictures.append(to_pil(vae.decode(scaled).sample[0].float().clamp(-1, 1)))
     return pictures
+
+# %% ../../nbs/library/model_latents.ipynb #c0ffee01
+def check_from_noise(
+    parts, # SDXLComponents, or a pipeline
+    wanted:str, # what to do about it
+):
+    "CourseError for a UNet that sees more than noise, as one for editing or inpainting does."
+    own, seen = parts.vae.config.latent_channels, parts.unet.config.in_channels
+    if seen != own:
+        raise CourseError(f"this UNet takes {seen} channels and a latent has {own}, so it does not draw from noise "
+            f"alone: {wanted}")

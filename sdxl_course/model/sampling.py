@@ -22,7 +22,7 @@ from ..options import option
 from .components import quiet
 from .conditioning import check_clip_skip
 from .noise import NoiseSchedule
-from .latents import decode_latents, native_resolution, side_step
+from .latents import check_from_noise, decode_latents, native_resolution, side_step
 from .samplers import guided_between, named_scheduler, steps_to_take
 from .prompts import prompt_rows
 
@@ -252,10 +252,8 @@ def _check_numbers(pipeline, steps:int, batch_size:int, clip_skip:int, strength:
     if int(steps*strength) < 1:
         raise CourseError(f"strength {strength} of {steps} steps leaves none: wanted at least {1/steps:.3g}, or more "
             "steps")
-    own, seen = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
-    if type(pipeline).__name__ == "StableDiffusionXLPipeline" and seen != own:
-        raise CourseError(f"the UNet takes {seen} channels and noise has {own}, so this model does not draw from noise "
-            "alone: a model of instruct-pix2pix wants --edit_image, a picture to change")
+    if type(pipeline).__name__ == "StableDiffusionXLPipeline":
+        check_from_noise(pipeline, "a model of instruct-pix2pix wants --edit_image, a picture to change")
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2) if clip_skip else ():
         check_clip_skip(encoder, clip_skip)
 

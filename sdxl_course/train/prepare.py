@@ -24,7 +24,7 @@ from ..data.files import read_file
 from ..data.records import content_key
 from ..model.components import load_components, load_vae
 from ..model.conditioning import removed_text
-from ..model.latents import check_resolution, vae_dtype
+from ..model.latents import check_from_noise, check_resolution, vae_dtype
 from ..model.noise import TimestepOptions, noise_schedule, timestep_weights
 from ..model.sampling import inference_scheduler
 from ..options import fields_of
@@ -88,10 +88,7 @@ def load_base(
     if components.tokenizer is None:
         raise CourseError("these components have no tokenizers: wanted a whole model, as load_components gives it")
     check_resolution(config.resolution, components)
-    own, seen = components.vae.config.latent_channels, components.unet.config.in_channels
-    if seen != own:
-        raise CourseError(f"the UNet of {components.name} takes {seen} channels and a latent has {own}, as one for "
-            "editing or inpainting does: wanted a model that draws from noise alone")
+    check_from_noise(components, f"{components.name} is no base model to train, wanted one that does")
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         network = getattr(components, part)
         wanted = torch.float32 if part in full_precision else vae_dtype(network, dtype) if part == "vae" else dtype
