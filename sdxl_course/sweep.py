@@ -28,6 +28,7 @@ from .model.components import load_components, tiny_path
 from .model.sampling import DrawOptions
 from .data.cache import fingerprint
 from .train.class_images import weights_name
+from .train.loop import Diverged
 from .train.machine import output_lock
 from .text_to_image import TextToImageConfig, train_text_to_image
 from .dreambooth import DreamBoothConfig, train_dreambooth
@@ -151,8 +152,7 @@ def train_one(
     clock = register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     try:
         with watched_memory(found): result = train(training, components, log=lambda text: None)
-    except CourseError as error: # at this rate it does not hold: the worst of all, and the sweep goes on
-        if "wanted finite numbers" not in str(error): raise
+    except Diverged as error: # at this rate it does not hold: the worst of all, and the sweep goes on
         return found | dict(seconds=time.perf_counter() - began, losses=[], bytes=None, update_seconds=None,
             validation_loss=None, validation_loss_before=None, trial=[0.], trial_seconds=0., failed=str(error))
     finally: clock.remove()

@@ -5,6 +5,7 @@ import pytest
 
 from sdxl_course import sweep
 from sdxl_course.core import CourseError
+from sdxl_course.train.loop import Diverged
 from sdxl_course.sweep import SweepConfig, TASKS, WAYS, best_rate, main, run_sweep, seconds_needed, summary, trainings_of, training_of
 
 SHORT = dict(ways="rank_1", learning_rates=[1e-3, 2e-3], max_rates=2, seeds=2, max_train_steps=2, train_batch_size=1, num_prompts=2, num_inference_steps=1)
@@ -48,7 +49,7 @@ def test_the_rate_that_shows_most_is_the_best_and_of_equal_ones_the_one_with_the
 
 
 def test_a_training_that_blows_up_counts_as_the_worst_and_the_sweep_goes_on(tmp_path, monkeypatch):
-    def burst(config, components, log): raise CourseError("update 3 got loss nan: wanted finite numbers; nothing was changed")
+    def burst(config, components, log): raise Diverged("update 3 got loss nan: wanted finite numbers; nothing was changed")
     monkeypatch.setattr(sweep, "train_dreambooth", burst)
     config = SweepConfig(output_dir=str(tmp_path), **SHORT)
     row = sweep.train_one("subject", "rank_1", 1.0, 0, config)
