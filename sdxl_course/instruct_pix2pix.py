@@ -26,7 +26,7 @@ from .train.build import functions
 from .train.config import TrainConfig
 from .train.control import read_accompanied
 from .train.objective import DenoisingLoss, predict
-from .train.prepare import make_loss, read_validation
+from .train.prepare import load_base, make_loss, read_validation
 from .train.run import Method
 from .train.weights import PRECISIONS, unet_weights
 
@@ -83,12 +83,12 @@ def widen(
 # %% ../nbs/library/instruct_pix2pix.ipynb #63500a4c
 def edit_weights(
     config, # InstructPix2PixConfig
-    components, # SDXLComponents; its UNet is widened and trains
+    components, # SDXLComponents; its UNet trains, widened unless it is already
     seed:int, # nothing is drawn
     scale:float=1, # of the learning rate
 ): # Trained
     "Every weight of the widened UNet; the result is a whole pipeline that diffusers loads."
-    widen(components.unet)
+    if components.unet.config.in_channels == components.vae.config.latent_channels: widen(components.unet)
     kind, dtype = "StableDiffusionXLInstructPix2PixPipeline", PRECISIONS[config.save_precision]
     trained = unet_weights(components, config.learning_rate*scale, config.adam_weight_decay,
         config.gradient_checkpointing)
@@ -169,7 +169,7 @@ def check_edit(
 
 INSTRUCT_PIX2PIX = Method("instruct-pix2pix", InstructPix2PixConfig, read_edits, edit_weights, edit_loss,
     read_validation=partial(read_validation, read=read_edits), check=check_edit, companions=(ORIGINAL,),
-    drawn_with=edited_drawing, full_precision=("unet",))
+    drawn_with=edited_drawing, full_precision=("unet",), base=partial(load_base, edits=True))
 
 open_instruct_pix2pix, train_instruct_pix2pix, main = functions(INSTRUCT_PIX2PIX)
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLInstructPix2PixPipeline
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 from sdxl_course.core import CourseError, seeded
 from sdxl_course.inference import main as generate_main
 from sdxl_course.instruct_pix2pix import EditLoss, InstructPix2PixConfig, main, open_instruct_pix2pix, train_instruct_pix2pix
+from sdxl_course.model.components import load_components
 from sdxl_course.model.latents import posterior
 from sdxl_course.text_to_image import main as train_main
 from sdxl_course.model.noise import NoiseSchedule
@@ -103,9 +105,8 @@ def test_generate_changes_a_picture_and_draws_it_again(edit, edits, make_picture
         assert draw("--prompt", "turn 1", "--output_dir", tmp_path / "no", *words) == 2
         said = capsys.readouterr().err
         assert told in said and "Traceback" not in said, said
-    for train, data in ((train_main, make_pictures(3, "captioned")), (main, edits)):  # it is no base model for another training
-        assert train(["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "64", "--output_dir", str(tmp_path / "b"), "--max_train_steps", "1", "--report_to", "none"]) == 2
-        assert "takes 8 channels and a latent has 4" in capsys.readouterr().err
+    assert train_main(["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(make_pictures(3, "captioned")), "--resolution", "64", "--output_dir", str(tmp_path / "b"), "--max_train_steps", "1", "--report_to", "none"]) == 2
+    assert "takes 8 channels and a latent has 4" in capsys.readouterr().err
 
 
 def test_the_run_begins_as_the_base_model_and_learns_what_the_picture_before_says(edit, toy):
@@ -158,3 +159,12 @@ def test_bad_input_is_one_clear_sentence(words, message, tmp_path, toy_model, ed
 def test_a_missing_picture_before_names_its_row(edit, edits):
     (edits / "before" / "1.png").unlink()
     with pytest.raises(CourseError, match="original picture 1.png"): edit()
+
+
+def test_training_goes_on_from_a_model_that_edits_already(edit):
+    "What it has learnt of the picture is where it begins; it is not widened again."
+    first = edit("first", learning_rate=1e-2).output_dir
+    kept = load_file(edit("kept", components=load_components(str(first)), learning_rate=0.0).output_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    before = load_file(first / "unet" / "diffusion_pytorch_model.safetensors")
+    assert before.keys() == kept.keys() and all(torch.equal(before[name], kept[name]) for name in before)
+    assert before["conv_in.weight"][:, 4:].abs().max() > 0

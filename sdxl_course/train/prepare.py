@@ -82,13 +82,15 @@ def load_base(
     dtype, # of the frozen weights
     components=None, # already loaded ones
     full_precision=(), # networks whose own weights will train
+    edits=False, # whether its UNet may see a picture beside the noise
 ): # SDXLComponents, frozen
     "The base model, each network in the number format it can bear."
     if components is None: components = load_model(config, torch.float32 if full_precision else dtype)
     if components.tokenizer is None:
         raise CourseError("these components have no tokenizers: wanted a whole model, as load_components gives it")
     check_resolution(config.resolution, components)
-    check_from_noise(components, f"{components.name} is no base model to train, wanted one that does")
+    if not (edits and components.unet.config.in_channels == 2*components.vae.config.latent_channels):
+        check_from_noise(components, f"{components.name} is no base model to train, wanted one that does")
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         network = getattr(components, part)
         wanted = torch.float32 if part in full_precision else vae_dtype(network, dtype) if part == "vae" else dtype
