@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import CourseError
 from .captions import caption
 from .render import halve, ink_lines, painted, render
-from .scene import ACCESSORIES, COLORS, HELD_OUT, PLACES, STYLES, Scene, set_stage
+from .scene import ACCESSORIES, COLORS, HELD_OUT, PLACES, STYLES, VIEWS, Scene, set_stage
 from .trace import trace
 
 # %% ../../nbs/library/world_maps.ipynb #50a28038
@@ -59,7 +59,8 @@ def with_maps(
 INSTRUCTIONS = dict(color=("make it {}", "paint it {}", "change the colour to {}"),
     place=("put it {}", "move it to a place {}", "let it stand {}"),
     style=("make it a {}", "turn it into a {}", "draw it as a {}"),
-    accessory=("add a {}", "give it a {}", "let there be a {}")) # attribute -> phrasings
+    accessory=("add a {}", "give it a {}", "let there be a {}"),
+    view=("show it {}", "look at it {}", "turn it so that it is seen {}")) # attribute -> phrasings
 MEDIA = dict(watercolour="watercolour painting", blueprint="blueprint", pencil="pencil drawing")
 
 def edit_choices(
@@ -67,7 +68,7 @@ def edit_choices(
     attribute:str, # one of INSTRUCTIONS
 )->list: # values that may replace the scene's own
     "What a word of a scene may become."
-    known = dict(color=COLORS, place=PLACES, style=MEDIA, accessory=ACCESSORIES)[attribute]
+    known = dict(color=COLORS, place=PLACES, style=MEDIA, accessory=ACCESSORIES, view=VIEWS)[attribute]
     own, held = getattr(scene, attribute), lambda one: (one.object, one.color, one.place) in HELD_OUT
     return [value for value in known if value != own and not held(replace(scene, **{attribute: value}))]
 
