@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEM', 'CONTROLNET_SIZES', 'EDIT_RULES', 'new_controlnet', 'new_adapter', 'control_residuals', 'control_pipeline',
-           'generate_controlled', 'save_control', 'load_control', 'ControlOptions', 'edit_pipeline', 'follow_picture',
-           'steering']
+           'generate_controlled', 'save_control', 'load_control', 'listed', 'for_each', 'ControlOptions',
+           'edit_pipeline', 'follow_picture', 'steering']
 
 # %% ../../nbs/library/model_control.ipynb #fc2c1ad1
 import diffusers
@@ -22,7 +22,8 @@ from ..options import is_set, option
 from .components import quiet
 from .latents import check_from_noise, vae_scale_factor
 from .prompts import prompt_rows
-from .sampling import open_picture, picture_size, pipeline_around, sample_pictures
+from .sampling import open_picture, picture_size, pictures_at_once, pipeline_around, sample_pictures
+from .sampling import steered_rows
 
 # %% ../../nbs/library/model_control.ipynb #5d2b9e41
 def _without_attention(
@@ -108,20 +109,19 @@ def generate_controlled(
     seeds:list, # one whole number per picture
     num_inference_steps:int=None, # denoising steps; None: as many as the sampler usually needs
     guidance_scale:float=3.0, # 1: the prompt as it is; more: beyond it
-    batch_size:int=8, # pictures at a time
+    batch_size:int=None, # pictures at a time; changes the speed only; None: 8 up to 512 pixels, else 1
     **more, # controlnet_conditioning_scale, adapter_conditioning_scale and the like
 )->list: # PIL images
     "Draw prompts, each by its picture; CourseError unless there is one of each."
     if not len(prompts) == len(pictures) == len(seeds):
         raise CourseError(f"got {len(prompts)} prompts, {len(pictures)} pictures and {len(seeds)} seeds: wanted one "
             "of each")
-    several = any(isinstance(one, (list, tuple)) for one in pictures) # diffusers takes one picture at a time then
-    drawn, size, step = [], picture_size(pipeline), 1 if several else batch_size
-    for part in (slice(i, i + step) for i in range(0, len(seeds), step)):
-        rows = prompt_rows(pipeline, prompts[part], [None]*len(seeds[part]))
-        drawn += sample_pictures(pipeline, rows, seeds[part], size, num_inference_steps, guidance_scale, step,
-            image=list(pictures[part][0]) if several else pictures[part], **more)
-    return drawn
+    if batch_size is not None and batch_size < 1:
+        raise CourseError(f"got batches of {batch_size}: wanted 1 picture or more at a time")
+    size, rows = picture_size(pipeline), prompt_rows(pipeline, prompts, [None]*len(prompts))
+    with steered_rows(rows, pictures, size) as rows:
+        return sample_pictures(pipeline, rows, seeds, size, num_inference_steps, guidance_scale,
+            batch_size or pictures_at_once(size), **more)
 
 # %% ../../nbs/library/model_control.ipynb #c6f812a2
 def save_control(
@@ -167,6 +167,20 @@ def load_control(
             f"{wanted} made for this base model")
     return control
 
+# %% ../../nbs/library/model_control.ipynb #b9e4c7a6
+def listed(
+    given, # None, one value or several
+)->list:
+    "An option that takes one or several, as a list."
+    return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+
+def for_each(
+    scales, # None, one number, or one for each network
+    count:int, # networks
+)->list: # of numbers
+    "A strength for each network."
+    return listed(1.0 if scales in (None, []) else scales)*(1 if len(listed(scales)) > 1 else count)
+
 # %% ../../nbs/library/model_control.ipynb #458c6215
 EDIT_RULES = (
     (lambda c: c.edit_image and (c.control_image or c.init_image or c.refiner), "--edit_image is changed by a model of "
@@ -179,20 +193,25 @@ EDIT_RULES = (
 # %% ../../nbs/library/model_control.ipynb #1d4ae611
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    "A picture that steers, and the network that follows it."
-    controlnet: str | None = option(None, "a ControlNet that follows --control_image: a folder or a hub id")
-    adapter: str | None = option(None, "a T2I-Adapter in its place: a folder or a hub id")
-    control_image: str | None = option(None, "the picture that steers: edges, depth, or what the network learnt from")
-    control_scale: float = option(1.0, "how strongly it steers; 0: not at all", "0 ..")
+    "Pictures that steer, and the networks that follow them."
+    controlnet: list[str] | None = option(None, "a ControlNet that follows --control_image: a folder or a hub id; "
+        "again for more, each with a picture of its own", action="extend")
+    adapter: list[str] | None = option(None, "a T2I-Adapter in its place: a folder or a hub id; again for more",
+        action="extend")
+    control_image: list[str] | None = option(None, "the picture that steers: edges, depth, or what the network learnt "
+        "from; one for each network", action="extend")
+    control_scale: list[float] | None = option(None, "how strongly it steers: one for all networks (1.0 when not "
+        "given) or one for each; 0: not at all", "0 ..", action="extend")
     edit_image: str | None = option(None, "a picture that the prompt says how to change, by a model of "
         "instruct-pix2pix")
     image_guidance_scale: float = option(1.5, "how closely what is drawn keeps to --edit_image", "1 ..")
 
     @property
-    def followed(self)->tuple: # (picture or None, how strongly)
-        "The picture that steers, or that is changed."
-        return (self.edit_image, self.image_guidance_scale) if self.edit_image else (self.control_image,
-            self.control_scale)
+    def followed(self)->tuple: # (pictures, how strongly: one number for each)
+        "The pictures that steer, or the one that is changed."
+        if self.edit_image: return [self.edit_image], [self.image_guidance_scale]
+        pictures = listed(self.control_image)
+        return pictures, for_each(self.control_scale, len(pictures))
 
     constraints: ClassVar = (
         *EDIT_RULES,
@@ -200,6 +219,10 @@ class ControlOptions:
             "--controlnet and --adapter both follow --control_image: leave one of them out"),
         (lambda c: bool(c.control_image) != bool(c.controlnet or c.adapter),
             "--control_image is what --controlnet or --adapter follows: wanted the picture and one of the networks"),
+        (lambda c: len(listed(c.control_image)) != len(listed(c.controlnet or c.adapter)), "each network of "
+            "--controlnet or --adapter follows a --control_image of its own: wanted as many of both, in the same order"),
+        (lambda c: len(listed(c.control_scale)) not in (0, 1, len(listed(c.control_image)) or 1), "--control_scale has "
+            "another number of strengths than there are networks: wanted one for all, or one for each"),
         (lambda c: is_set(c, "control_scale") and not c.control_image,
             "--control_scale says how strongly --control_image steers: wanted both of them"),
         (lambda c: c.control_image and c.init_image, "--control_image steers a drawing from noise, and --init_image "
@@ -224,28 +247,31 @@ def edit_pipeline(
 # %% ../../nbs/library/model_control.ipynb #55921adb
 def follow_picture(
     pipeline, # StableDiffusionXLPipeline
-    controlnet=None, # folder or hub id of a ControlNet
+    controlnet=None, # folder or hub id of a ControlNet, or a list of them
     adapter=None, # the same of a T2I-Adapter, where there is no ControlNet
 ): # from `control_pipeline`, where and as exact as the UNet; without a network from `edit_pipeline`
     "A pipeline that follows a picture; CourseError for a network that does not load or does not fit."
     if not (controlnet or adapter): return edit_pipeline(pipeline)
     check_from_noise(pipeline, "wanted a model that does, beside which the network was trained")
-    kind, where = (ControlNetModel, controlnet) if controlnet else (T2IAdapter, adapter)
-    control, device = load_control(kind, where, pipeline.unet), next(pipeline.unet.parameters()).device
-    place = "cpu" if device.type == "meta" else device
-    return control_pipeline(pipeline, torch.nn.Module.to(control, place, pipeline.unet.dtype))
+    kind, places = (ControlNetModel, listed(controlnet)) if controlnet else (T2IAdapter, listed(adapter))
+    device, dtype = next(pipeline.unet.parameters()).device, pipeline.unet.dtype
+    to = "cpu" if device.type == "meta" else device
+    controls = [torch.nn.Module.to(load_control(kind, where, pipeline.unet), to, dtype) for where in places]
+    return control_pipeline(pipeline, controls if len(controls) > 1 else controls[0])
 
 def steering(
     pipeline, # from `follow_picture`
-    picture, # PIL image or a file
+    picture, # PIL image or a file; for several networks a list of them
     size:tuple, # (height, width) of what is drawn
-    scale:float=1.0, # how strongly it steers, or how closely what is drawn keeps to it
+    scale=1.0, # how strongly it steers, or how closely what is drawn keeps to it; or one for each network
 )->dict: # arguments of `generate`
-    "What makes a pipeline follow a picture, cut to the shape of the drawing; CourseError where that cannot be."
+    "What makes a pipeline follow pictures, cut to the shape of the drawing; CourseError where that cannot be."
     name = next((one for one in ("adapter", "controlnet") if hasattr(pipeline, one)), None)
     height, width = size
     step = pipeline.adapter.total_downscale_factor if name == "adapter" else 1
     if height % step or width % step:
         raise CourseError(f"size is {height} x {width}: wanted multiples of {step} pixels, in which --adapter sees")
-    shown = ImageOps.fit(open_picture(picture), (width, height), Image.Resampling.LANCZOS)
-    return {"control_image": shown, f"{name}_conditioning_scale" if name else "image_guidance_scale": float(scale)}
+    shown = [ImageOps.fit(open_picture(one), (width, height), Image.Resampling.LANCZOS) for one in listed(picture)]
+    scales = [float(one) for one in for_each(scale, len(shown))]
+    if len(shown) == 1: shown, scales = shown[0], scales[0] # diffusers takes lists for several networks alone
+    return {"control_image": shown, f"{name}_conditioning_scale" if name else "image_guidance_scale": scales}
