@@ -29,7 +29,7 @@ from .model.prompts import PromptOptions, plain_text
 from .model.sampling import Film, StartOptions, generate, own_generator, picture_size, save_film
 from .model.sampling import DrawOptions, pictures_at_once, save_picture
 from .model.refiner import RefineOptions, load_refiner, refine, split_steps
-from .model.control import ControlOptions, follow_picture, steering
+from .model.control import ControlOptions, follow_picture, list_options, listed, steering
 from .model.lora_files import attach_lora, find_lora
 from .model.lora_scales import LoraPlan, LoraUseOptions, adapter_names, fused_loras, name_loras, plan_loras
 from .model.lora_scales import set_lora_scale
@@ -164,7 +164,7 @@ class GenerateConfig(LoadOptions, ControlOptions, RefineOptions, StartOptions, L
 # %% ../nbs/library/inference.ipynb #7be1a003
 def _check_config(config):
     "CourseError for options out of range, for those that do not go together, and where nothing is asked for."
-    if isinstance(config.negative_prompt, str): object.__setattr__(config, "negative_prompt", [config.negative_prompt])
+    list_options(config, "negative_prompt", "controlnet", "adapter", "control_image", "control_scale")
     check_limits(config)
     check_constraints(config)
     if not config.prompt: raise CourseError('no prompt was given: wanted --prompt "a photo of a red house"')
@@ -194,12 +194,12 @@ def settings_of(
     negative_prompt:str=None, # of this picture
 )->dict: # name -> plain value
     "What is written into every picture besides its prompt and seed, for people to read."
-    named = lambda one: Path(one).name if one and Path(one).exists() else one # no folders of this machine
-    strengths = list(scales.values()) or [None]
+    named = lambda many: ", ".join(Path(one).name if Path(one).exists() else one for one in listed(many)) or None
+    strengths, how = list(scales.values()) or [None], ", ".join(map(str, config.followed[1]))
     return dict(negative_prompt=negative_prompt, steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         **{name: named(getattr(config, name)) for name in FILES if name not in ("vae", "init_image", "mask")},
-        clip_skip=config.clip_skip, control_scale=config.control_scale if config.control_image else None,
-        image_guidance_scale=config.image_guidance_scale if config.edit_image else None, lora=", ".join(scales) or None,
+        clip_skip=config.clip_skip, control_scale=how if config.control_image else None,
+        image_guidance_scale=how if config.edit_image else None, lora=", ".join(scales) or None,
         lora_scale=strengths[0] if len(set(strengths)) == 1 else strengths)
 
 # %% ../nbs/library/inference.ipynb #a1eec1bc
@@ -301,7 +301,7 @@ def used_files(
     folder, # of the pictures
 )->list: # of what `used_file` gives, without strengths
     "Every file that a picture depends on."
-    found = [used_file(name, where, folder) for name in FILES if (where := getattr(config, name)) is not None]
+    found = [used_file(name, where, folder) for name in FILES for where in listed(getattr(config, name))]
     found += [used_file("lora", where, folder, find_lora(where), adapter=name) for name, where in plan.files.items()]
     return found + [used_file("embeddings", one, folder) for one in word_files(plan.files.values(), config.embeddings)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import ControlNetModel, StableDiffusionXLAdapterPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, T2IAdapter
+from diffusers import ControlNetModel, MultiAdapter, StableDiffusionXLAdapterPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, T2IAdapter
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
@@ -20,7 +20,7 @@ from sdxl_course.inference import load_pipeline, main as generate_main
 from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.components import count_parameters
 from sdxl_course.model.conditioning import encode_prompts
-from sdxl_course.model.control import control_residuals, follow_picture, new_adapter, new_controlnet, save_control, steering
+from sdxl_course.model.control import control_residuals, follow_picture, generate_controlled, new_adapter, new_controlnet, save_control, steering
 from sdxl_course.model.lora_files import save_lora
 from sdxl_course.model.lora_scales import set_lora_scale
 from sdxl_course.model.refiner import load_refiner, refine
@@ -303,6 +303,41 @@ def test_generate_draws_what_the_stock_pipeline_draws(kind, networks, lines, dra
     assert gap(ours, [draw(prompt, shown, 0.2) for prompt in ("a house", "a cat")]) > 1 and gap(ours, [draw(prompt, ImageOps.invert(shown), 0.7) for prompt in ("a house", "a cat")]) > 1
 
 
+@pytest.fixture
+def depth(lines):
+    "Another picture that steers, from left to right ever nearer."
+    ramp = np.linspace(0, 255, 96).astype(np.uint8)[None, :, None].repeat(96, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(lines.with_name("depth.png"))
+    return lines.with_name("depth.png")
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_two_networks_steer_together_as_in_stock_diffusers(kind, networks, lines, depth, drawn, toy, toy_model, tmp_path, capsys):
+    "Two networks of a kind, a picture and a strength each; one record that draws again; in batches as one by one."
+    _, Network, Pipeline = PIPELINES[kind]
+    second = save_control(NETWORKS[kind][0](toy(), 5), tmp_path / "second").parent if kind == "adapter" else networks["small"]
+    flags = ["--prompt", "a house", "a cat", "--seed", "5", "--num_inference_steps", "4", "--guidance_scale", "3", f"--{kind}", networks[kind], f"--{kind}", second]
+    maps = ["--control_image", lines, depth]
+    ours = drawn(*flags, *maps, "--control_scale", "0.7", "0.4")
+    loaded = [Network.from_pretrained(str(folder)) for folder in (networks[kind], second)]
+    stock = Pipeline.from_pretrained(str(toy_model), **{kind: MultiAdapter(loaded) if kind == "adapter" else loaded}, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    shown = [ImageOps.fit(Image.open(one), (64, 64), Image.Resampling.LANCZOS) for one in (lines, depth)]
+    draw = lambda prompt, pictures, scales: stock(prompt, image=pictures, generator=torch.Generator().manual_seed(5), height=64, width=64, **QUICK, **{f"{kind}_conditioning_scale": scales}).images[0]
+    assert gap(ours, [draw(prompt, shown, [0.7, 0.4]) for prompt in ("a house", "a cat")]) <= 1
+    assert gap(ours, [draw(prompt, shown, [0.7, 0.0]) for prompt in ("a house", "a cat")]) > 1 and gap(ours, [draw(prompt, shown[::-1], [0.7, 0.4]) for prompt in ("a house", "a cat")]) > 1
+    assert gap(drawn(*flags, *maps, "--control_scale", "0.5", name="one"), drawn(*flags, *maps, "--control_scale", "0.5", "0.5", name="each")) == 0
+    text = Image.open(tmp_path / "out" / "image_001.png").text
+    assert text["control_image"] == "lines.png, depth.png" and text["control_scale"] == "0.7, 0.4" and f'Weight: 0.7", ControlNet 1: "Module: none, Model: {second.name}, Weight: 0.4"' in text["parameters"]
+    again = ["--from", str(tmp_path / "out" / "image_001.png"), "--device", "cpu", "--output_dir", str(tmp_path / "again")]
+    capsys.readouterr()
+    assert generate_main(again) == 0 and "to the last bit" in capsys.readouterr().out
+    pipeline = follow_picture(load_pipeline(toy_model, device="cpu"), **{kind: [str(networks[kind]), str(second)]})
+    options = dict(num_inference_steps=4, **{f"{kind}_conditioning_scale": [0.7, 0.4]})
+    many = lambda **more: generate_controlled(pipeline, ["a house", "a cat", "a car"], [shown, shown[::-1], shown], [5, 5, 5], **options, **more)
+    assert gap(many(), many(batch_size=1)) <= 1 and gap(many()[1:2], [draw("a cat", shown[::-1], [0.7, 0.4])]) <= 1 and gap(many()[:2], ours) > 1
+
+
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_a_steered_picture_says_so_and_is_drawn_again(kind, networks, lines, drawn, tmp_path, capsys):
     drawn("--prompt", "a house", "a cat", "--num_inference_steps", "3", f"--{kind}", networks[kind], "--control_image", lines, "--control_scale", "0.7", "--height", "64", "--width", "96")
@@ -364,7 +399,8 @@ def test_generate_steers_lets_the_refiner_finish_and_films(networks, lines, draw
 
 
 @pytest.mark.parametrize("flags, words", [(["--controlnet", "{controlnet}"], "wanted the picture and one of the networks"), (["--control_image", "{lines}"], "wanted the picture and one of the networks"),
-    (["--control_scale", "0.5"], "wanted both of them"), (["--controlnet", "{controlnet}", "--adapter", "{adapter}", "--control_image", "{lines}"], "leave one of them out"),
+    (["--control_scale", "0.5"], "wanted both of them"), (["--controlnet", "{controlnet}", "{small}", "--control_image", "{lines}"], "wanted as many of both"), (["--adapter", "{adapter}", "--control_image", "{lines}", "{lines}"], "wanted as many of both"),
+    (["--controlnet", "{controlnet}", "{small}", "--control_image", "{lines}", "{lines}", "--control_scale", "1", "1", "1"], "wanted one for all, or one for each"), (["--controlnet", "{controlnet}", "--adapter", "{adapter}", "--control_image", "{lines}"], "leave one of them out"),
     (["--adapter", "{adapter}", "--control_image", "{lines}", "--film"], "leave one of them out"), (["--controlnet", "{controlnet}", "--control_image", "{lines}", "--init_image", "{lines}"], "leave one of them out"),
     (["--controlnet", "{controlnet}", "--control_image", "{lines}", "--guidance_rescale", "0.5"], "leave one of them out"), (["--controlnet", "{controlnet}", "--control_image", "{lines}", "--control_scale", "-1"], "--control_scale is -1.0"),
     (["--adapter", "{adapter}", "--control_image", "{lines}", "--height", "72"], "wanted multiples of 32 pixels"), (["--controlnet", "{controlnet}", "--control_image", "{folder}/none.png"], "cannot be read as a picture"),

@@ -2,8 +2,10 @@
 import math
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from sdxl_course.core import seeded
@@ -11,6 +13,7 @@ from sdxl_course.data.loader import Batch
 from sdxl_course.dpo import DpoConfig, PreferenceLoss, main, train_dpo
 from sdxl_course.model.adapters import inject_lora, lora_modules
 from sdxl_course.model.noise import NoiseSchedule
+from sdxl_course.model.sampling import generate
 from sdxl_course.train.objective import predict
 from toy import files_of
 
@@ -29,7 +32,7 @@ def dpo(tmp_path, toy, toy_model, make_pictures, monkeypatch):
     for k in range(4): Image.new("RGB", (64, 64), ("black", "white")[k % 2]).save(bad / f"{k}.png")
     usual = dict(pretrained_model_name_or_path=str(toy_model), train_data_dir=str(good), rejected_data_dir=str(bad), resolution=64, train_batch_size=2, max_train_steps=4, learning_rate=1e-2, seed=0,
         report_to="none", checkpointing_steps=1000)
-    return lambda name="run", **options: train_dpo(DpoConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), toy(), lambda text: None)
+    return lambda name="run", components=None, **options: train_dpo(DpoConfig(**{**usual, "output_dir": str(tmp_path / name), **options}), components or toy(), lambda text: None)
 
 
 def test_upstream_flags_have_their_names_and_defaults():
@@ -83,6 +86,19 @@ def test_preferences_are_learnt(toy):
 def test_a_run_leaves_a_lora_and_says_how_often_it_agrees(dpo):
     result = dpo(max_train_steps=2)
     assert any("lora" in name for name in load_file(result.weights_path)) and all(0 <= row["implicit_accuracy"] <= 1 for row in result.log)
+
+
+def test_stock_diffusers_draws_with_the_lora_what_the_run_draws(dpo, toy, toy_model):
+    live = toy()
+    result = dpo(components=live, rank=4, max_train_steps=6)
+    stock = StableDiffusionXLPipeline.from_pretrained(str(toy_model), add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    def gap(pictures): # from what the run draws with the LoRA in memory
+        return np.abs(np.asarray(pictures[0], int) - np.asarray(generate(live.pipeline(), "a house", 3, num_inference_steps=4)[0], int)).max()
+    draw = lambda: stock("a house", generator=torch.Generator().manual_seed(3), num_inference_steps=4, guidance_scale=3.0, height=64, width=64).images
+    assert gap(draw()) > 1
+    stock.load_lora_weights(str(result.output_dir), weight_name="pytorch_lora_weights.safetensors")
+    assert gap(draw()) <= 1
 
 
 @pytest.mark.parametrize("words, message", [([], "two folders"), (["--train_data_dir", "{good}", "--rejected_data_dir", "no/such"], "no/such"), (["--train_data_dir", "{good}", "--rejected_data_dir", "{few}"], "for instance 1.png"),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['eval_mode', 'own_generator', 'sample_pictures', 'draw_pictures', 'pipeline_around', 'inference_scheduler',
            'pair_seeds', 'picture_size', 'open_picture', 'fitting_size', 'DrawOptions', 'StartOptions', 'start_from',
-           'negative_for_each', 'generate', 'pictures_at_once', 'Film', 'save_film', 'save_picture']
+           'negative_for_each', 'generate', 'ControlImages', 'steered_rows', 'pictures_at_once', 'Film', 'save_film',
+           'save_picture']
 
 # %% ../../nbs/library/model_sampling.ipynb #3ee29759
 import inspect
@@ -13,8 +14,9 @@ import io
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from diffusers.image_processor import VaeImageProcessor
 from pathlib import Path
 from typing import ClassVar
 from ..core import CourseError, image_grid, to_pil, write_atomic
@@ -287,6 +289,30 @@ def generate(
         guidance=guidance_scale, batch_size=batch_size, scheduler=scheduler, progress=progress, clip_skip=clip_skip,
         **more)
 
+# %% ../../nbs/library/model_sampling.ipynb #dd7904b8
+class ControlImages:
+    "Pictures that steer several networks: a slice gives each network its own, as diffusers takes a batch of them."
+    def __init__(self,
+        pictures:list, # for each picture that is drawn, one PIL image per network
+        size:tuple, # (height, width) of the drawing
+    ): self.columns, self.size = list(zip(*pictures)), size
+
+    def __getitem__(self, batch:slice)->list: # for each network (b, 3, H, W) in [0, 1]
+        fit = lambda one: to_pil(one).resize(self.size[::-1], Image.Resampling.LANCZOS)
+        pixels = [VaeImageProcessor.pil_to_numpy([fit(one) for one in column[batch]]) for column in self.columns]
+        return [VaeImageProcessor.numpy_to_pt(x) for x in pixels]
+
+@contextmanager
+def steered_rows(
+    rows:dict, # as `sample_pictures` takes them
+    pictures, # for each picture that is drawn, a PIL image, or one for each of several networks; None: nothing steers
+    size:tuple, # (height, width) of the drawing
+): # yields the rows with the pictures
+    "Rows of what is steered; for several networks without diffusers' warning that prompts share their pictures."
+    several = bool(pictures) and isinstance(pictures[0], (list, tuple))
+    given = {} if pictures is None else dict(image=ControlImages(pictures, size) if several else pictures)
+    with quiet() if several else nullcontext(): yield rows | given
+
 # %% ../../nbs/library/model_sampling.ipynb #bf0c70bb
 def pictures_at_once(
     size, # (height, width) in pixels
@@ -297,11 +323,11 @@ def pictures_at_once(
 def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:float, batch_size, control_image=None,
     **more):
     "`sample_pictures`, from noise or from a picture; what a mask protects is put back."
-    if control_image is not None: rows = rows | dict(image=[control_image]*len(seeds))
     many = lambda size: batch_size or pictures_at_once(size)
     if init_image is None:
         size = picture_size(pipeline, size)
-        return sample_pictures(pipeline, rows, seeds, size, batch_size=many(size), **more)
+        with steered_rows(rows, control_image and [control_image]*len(seeds), size) as rows:
+            return sample_pictures(pipeline, rows, seeds, size, batch_size=many(size), **more)
     other, given, kept = start_from(pipeline, init_image, mask, size)
     size = (given.pop("height"), given.pop("width")) if kept else None
     rows = rows | {name: [one]*len(seeds) for name, one in given.items()}
