@@ -1,12 +1,12 @@
 """This trainer against diffusers' example scripts and against bars: one command, JSON and Markdown.
 
-    python tests/benchmarks/reference.py --reference FOLDER                        every row but `large`
+    python tests/benchmarks/reference.py --reference FOLDER                        every row but `large` and `result`
     python tests/benchmarks/reference.py --reference FOLDER --rows steps start     these; the others stay as they were measured
 
 FOLDER holds train_text_to_image_lora_sdxl.py and train_dreambooth_lora_sdxl.py, as diffusers has them. They run unchanged: what is timed is
 patched in from outside. They want torchvision, which this project must not: --python names an interpreter that has it. Two processes work
 by turns, so that a machine that is now fast and now slow is so for both; the ratio is the median over pairs. Seconds are processor seconds
-on one thread. `large` wants 16 GiB of free memory and 15 GB of disk.
+on one thread. `large` wants 16 GiB of free memory and 15 GB of disk, `result` an hour.
 """
 import time
 
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cache
+import results
 import start as beginning
 import steps
 from common import ROOT, ask, by_turns, close, compared, environment, in_turn, start
@@ -207,7 +208,7 @@ def start_rows(bench):
         return tuple(map(float, said.stdout.split()))
     def ours(home): return beginning.first_update(ROOT, ["--pretrained_model_name_or_path", bench.model(), *TRACKED], bench.room/home)
     for kind, bar, home in (("cold", 4, lambda: f"cold{next(turn)}"), ("warm", 3, lambda: "warm")):
-        pairs = in_turn([lambda: theirs(home()), lambda: ours(home())], max(5, bench.pairs//4), warmup=kind == "warm")
+        pairs = in_turn([lambda: theirs(home()), lambda: ours(home())], max(5, bench.pairs//4), warmup=int(kind == "warm"))
         spent, waited = (compared([[one[which] for one in pair] for pair in pairs]) for which in (0, 1))
         yield row(f"command to first step, 40 pictures, {kind}", spent["after"], "s", bar, least=False, theirs=spent["before"], ours=spent["after"],
             wall=[waited["before"], waited["after"]], pairs=len(pairs))
@@ -219,7 +220,10 @@ def cache_rows(bench):
     times = [ask(worker)[0] for _ in range(6)][1:]
     close([worker])
     yield row("cache building, pictures with captions", 40/statistics.median(times), "a second", 90, repeats=len(times))
-    number = 10_000
+
+
+def growth_rows(bench, number=10_000):
+    "Whether memory grows while many pictures are encoded."
     with tempfile.TemporaryDirectory(dir=bench.room) as folder:
         done = subprocess.run([sys.executable, __file__, "--work", "growth", folder, str(number)], env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     seconds, early, late = map(float, done.stdout.split())
@@ -255,10 +259,10 @@ def help_rows(bench):
 def drawing_rows(bench):
     "The same prompts, seeds, sampler, steps and guidance, and the same pictures but for rounding."
     for number in (1, 8):
-        workers = [start(__file__, ["drawing", bench.model(), kind, number, 20]) for kind in ("stock", "ours")]
-        pairs = by_turns(workers, max(5, bench.pairs//2))
+        workers = [start(__file__, ["drawing", bench.model(), kind, number, 8]) for kind in ("stock", "ours")]
+        pairs = by_turns(workers, bench.pairs)
         assert all(abs(stock[1] - ours[1]) < 0.5 for stock, ours in pairs), "the pictures differ"
-        yield versus(f"generation, {number} at a time, 20 steps, against the stock pipeline", [(stock[0], ours[0]) for stock, ours in pairs], 1.2)
+        yield versus(f"generation, {number} at a time, 8 steps, against the stock pipeline", [(stock[0], ours[0]) for stock, ours in pairs], 1.2)
 
 
 def large_model(folder):
@@ -299,7 +303,7 @@ def large_rows(bench):
         yield row(f"SDXL 1.0's architecture: peak memory of {name}, share of the script's", other/one, "", 0.75, least=False, theirs=one, ours=other)
 
 
-ROWS = dict(steps=step_rows, dreambooth=dreambooth_rows, start=start_rows, cache=cache_rows, peak=peak_rows, help=help_rows, drawing=drawing_rows, large=large_rows)
+ROWS = dict(steps=step_rows, dreambooth=dreambooth_rows, start=start_rows, cache=cache_rows, growth=growth_rows, peak=peak_rows, help=help_rows, drawing=drawing_rows, large=large_rows, result=lambda bench: results.result_rows(bench, row))
 
 
 def where():
@@ -331,7 +335,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", required=True, type=Path, help="folder with the two scripts")
     parser.add_argument("--python", default=sys.executable, help="interpreter for the scripts")
-    parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if name != "large"], choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if name not in ("large", "result")], choices=ROWS)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--room", help="folder on a disk with room; what is made in it goes away")
     parser.add_argument("--json", type=Path, default=Path("reference.json"), help="file for the numbers; the table goes beside it")
@@ -340,14 +344,12 @@ def main():
     with tempfile.TemporaryDirectory(dir=words.room) as room:
         bench = Bench(words.reference.resolve(), words.python, words.pairs, Path(room))
         for name in words.rows:
-            found = []
+            kept[name] = []
             for one in ROWS[name](bench):
-                found.append(one | dict(provenance=where()))
-                print(markdown(found[-1:]).splitlines()[2], flush=True)
-            kept[name] = found
-            rows = sum((kept[name] for name in ROWS if name in kept), [])
-            words.json.write_text(json.dumps(kept, indent=1) + "\n")
-            words.json.with_suffix(".md").write_text(markdown(rows))
+                kept[name].append(one | dict(provenance=where()))
+                print(markdown(kept[name][-1:]).splitlines()[2], flush=True)
+                words.json.write_text(json.dumps(kept, indent=1) + "\n")
+                words.json.with_suffix(".md").write_text(markdown(sum((kept[name] for name in ROWS if name in kept), [])))
 
 
 PARTS = dict(script=script, product=product, drawing=drawing, growth=growth, large_model=lambda folder: large_model(Path(folder)))
