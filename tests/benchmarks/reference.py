@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -244,10 +245,11 @@ def peak_rows(bench):
 def help_rows(bench):
     "--help of every command, and the import; processor seconds of fresh processes."
     from sdxl_course.cli import COMMANDS
+    def so_far(): return (used := resource.getrusage(resource.RUSAGE_CHILDREN)).ru_utime + used.ru_stime
     def spent(code):
-        before = os.times().children_user + os.times().children_system
+        before = so_far()
         subprocess.run([sys.executable, "-c", code], env=environment(), stdout=subprocess.DEVNULL, check=True)
-        return os.times().children_user + os.times().children_system - before
+        return so_far() - before
     ask_for = "import sys; from sdxl_course.cli import main; sys.exit(main([{!r}, '--help']))"
     found = {word: statistics.median(spent(ask_for.format(word)) for _ in range(5)) for word in COMMANDS}
     slowest = max(found, key=found.get)
