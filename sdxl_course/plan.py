@@ -103,7 +103,7 @@ def _plain(config): # without what reads files or numbers
     "The configuration as shapes can follow it."
     calm = dict(init_lora=None, init_lora_weights="gaussian", enable_xformers_memory_efficient_attention=False,
         enable_npu_flash_attention=False, controlnet_model_name_or_path=None, adapter_model_name_or_path=None,
-        initializer_token="+".join(["chair"]*(1 + str(getattr(config, "initializer_token", "")).count("+"))))
+        initializer_token="+".join(["a"]*(1 + str(getattr(config, "initializer_token", "")).count("+"))))
     return replace(config, **{f.name: calm[f.name] for f in fields(config) if f.name in calm})
 
 # %% ../nbs/library/plan.ipynb #b5b31f92

@@ -76,6 +76,10 @@ def test_moments_hold_what_lies_there(toy_model):
     assert drawn["EMA"] == drawn["what trains"] and drawn["VAE"]
     words = forecast(*asked(toy_model, method="textual-inversion"))
     assert 0 < words.trained < lora.trained
+    taught = forecast(*asked(toy_model, "--whole_unet", "lcm")).moments["a step"]
+    assert taught["teacher"] == taught["what trains"] > 0 == taught["UNet"] == lora.moments["a step"]["teacher"]
+    method, config = asked(toy_model, method="custom-diffusion")
+    assert ["VAE" in forecast(method, replace(config, noaug=fixed)).moments["a step"] for fixed in (True, False)] == [False, True]  # sizes that are drawn cannot be kept
     state = {name: forecast(*asked(toy_model, f"--optimizer {name}")).moments["a step"]["optimizer"] for name in ("adamw", "prodigy", "adafactor")}
     assert state == dict(adamw=8 * lora.trained, prodigy=16 * lora.trained, adafactor=0)
 
