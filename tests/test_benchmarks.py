@@ -36,11 +36,11 @@ def test_two_take_turns_and_the_ratio_is_that_of_pairs(benchmarks):
 
 def test_a_table_has_the_bar_beside_the_value(benchmarks):
     from reference import markdown, row, versus
-    place = dict(processor="P", cores=2, system="S", python="3", commit="c", versions=dict(torch="2"))
+    place = dict(processor="P", cores=2, system="S", python="3", versions=dict(torch="2", diffusers="0"))
     rows = [versus("steps", [(3., 2.), (3., 2.), (4., 2.)], 1.6), row("start", 3.5, "s", 4, least=False)]
-    table = markdown([one | dict(provenance=place) for one in rows]).splitlines()
+    table = markdown([one | dict(provenance=place | dict(commit=commit)) for one, commit in zip(rows + rows[:1], "abb")]).splitlines()
     assert table[2:4] == ["| steps | 3 | 2 | 1.5 times as fast | >= 1.6 | no |", "| start |  |  | 3.5 s | <= 4 | yes |"]
-    assert table[5:] == ["Measured on P, 2 cores, one thread; S, Python 3, torch 2; commit c."]
+    assert table[6:] == ["Measured on P, 2 cores, one thread; S, Python 3, torch 2, diffusers 0; commit a, b."]
 
 
 def test_a_script_waits_before_each_step(benchmarks, tmp_path):

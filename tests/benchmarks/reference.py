@@ -328,9 +328,11 @@ def markdown(rows):
     for one in rows:
         sides = [number(one[side]) if side in one else "" for side in ("theirs", "ours")]
         lines.append(f"| {one['measure']} | {' | '.join(sides)} | {number(one['value'])} {one['unit']} | {'>=' if one['least'] else '<='} {one['bar']} | {'yes' if one['reached'] else 'no'} |")
-    places = dict.fromkeys("{processor}, {cores} cores, one thread; {system}, Python {python}, torch {torch}; commit {commit}".format(**one["provenance"],
-        torch=one["provenance"]["versions"]["torch"]) for one in rows)
-    return "\n".join([*lines, "", *(f"Measured on {place}." for place in places)]) + "\n"
+    places = {}
+    for one in (one["provenance"] for one in rows):
+        place = "{processor}, {cores} cores, one thread; {system}, Python {python}, torch {versions[torch]}, diffusers {versions[diffusers]}".format(**one)
+        places.setdefault(place, {})[one["commit"]] = None
+    return "\n".join([*lines, "", *(f"Measured on {place}; commit {', '.join(commits)}." for place, commits in places.items())]) + "\n"
 
 
 def main():
