@@ -40,7 +40,7 @@ def test_a_table_has_the_bar_beside_the_value(benchmarks):
     rows = [versus("steps", [(3., 2.), (3., 2.), (4., 2.)], 1.6), row("start", 3.5, "s", 4, least=False)]
     table = markdown([one | dict(provenance=place | dict(commit=commit)) for one, commit in zip(rows + rows[:1], "abb")]).splitlines()
     assert table[2:4] == ["| steps | 3 | 2 | 1.5 times as fast | >= 1.6 | no |", "| start |  |  | 3.5 s | <= 4 | yes |"]
-    assert table[6:] == ["Measured on P, 2 cores, one thread; S, Python 3, torch 2, diffusers 0; commit a, b."]
+    assert table[7:] == ["Measured on P, 2 cores, one thread; S, Python 3, torch 2, diffusers 0; commit a, b."]
 
 
 def test_a_script_waits_before_each_step(benchmarks, tmp_path):

@@ -332,7 +332,8 @@ def markdown(rows):
     for one in (one["provenance"] for one in rows):
         place = "{processor}, {cores} cores, one thread; {system}, Python {python}, torch {versions[torch]}, diffusers {versions[diffusers]}".format(**one)
         places.setdefault(place, {})[one["commit"]] = None
-    return "\n".join([*lines, "", *(f"Measured on {place}; commit {', '.join(commits)}." for place, commits in places.items())]) + "\n"
+    told = "Script and here: processor seconds, or GiB where the row is about memory."
+    return "\n".join([*lines, "", told, *(f"Measured on {place}; commit {', '.join(commits)}." for place, commits in places.items())]) + "\n"
 
 
 def main():
