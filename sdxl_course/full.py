@@ -37,7 +37,7 @@ def full_weights(
     return unet_weights(components, config.learning_rate*scale, config.adam_weight_decay, config.gradient_checkpointing,
         PRECISIONS[config.save_precision])
 
-FULL = Method("full", FullConfig, read_data, full_weights, full_precision=("unet",), shards=True)
+FULL = Method("full", FullConfig, read_data, full_weights, full_precision=lambda config: ("unet",), shards=True)
 
 open_full, train_full, main = functions(FULL)
 

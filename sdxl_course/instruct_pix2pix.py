@@ -169,7 +169,7 @@ def check_edit(
 
 INSTRUCT_PIX2PIX = Method("instruct-pix2pix", InstructPix2PixConfig, read_edits, edit_weights, edit_loss,
     read_validation=partial(read_validation, read=read_edits), check=check_edit, companions=(ORIGINAL,),
-    drawn_with=edited_drawing, full_precision=("unet",), base=partial(load_base, edits=True))
+    drawn_with=edited_drawing, full_precision=lambda config: ("unet",), base=partial(load_base, edits=True))
 
 open_instruct_pix2pix, train_instruct_pix2pix, main = functions(INSTRUCT_PIX2PIX)
 

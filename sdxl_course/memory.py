@@ -170,6 +170,7 @@ def fake_batch(
     resolution:int, # side in pixels
     dtype=torch.float32, # of the embeddings
     max_token_length:int=75, # tokens that are read
+    companions=(), # Companion: what else belongs to each picture
 )->tuple: # (Batch, noise, timesteps), as `BatchLoader.batch` gives them
     "A batch without content, on torch's current device."
     config, side = components.unet.config, resolution//vae_scale_factor(components.vae)
@@ -177,7 +178,14 @@ def fake_batch(
     pooled = config.projection_class_embeddings_input_dim - 6*config.addition_time_embed_dim
     embeds = torch.empty(b, 77*(max_token_length//75), config.cross_attention_dim, dtype=dtype)
     words = embeds, torch.empty(b, pooled, dtype=dtype)
-    return Batch(latents, *words, torch.empty(b, 6)), noise, torch.zeros(b, dtype=torch.long)
+    extra = {name: torch.empty(b, *shape) for one in companions for name, shape in _kept(one, resolution, side).items()}
+    return Batch(latents, *words, torch.empty(b, 6), extra), noise, torch.zeros(b, dtype=torch.long)
+
+def _kept(companion, resolution, side): # name -> shape of one
+    "What a batch holds of a companion."
+    channels = 1 if companion.mode == "L" else 3
+    return dict(pixels={companion.name: (channels, resolution, resolution)}, mask={companion.name: (1, side, side)},
+        latents={f"{companion.name}_{kind}": (4, side, side) for kind in ("mean", "std")})[companion.keep]
 
 # %% ../nbs/library/memory.ipynb #8ad36e8c
 def step_usage(
@@ -188,11 +196,13 @@ def step_usage(
     low=None, # torch.dtype of autocast
     captions:bool=False, # they are encoded in the step
     max_token_length:int=75, # tokens that are read
+    companions=(), # Companion: what else belongs to each picture
 )->Usage: # `kept`: its gradients
     "Forward and backward pass of one micro-step."
     held = []
     def step(meter):
-        batch, noise, times = fake_batch(components, b, resolution, max_token_length=max_token_length)
+        given = dict(max_token_length=max_token_length, companions=companions)
+        batch, noise, times = fake_batch(components, b, resolution, **given)
         total = loss(batch, noise, times, ["a picture"]*b if captions else None).sum()
         meter.casts = None # autocast ends with the forward pass; what is still needed of it, the graph holds
         held.append(meter.live)
@@ -220,8 +230,9 @@ def drawing_usage(
     "What it takes to draw a prompt with guidance."
     side, dtype = resolution//vae_scale_factor(components.vae), next(components.unet.parameters()).dtype
     def predict(meter):
-        batch, noise, times = fake_batch(components, 2*pictures, resolution, dtype)
+        batch, _, times = fake_batch(components, 2*pictures, resolution, dtype)
         condition = dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids)
-        return components.unet(noise.to(dtype), times, batch.prompt_embeds, added_cond_kwargs=condition).sample
+        noisy = torch.empty(2*pictures, components.unet.config.in_channels, side, side, dtype=dtype)
+        return components.unet(noisy, times, batch.prompt_embeds, added_cond_kwargs=condition).sample
     latents = lambda: torch.empty(1, 4, side, side, dtype=components.vae.dtype)
     with torch.no_grad(): return measured(predict), measured(lambda meter: components.vae.decode(latents()).sample)

@@ -16,16 +16,23 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from .controlnet import CONTROLNET
 from .core import CourseError, run_guarded, write_atomic
+from .custom_diffusion import CUSTOM_DIFFUSION
+from .data.records import MASK, ImageRecord
 from .devices import weight_dtype
+from .dpo import DPO
 from .dreambooth import DREAMBOOTH
 from .full import FULL
+from .instruct_pix2pix import INSTRUCT_PIX2PIX
+from .lcm import LCM
 from .memory import Meter, drawing_usage, encoding_usage, meta_components, shapes_only
 from .memory import size_of, step_usage, weights_of
+from .model.components import NETWORKS
 from .options import not_among, option, parse_config
+from .t2i_adapter import T2I_ADAPTER
 from .text_to_image import TEXT_TO_IMAGE
 from .textual_inversion import TEXTUAL_INVERSION
-from .train.prepare import load_base
 
 # %% ../nbs/library/plan.ipynb #fefd5b82
 GIB = 2**30
@@ -85,26 +92,28 @@ class Forecast:
     def moment(self)->str: return max(self.moments, key=lambda name: sum(self.moments[name].values())) # of the peak
 
 # %% ../nbs/library/plan.ipynb #96a4dc99
-def _keeps(config, trained): # whether (pictures, captions) are encoded once, as far as the options say
-    "What a run will keep: of pictures that are not square it depends on the crop."
-    fixed = config.center_crop or config.use_aspect_ratio_buckets or config.cached_crops
-    texts = not trained.trains_text and config.cache_text_embeds is not False and not config.shuffle_tags
-    return config.cache_latents is not False and bool(fixed), texts
+def _keeps(method, config, components, trained): # whether (pictures, captions) are encoded once
+    "What a run will keep of a picture that is not square: its loader says so."
+    picture = ImageRecord(Path("picture.png"), ("a picture",), 3*config.resolution, 2*config.resolution, "picture")
+    loader = method.loader(config, [picture], components, 0, "meta", (), method.companions)
+    texts = loader.caches_text_embeds(trained.trains_text, config.cache_text_embeds)
+    return loader.caches_latents(config.cache_latents)[0], texts[0]
 
 def _plain(config): # without what reads files or numbers
     "The configuration as shapes can follow it."
     calm = dict(init_lora=None, init_lora_weights="gaussian", enable_xformers_memory_efficient_attention=False,
-        enable_npu_flash_attention=False)
+        enable_npu_flash_attention=False, controlnet_model_name_or_path=None, adapter_model_name_or_path=None,
+        initializer_token="+".join(["a"]*(1 + str(getattr(config, "initializer_token", "")).count("+"))))
     return replace(config, **{f.name: calm[f.name] for f in fields(config) if f.name in calm})
 
 # %% ../nbs/library/plan.ipynb #b5b31f92
 def _prepared(method, config):
     "The parts of a run on the meta device: components, what trains, the loss, what will be kept."
     config, dtype = _plain(config), weight_dtype(config.mixed_precision, "meta")
-    components = load_base(config, "meta", dtype, meta_components(config.pretrained_model_name_or_path),
-        method.full_precision)
-    trained = method.weights(config, components, 0)
-    keeps = _keeps(config, trained)
+    components = method.base(config, "meta", dtype, meta_components(config.pretrained_model_name_or_path),
+        method.full_precision(config))
+    with torch.device("meta"): trained = method.weights(config, components, 0)
+    keeps = _keeps(method, config, components, trained)
     schedule = method.schedule(config, components.scheduler)
     schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to("meta"))
     with shapes_only(Meter()), torch.device("meta"): loss = method.loss(config, components, schedule, not keeps[1])
@@ -120,12 +129,13 @@ def forecast(
     components, trained, loss, (pictures, texts) = _prepared(method, config)
     b = config.train_batch_size*(2 if getattr(config, "with_prior_preservation", False) else 1)
     low = dict(fp16=torch.float16, bf16=torch.bfloat16).get(config.mixed_precision)
-    step = step_usage(loss, components, b, config.resolution, low, not texts, config.max_token_length)
+    beside = (*method.companions, *[MASK]*config.masked_loss)
+    step = step_usage(loss, components, b, config.resolution, low, not texts, config.max_token_length, beside)
     encoders, size = (components.text_encoder, components.text_encoder_2), size_of(*trained.named.values())
     seen, count = encoding_usage(components, config.resolution, 1 if pictures else b), size//4
     frozen = lambda *networks: size_of(*[p for one in networks for p in one.parameters() if not p.requires_grad])
     stay = {"UNet": frozen(components.unet), **({} if texts else {"text encoders": frozen(*encoders)}),
-        **({} if pictures else {"VAE": frozen(components.vae)})}
+        **({} if pictures else {"VAE": frozen(components.vae)}), "teacher": size_of(*_others(loss, components))}
     kind = "adamw8bit" if config.eight_bit else config.optimizer.lower()
     stay |= {"what trains": size, "optimizer": count*STATE[kind], "EMA": size*config.use_ema}
     borrowed = sum(times*some for times, some in zip(SCRATCH[kind], (size, max(map(size_of, trained.named.values())))))
@@ -137,6 +147,11 @@ def forecast(
     return Forecast(moments, step.flops, step.kernels, count)
 
 # %% ../nbs/library/plan.ipynb #7f2c1a24
+def _others(loss, components): # tensors
+    "Frozen weights of networks that a loss has for itself, such as a teacher."
+    known = {id(p) for part in NETWORKS for p in getattr(components, part).parameters()}
+    return [p for p in loss.parameters() if not p.requires_grad and id(p) not in known]
+
 def _drawing(config, components, stay):
     "What validation takes, where something is drawn."
     if not config.prompts(): return {}
@@ -167,10 +182,13 @@ def seconds(self:Forecast, card:Card)->float: # one micro-step; 0 where the card
     return max(self.flops/(card.tflops*1e12*card.share), self.kernels*LAUNCH) if card.tflops else 0
 
 # %% ../nbs/library/plan.ipynb #afb6786a
-METHODS = dict(zip(("text-to-image", "dreambooth", "full", "textual-inversion"),
-    (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION)))
+METHODS = {method.name: method for method in (TEXT_TO_IMAGE, DREAMBOOTH, FULL, TEXTUAL_INVERSION, CUSTOM_DIFFUSION,
+    CONTROLNET, T2I_ADAPTER, INSTRUCT_PIX2PIX, LCM, DPO)}
 SCRIPTS = {"train_text_to_image_lora_sdxl": "text-to-image", "train_dreambooth_lora_sdxl": "dreambooth",
-    "train_text_to_image_sdxl": "full", "textual_inversion_sdxl": "textual-inversion"}
+    "train_text_to_image_sdxl": "full", "textual_inversion_sdxl": "textual-inversion",
+    "train_custom_diffusion": "custom-diffusion", "train_controlnet_sdxl": "controlnet",
+    "train_t2i_adapter_sdxl": "t2i-adapter", "train_instruct_pix2pix_sdxl": "instruct-pix2pix",
+    "train_lcm_distill_lora_sdxl": "lcm", "train_diffusion_dpo_sdxl": "dpo"}
 
 def _method_word(word): # the method that a word starts, or None
     "text-to-image, sdxl_course.text_to_image and a path to the reference script all name a method."

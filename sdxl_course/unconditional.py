@@ -102,8 +102,9 @@ def pixel_loss(
 
 # %% ../nbs/library/unconditional.ipynb #bdf017d8
 UNCONDITIONAL = Method("unconditional", UnconditionalConfig, pictures_in, pixel_weights, pixel_loss,
-    read_validation=partial(read_validation, read=pictures_in), full_precision=("unet",), base=load_pixel_model,
-    draw=draw_pixels, loader=partial(make_loader, kind=PixelLoader), validation=middle_pixels, measure=error_on_pixels)
+    read_validation=partial(read_validation, read=pictures_in), full_precision=lambda config: ("unet",),
+    base=load_pixel_model, draw=draw_pixels, loader=partial(make_loader, kind=PixelLoader),
+    validation=middle_pixels, measure=error_on_pixels)
 
 open_unconditional, train_unconditional, main = functions(UNCONDITIONAL)
 

@@ -95,7 +95,7 @@ def build_run(
     device, processes, seed = accelerator.device, accelerator.num_processes, run_seed(config.seed, checkpoint)
     records, others, measured_on = choose_validation(method, config, records, seed, class_records, log)
     dtype = weight_dtype(accelerator.mixed_precision, device)
-    components = method.base(config, device, dtype, components, method.full_precision)
+    components = method.base(config, device, dtype, components, method.full_precision(config))
     trained = method.weights(config, components, seed, scale := learning_scale(config, processes))
     schedule = method.schedule(config, components.scheduler)
     schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
@@ -202,7 +202,7 @@ def let_go(
         dropped = dict.fromkeys(("text_encoder", "text_encoder_2"))
         for part in () if own else dropped: getattr(whole, part).to("cpu")
     dtype = weight_dtype(run.accelerator.mixed_precision, run.accelerator.device)
-    dtype = torch.float32 if run.method.full_precision else dtype
+    dtype = torch.float32 if run.method.full_precision(run.config) else dtype
     run.load_vae = vae_loader(whole.vae, dtype, run.config) if own and run.loader.latent_keys else None
     if run.load_vae: dropped["vae"] = None
     run.components = run.loader.components = replace(whole, **dropped)

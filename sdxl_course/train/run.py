@@ -57,7 +57,7 @@ class Method:
     companions: tuple = () # Companion: further pictures of each sample, which land in Batch.extra
     # function of (config, components): for each validation prompt, what else `draw_pictures` is given; (): nothing
     drawn_with: object = lambda config, components: ()
-    full_precision: tuple = () # networks whose own weights train
+    full_precision: object = lambda config: () # function of (config): networks whose own weights train
     unused_gradients: object = lambda config: False # function of (config): may a trainable tensor get no gradient?
     # function of (config, records, components, seed, device, class records, companions): BatchLoader
     loader: object = make_loader

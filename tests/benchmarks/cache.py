@@ -10,13 +10,10 @@ other work beside it, processor time is the number to trust. The ratio is the me
 """
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, by_turns, compared, start
 
 
 def work(words):
@@ -45,19 +42,6 @@ def work(words):
             assert len(loader.latent_keys) == len(loader.text_keys) == count
 
 
-def start(checkout, words):
-    "A worker on a checkout."
-    env = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    return subprocess.Popen([sys.executable, __file__, "--work", *map(str, words)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def fill(worker):
-    "(processor seconds, wall seconds) of one filling."
-    worker.stdin.write("go\n")
-    worker.stdin.flush()
-    return tuple(map(float, worker.stdout.readline().split()))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", required=True, help="checkout to compare with")
@@ -68,18 +52,12 @@ def main():
     parser.add_argument("--place", default="", help="folder on the disk that is to be measured")
     parser.add_argument("--json", help="file for the numbers")
     words = parser.parse_args()
-    workers = [start(checkout, (words.pictures, words.resolution, words.threads, words.place)) for checkout in (words.other, ROOT)]
-    pairs = []
-    for i in range(words.pairs + 1):
-        order = (0, 1) if i % 2 else (1, 0)
-        found = {which: fill(workers[which]) for which in order}
-        if i: pairs.append([found[0], found[1]]) # the first one warms up
-    for worker in workers: worker.stdin.close(), worker.wait()
+    given = words.pictures, words.resolution, words.threads, words.place
+    pairs = by_turns([start(__file__, given, checkout=checkout, threads=words.threads) for checkout in (words.other, ROOT)], words.pairs)
     rows = {}
     print("| a picture with its caption | before, ms | now, ms | times as fast |\n|---|---|---|---|")
     for which, name in enumerate(("processor", "wall")):
-        before, after = ([1000*pair[version][which]/words.pictures for pair in pairs] for version in (0, 1))
-        rows[name] = dict(before=statistics.median(before), after=statistics.median(after), ratio=statistics.median(a/b for a, b in zip(before, after)))
+        rows[name] = compared([[1000*one[which]/words.pictures for one in pair] for pair in pairs])
         print(f"| {name} | {rows[name]['before']:.1f} | {rows[name]['after']:.1f} | {rows[name]['ratio']:.2f} |")
     if words.json: Path(words.json).write_text(json.dumps(dict(vars(words), rows=rows), indent=1))
 

@@ -10,15 +10,14 @@ beside it, processor time is the number to trust. The ratio is the median over p
 """
 import argparse
 import json
-import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, compared, environment, in_turn
+
 DEFAULT = ["--pretrained_model_name_or_path", "tiny", "--resolution", "128", "--train_batch_size", "4", "--seed", "0", "--report_to", "none", "--max_train_steps", "100"]
 PROGRAM = """
 import time
@@ -52,7 +51,7 @@ def first_update(checkout, words, home, profile=False):
     "(processor seconds, wall seconds, largest resident size in kB) of one start."
     from_folder = Path(checkout) / "data_samples" / "old_book_illustrations"
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "SDXL_COURSE_CACHE": str(home), **({"PROFILE": "1"} if profile else {})}
+        env = environment(checkout, SDXL_COURSE_CACHE=str(home), **({"PROFILE": "1"} if profile else {}))
         command = [sys.executable, "-c", PROGRAM, "text-to-image", "--train_data_dir", str(from_folder), "--output_dir", folder, *DEFAULT, *words]
         said = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     line = next((line for line in said.stdout.splitlines() if line.startswith("FIRST")), None)
@@ -78,16 +77,12 @@ def main():
             if words.warm: start(1, 0)
             return start(1, 1, True)
         if words.warm: start(0, 0), start(1, 0)
-        pairs = []
-        for turn in range(words.pairs):
-            order = (0, 1) if turn % 2 else (1, 0)
-            found = {which: start(which, turn) for which in order}
-            pairs.append([found[0], found[1]])
+        turn = iter(range(2*words.pairs))
+        pairs = in_turn([lambda which=which: start(which, next(turn)) for which in (0, 1)], words.pairs, warmup=0)
     rows = {}
     print("| to the first update | before | now | times as fast |\n|---|---|---|---|")
     for which, name in enumerate(("processor, s", "wall, s", "largest resident size, MB")):
-        before, after = ([pair[version][which] / (1000 if which == 2 else 1) for pair in pairs] for version in (0, 1))
-        rows[name] = dict(before=statistics.median(before), after=statistics.median(after), ratio=statistics.median(a/b for a, b in zip(before, after)))
+        rows[name] = compared([[one[which] / (1000 if which == 2 else 1) for one in pair] for pair in pairs])
         print(f"| {name} | {rows[name]['before']:.2f} | {rows[name]['after']:.2f} | {rows[name]['ratio']:.2f} |")
     if words.json: Path(words.json).write_text(json.dumps(dict(vars(words), rows=rows), indent=1))
 
