@@ -29,8 +29,10 @@ from .model.sampling import DrawOptions, generate, picture_size, pictures_at_onc
 from .data.records import open_image
 from .data.check import read_dataset
 from .inference import LoadOptions, load_pipeline
-from .measure.metrics import ClipJudge, bootstrap_interval, nearest_neighbours, thumbnail_embeds, to_pixels
-from .measure.distributions import frechet_distance, judge_features, patch_distances, power_ratios
+from .measure.metrics import ClipJudge, bootstrap_interval, interval_around, nearest_neighbours
+from .measure.metrics import thumbnail_embeds, to_pixels
+from .measure.distributions import frechet_distance, frechet_error, judge_features, patch_distances
+from .measure.distributions import power_ratios
 from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_attributes, right_answers
 from .measure.judges import vae_scores, vae_table
 from .measure.subject import SUBJECT_COLOR, SubjectJudge
@@ -265,13 +267,15 @@ def fidelity_report(
     pictures, # PIL images
     scenes, # Scene: what was asked for
     seed:int = 0, # of the patches
-)->dict: # power_ratio by band, frechet_distance, sliced_wasserstein by size
+)->dict: # power_ratio by band, frechet_distance with its interval, sliced_wasserstein by size
     "How close a set of pictures is to as many renders of the same prompts; CourseError for fewer than two pictures."
     wanted = to_pixels([render(replace(scene, seed=scene.seed + RENDER_OFFSET)) for scene in scenes])
     drawn, judge = to_pixels(resize_for_judges(pictures)), load_judge("attributes")
     features = [judge_features(judge, pixels) for pixels in (drawn, wanted)]
-    return dict(power_ratio=power_ratios(drawn, wanted), frechet_distance=frechet_distance(*features),
-        sliced_wasserstein=patch_distances(drawn, wanted, seed))
+    distance = frechet_distance(*features)
+    low, high = interval_around(distance, frechet_error(*features, paired=True), len(scenes))
+    return dict(power_ratio=power_ratios(drawn, wanted), frechet_distance=distance,
+        frechet_distance_interval=[max(low, 0.), high], sliced_wasserstein=patch_distances(drawn, wanted, seed))
 
 # %% ../nbs/library/evaluate.ipynb #0295c142
 def fidelity_lines(
@@ -280,8 +284,9 @@ def fidelity_lines(
     "The comparison with renders in words: 1 is as much detail as they have, 0 is no distance."
     power = ", ".join(f"{band}: {ratio:.2f}" for band, ratio in report["power_ratio"].items())
     patches = ", ".join(f"{distance:.2f}" for distance in report["sliced_wasserstein"])
+    between = "[{:.1f}, {:.1f}]".format(*report["frechet_distance_interval"])
     return (f"power of the luminance over that of renders, by cycles per picture: {power}\n"
-        f"Frechet distance to renders: {report['frechet_distance']:.1f}\n"
+        f"Frechet distance to renders: {report['frechet_distance']:.1f} {between}\n"
         f"sliced Wasserstein distance to renders, fine to coarse: {patches}")
 
 # %% ../nbs/library/evaluate.ipynb #5f94cc25

@@ -213,9 +213,9 @@ def level_report(
 )->dict: # timesteps, base, and with a LoRA tuned, difference, low and high
     "The validation loss of the base model and of the LoRA, and the paired difference with its interval."
     records, levels = read_dataset(config.validation_data_dir), None
-    loaded = fields_of(config, LoadOptions) | dict(offload=None) # what decodes may wait elsewhere; nothing is decoded
-    pipeline = load_pipeline(config.model, config.lora, config.lora_scale, **loaded)
+    pipeline = load_pipeline(config.model, config.lora, config.lora_scale, **fields_of(config, LoadOptions))
     examples = encode_examples(pipeline, records)
+    pipeline.maybe_free_model_hooks() # where networks take turns on the card, those that encode leave it to the UNet
     levels = middle_levels(pipeline.scheduler.config.num_train_timesteps, number)
     at_once = config.batch_size or pictures_at_once(picture_size(pipeline))
     tuned = loss_by_level(pipeline, examples, levels, batch_size=at_once)
@@ -247,7 +247,7 @@ def remarks_on(
     if judged.sets.get("same_by_size"):
         n, same = max(judged.sets["same_by_size"]), judged.sets["same_by_size"]
         said.append(f"The Frechet distance depends on how many pictures there are: two halves of the references, {n} "
-            f"each, are {same[n]:.1f} apart, though nothing distinguishes them.")
+            f"each, are {same[n]:.1f} apart, though nothing distinguishes them, and its interval is one of so many.")
     if len({one.prompt for one in judged.view.drawn}) < 2: said.append("One prompt only: no interval can be told.")
     return said
 

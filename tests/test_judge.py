@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,20 @@ import pytest
 import torch
 from PIL import Image
 from hypothesis import given, settings, strategies as st
+from sdxl_course import judge as judging
 from sdxl_course.core import CourseError, seeded, seeded_rng
-from sdxl_course.evaluate import main
-from sdxl_course.measure.distributions import frechet_by_size, frechet_distance, frechet_limit, kernel_distance
+from sdxl_course.evaluate import EvaluateConfig, main
+from sdxl_course.measure.distributions import frechet_by_size, frechet_distance, frechet_error, frechet_limit, kernel_distance
+from sdxl_course.measure.metrics import interval_around
 from sdxl_course.measure.pictures import Drawn, pair_up, read_drawn, read_parameters, says
 from sdxl_course.measure.report import gallery_card, html_page, markdown_report
 from sdxl_course.measure.scores import Score, View, copy_scores, grouped_interval, likeness_scores, make_score, nearness, prior_scores, set_scores
 from sdxl_course.measure.towers import Seen, load_clip, load_dino
+from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.components import load_components, quiet
+from sdxl_course.model.lora_files import save_lora
 from sdxl_course.model.sampling import save_picture
+from sdxl_course.world.samples import sample_dir
 from sdxl_course.checkpoint_sweep import Point, choose, eligible
 
 
@@ -74,6 +80,61 @@ def test_of_few_pictures_the_frechet_distance_is_too_large_and_the_kernel_distan
 def test_jackknife_tells_the_spread_of_the_kernel_distance():
     found = torch.tensor([kernel_distance(cloud(20, 8, 2*k), cloud(20, 8, 2*k + 1, shift=.5)) for k in range(40)])
     assert .5 < float(found[:, 1].mean()/found[:, 0].std()) < 2
+
+
+@pytest.mark.parametrize("shift, scale", [(0., 1.), (1., 1.), (1., 2.)])
+def test_interval_of_the_frechet_distance_holds_the_known_distance_of_gaussians(shift, scale):
+    "Sixty pairs of 200 points in four dimensions, where the bias, known from three hundred other pairs, is a small part; z = 1.96 or so."
+    known, sets, inside, errors = 4*(shift**2 + (1 - scale)**2), lambda n, k: (cloud(n, 4, 2*k), cloud(n, 4, 2*k + 1, shift, scale)), 0, []
+    bias = np.mean([frechet_distance(*sets(200, 1000 + k)) for k in range(300)]) - known
+    for trial in range(60):
+        pair = sets(200, trial)
+        errors.append(frechet_error(*pair))
+        low, high = interval_around(frechet_distance(*pair), errors[-1], 40)
+        inside += low <= known + bias <= high
+    assert abs(bias) < .2*max(known, 1) and 52 <= inside <= 60
+    spread = np.std([frechet_distance(*sets(200, k)) for k in range(60)])
+    assert .7 < np.mean(errors)/spread < (1.8 if shift == 0 else 1.4)  # where nothing differs the jackknife is too careful
+
+
+def test_of_few_pictures_the_interval_is_that_of_so_many():
+    "Twelve prompts with two like pictures each against ten references, in 30 dimensions: the mean of other sets lies inside, the true distance below."
+    spectrum = torch.arange(1, 31).double()**-.5
+    def sets(k, n=24, m=10):
+        base = cloud(n//2, 30, 3*k).repeat_interleave(2, 0)*.8 + cloud(n, 30, 3*k + 1)*.6
+        return view(base*spectrum, [f"prompt {i//2}" for i in range(n)]), view((cloud(m, 30, 3*k + 2) + .7)*spectrum)
+    pairs = [set_scores(*sets(k))[0] for k in range(80)]
+    known = frechet_distance(*(one.dino.features for one in sets(2000, 6000, 6000)))
+    fresh = [set_scores(*sets(1000 + k))[0] for k in range(100)]
+    for which, name in enumerate(("frechet_distance", "kernel_distance")):
+        values = [one[which].value for one in fresh]
+        assert sum(pair[which].low <= np.mean(values) <= pair[which].high for pair in pairs) >= 70, name
+        width = np.mean([pair[which].high - pair[which].low for pair in pairs])
+        assert 3 < width/np.std(values) < 8, name
+    assert np.mean([pair[0].low for pair in pairs]) > known  # which no interval around so few pictures' distance can hold
+
+
+def test_pictures_of_a_prompt_that_are_alike_widen_the_interval():
+    "A prompt's pictures drawn over and over tell nothing new; one prompt alone gives no interval."
+    a, b = cloud(8, 5), cloud(200, 5, 1)
+    same = a.repeat_interleave(4, 0)
+    groups = [k//4 for k in range(32)]
+    assert frechet_error(same, b, groups) > 1.2*frechet_error(same, b)
+    assert kernel_distance(same, b, groups)[1] > 1.2*kernel_distance(same, b)[1]
+    assert frechet_error(a, b, [0]*8) == kernel_distance(a, b, [0]*8)[1] == math.inf
+    one = set_scores(view(a, ["only"]*8), view(b))[0]
+    assert all(not math.isfinite(score.high) for score in one)
+
+
+def test_sets_of_the_same_prompts_are_left_out_together():
+    "Where both sets have much in common, pair by pair, their distance varies less than that of strangers."
+    inside, errors, values = 0, [], []
+    for k in range(40):
+        both = cloud(30, 4, 2*k)*3
+        a, b = both + cloud(30, 4, 2*k + 1), both + cloud(30, 4, 5000 + k) + 1
+        values.append(frechet_distance(a, b)); errors.append((frechet_error(a, b, paired=True), frechet_error(a, b)))
+    paired, alone = np.mean(errors, 0)/np.std(values)
+    assert .6 < paired < 1.5 and alone > 1.5*paired
 
 
 # ------------------------------------------------ scores of made-up features
@@ -164,6 +225,27 @@ def test_sets_are_told_apart_and_halves_are_not():
     found = {score.name: score for score in apart}
     for name in ("frechet_distance", "kernel_distance"): assert found[name].value > 5*abs(found[name].floor)
     assert found["kernel_distance"].low > 0 and list(told["frechet_by_size"]) == [10, 20, 30, 40] and set_scores(view(torch.eye(3)), b) == ([], {})
+
+
+def test_the_loss_by_level_of_an_offloaded_model(tmp_path, monkeypatch):
+    "Networks that take turns give the same numbers, with a LoRA and without it; on a CPU there is nothing to spare. (Layer by layer is for tests/gpu: accelerate's hooks fail from CPU to CPU.)"
+    unet, here, real, asked = load_components("tiny").unet, torch.device("cpu"), judging.load_pipeline, []
+    for name, p in lora_parameters(add_lora(unet, rank=2, generator=seeded("level"))): p.data = 0.1*torch.randn(p.shape, generator=seeded(name))
+    for path in sorted(sample_dir("chairs").glob("*"))[:2] + [sample_dir("chairs")/"metadata.jsonl"]: shutil.copy(path, tmp_path)
+    rows = (tmp_path/"metadata.jsonl").read_text().splitlines()
+    (tmp_path/"metadata.jsonl").write_text("".join(f"{row}\n" for row in rows if (tmp_path/json.loads(row)["file_name"]).exists()))
+    def load(*given, offload=None, **more):
+        asked.append(offload)
+        pipeline = real(*given, device="cpu", **more)
+        if offload: pipeline.enable_model_cpu_offload(device=here)
+        return pipeline
+    monkeypatch.setattr(judging, "load_pipeline", load)
+    usual = dict(validation_data_dir=str(tmp_path), lora=str(save_lora(tmp_path/"lora", unet)))
+    plain, spared = (judging.level_report(EvaluateConfig(**usual, **more), 3) for more in ({}, dict(offload="model")))
+    assert asked == [None, "model"] and spared["timesteps"] == plain["timesteps"] and plain["tuned"] != plain["base"]
+    for name in ("base", "tuned", "low", "high"): assert spared[name] == pytest.approx(plain[name], rel=1e-4), name
+    monkeypatch.undo()
+    with pytest.raises(CourseError, match="draws on the CPU"): judging.level_report(EvaluateConfig(**usual, offload="model"), 3)
 
 
 # ------------------------------------------------ folders

@@ -49,13 +49,21 @@ def test_a_file_of_sdxl_is_known_as_such(sdxl_file, capsys, monkeypatch):
     assert found["parts"]["unet"]["ranks"] == [2] and found["parts"]["unet"]["alphas"] == [1.0] and found["parts"]["text_encoder_2"]["layers"] == 32
 
 
+@pytest.mark.parametrize("words, files", [(["convert", "--to", "kohya"], 1), (["resize", "--rank", "1"], 1), (["merge"], 2)], ids=str)
+def test_a_tool_reads_each_file_once(sdxl_file, tmp_path, monkeypatch, words, files):
+    read, parse = [], core.parse_safetensors
+    monkeypatch.setattr(core, "parse_safetensors", lambda data: read.append(len(data)) or parse(data))
+    assert main([words[0], *[sdxl_file]*files, *words[1:], "--output", tmp_path / "out.safetensors"]) == 0
+    assert read == [sdxl_file.stat().st_size]*files
+
+
 @pytest.mark.parametrize("layout, name", [("diffusers", "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"), ("kohya", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"),
     ("sgm", "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_A.weight"), ("peft", "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight")])
 def test_every_layout_comes_back_with_every_bit(sdxl_file, layout, name, tmp_path):
     there = tmp_path / ("there" if layout == "peft" else "there.safetensors")
     assert main(["convert", sdxl_file, "--to", layout, "--output", there]) == 0
     assert name in load_file(there / "unet" / "adapter_model.safetensors" if layout == "peft" else there)
-    first, again = (open_lora(path)[0] for path in (sdxl_file, there))
+    first, again = (open_lora(path).layers for path in (sdxl_file, there))
     assert {part: set(ones) for part, ones in first.items()} == {part: set(ones) for part, ones in again.items()}
     for part, ones in first.items():
         for module, one in ones.items(): assert torch.equal(one.A, again[part][module].A) and torch.equal(one.B, again[part][module].B) and one.alpha == again[part][module].alpha
@@ -67,7 +75,7 @@ def test_what_a_file_says_of_itself_is_kept_but_for_what_is_no_longer_true(sdxl_
     files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for file, words in zip(files, ("sks chair", "old book")):
         save_file(tensors, file, {"ss_network_dim": "2", "modelspec.title": "style", "modelspec.trigger_phrase": words, "modelspec.license": "mit", "sshs_model_hash": "0"})
-    notes = lambda path: open_lora(path)[2]
+    notes = lambda path: open_lora(path).notes
     for words in (["convert", files[0], "--to", "kohya"], ["resize", files[0], "--rank", "1", "--to", "kohya"], ["merge", *files, "--to", "kohya"], ["resize", files[0], "--energy", "0.9"]):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
         assert main([*words, "--output", out]) == 0
@@ -97,7 +105,7 @@ def test_learnt_words_are_carried_along_or_told(sdxl_file, tmp_path, capsys):
 def test_a_folder_of_peft_draws_and_trains_on_like_a_file(tiny_style, tmp_path, capsys):
     "With its own alpha, in UNet and both text encoders; a kind that is no LoRA is told."
     assert main(["convert", tiny_style, "--to", "peft", "--output", tmp_path / "peft"]) == 0
-    first, again = (open_lora(path)[0] for path in (tiny_style, tmp_path / "peft"))
+    first, again = (open_lora(path).layers for path in (tiny_style, tmp_path / "peft"))
     assert sorted(first) == sorted(again) and {one.alpha for ones in again.values() for one in ones.values()} == {3.0}
     parts = load_components("tiny")
     assert attach_lora(parts.pipeline(), tmp_path / "peft") == tmp_path / "peft"
@@ -109,8 +117,8 @@ def test_a_folder_of_peft_draws_and_trains_on_like_a_file(tiny_style, tmp_path, 
     assert pixels("drawn") == pixels("same")
     assert find_loras([tmp_path / "peft"]) == [str(tmp_path / "peft")]
     weights = tmp_path / "peft" / "unet" / "adapter_model.safetensors"
-    assert {one.alpha for one in open_lora(weights)[0]["unet"].values()} == {3.0}      # the file alone says no alpha, its neighbour does
-    alone = open_lora(tmp_path / "peft" / "text_encoder", "tiny")[0]  # one network's folder
+    assert {one.alpha for one in open_lora(weights).layers["unet"].values()} == {3.0}      # the file alone says no alpha, its neighbour does
+    alone = open_lora(tmp_path / "peft" / "text_encoder", "tiny").layers  # one network's folder
     assert list(alone) == ["text_encoder"] and len(alone["text_encoder"]) == len(first["text_encoder"])
     config = tmp_path / "peft" / "unet" / "adapter_config.json"
     config.write_text(config.read_text().replace("LORA", "OFT"))
@@ -173,7 +181,7 @@ def test_a_merge_into_a_folder_and_into_a_file_is_what_peft_merges(tiny_style, t
             wanted = dict(getattr(pipeline, part).state_dict())[name]
             torch.testing.assert_close(found[part, name], wanted, atol=1e-5, rtol=0, msg=f"{part} {name}")
             changed += not torch.equal(before, found[part, name])
-        assert changed == sum(len(ones) for ones in open_lora(tiny_style)[0].values())
+        assert changed == sum(len(ones) for ones in open_lora(tiny_style).layers.values())
 
 
 def test_single_files_go_in_everywhere(tiny_style, tmp_path, capsys):
@@ -183,7 +191,7 @@ def test_single_files_go_in_everywhere(tiny_style, tmp_path, capsys):
     assert main(["merge", tiny_style, "--into", plain, *tiny, "--output", tuned]) == 0
     assert main(["extract", tuned, plain, *tiny, "--rank", "2", "--output", tmp_path / "found.safetensors"]) == 0
     assert main(["info", tmp_path / "found.safetensors", "--model", plain, *tiny]) == 0
-    first, again = (open_lora(path)[0] for path in (tiny_style, tmp_path / "found.safetensors"))
+    first, again = (open_lora(path).layers for path in (tiny_style, tmp_path / "found.safetensors"))
     for part, ones in first.items():
         assert ones.keys() == again[part].keys()
         for name, one in ones.items(): torch.testing.assert_close(again[part][name].delta, one.delta, atol=1e-5, rtol=1e-3)
@@ -211,31 +219,56 @@ def anonymous_memory():
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])*1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_a_merge_holds_one_matrix_at_a_time(tmp_path, monkeypatch):
-    "A UNet of 300 MB in three shards; the largest of its matrices has 15 MB in fp32."
-    folder = tmp_path / "big"
-    for part in ("text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2"): shutil.copytree(tiny_path() / part, folder / part)
-    shutil.copy(tiny_path() / "model_index.json", folder)
+linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+DEEP = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def big_models(tmp_path_factory):
+    "Folders of a model before and after one layer learnt, and the bytes of its UNet in fp32: 300 MB in three shards; the largest of its matrices has 15 MB."
+    home = tmp_path_factory.mktemp("big")
     config = dict(json.loads((tiny_path() / "unet" / "config.json").read_text()), block_out_channels=[320, 480, 640], attention_head_dim=[5, 10, 20])
-    write_json(folder / "unet" / "config.json", config)
     with torch.device("meta"): unet = UNet2DConditionModel.from_config(config)
     shapes = {name: t.shape for name, t in unet.state_dict().items()}
-    for k in range(3):
-        plan = {name: (shapes[name], torch.float16) for name in sorted(shapes)[k::3]}
-        stream_tensors(folder / "unet" / f"diffusion_pytorch_model-{k + 1:05}-of-00003.safetensors", plan, lambda name: torch.zeros(shapes[name]))
-    size = sum(4*shape.numel() for shape in shapes.values())
-    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file({f"unet.{module}.lora_A.weight": torch.ones(1, 640), f"unet.{module}.lora_B.weight": torch.ones(640, 1)}, tmp_path / "one.safetensors")
+    for folder, learnt in ((home / "base", 0.), (home / "tuned", 1.)):
+        for part in ("text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer", "tokenizer_2"): shutil.copytree(tiny_path() / part, folder / part)
+        shutil.copy(tiny_path() / "model_index.json", folder)
+        write_json(folder / "unet" / "config.json", config)
+        for k in range(3):
+            plan = {name: (shapes[name], torch.float16) for name in sorted(shapes)[k::3]}
+            stream_tensors(folder / "unet" / f"diffusion_pytorch_model-{k + 1:05}-of-00003.safetensors", plan, lambda name: torch.full(shapes[name], learnt*(name == f"{DEEP}.weight")))
+    return home / "base", home / "tuned", sum(4*shape.numel() for shape in shapes.values())
+
+
+@pytest.fixture
+def most_memory(monkeypatch):
+    "The most bytes that this process had since the test began, seen whenever a weight is asked for."
     peak, before, get = [0], anonymous_memory(), StoredModel.get
     def watched(self, *place):
-        peak[0] = max(peak[0], anonymous_memory())
+        peak[0] = max(peak[0], anonymous_memory() - before)
         return get(self, *place)
     monkeypatch.setattr(StoredModel, "get", watched)
+    return peak
+
+
+@linux_only
+def test_a_merge_holds_one_matrix_at_a_time(big_models, most_memory, tmp_path):
+    folder, _, size = big_models
+    save_file({f"unet.{DEEP}.lora_A.weight": torch.ones(1, 640), f"unet.{DEEP}.lora_B.weight": torch.ones(640, 1)}, tmp_path / "one.safetensors")
     for output in ("whole", "whole.safetensors"):
         assert main(["merge", tmp_path / "one.safetensors", "--into", folder, "--output", tmp_path / output]) == 0
-        assert size > 250e6 and peak[0] - before < 0.3*size, (output, peak[0] - before, size)
-    assert open_stored(tmp_path / "whole").module_weight("unet", module).eq(1).all() and not open_stored(tmp_path / "whole").module_weight("unet", "conv_in").any()
+        assert size > 250e6 and most_memory[0] < 0.3*size, (output, most_memory[0], size)
+    assert open_stored(tmp_path / "whole").module_weight("unet", DEEP).eq(1).all() and not open_stored(tmp_path / "whole").module_weight("unet", "conv_in").any()
+
+
+@linux_only
+def test_an_extract_holds_one_pair_of_matrices_at_a_time(big_models, most_memory, tmp_path):
+    base, tuned, size = big_models
+    assert main(["extract", tuned, base, "--rank", "1", "--output", tmp_path / "found.safetensors"]) == 0
+    assert most_memory[0] < 0.3*size, (most_memory[0], size)
+    layers = open_lora(tmp_path / "found.safetensors", base).layers
+    assert list(layers) == ["unet"] and list(layers["unet"]) == [DEEP]
+    torch.testing.assert_close(layers["unet"][DEEP].delta, torch.ones(640, 640))
 
 
 # ------------------------------------------------ one writer

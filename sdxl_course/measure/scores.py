@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from PIL import Image, ImageOps
 from ..core import seeded
-from .metrics import nearest_neighbours, normalized, thumbnail_embeds, to_pixels
-from .distributions import frechet_by_size, frechet_limit, kernel_distance, octaves, power_ratios
+from .metrics import interval_around, nearest_neighbours, normalized, thumbnail_embeds, to_pixels
+from .distributions import frechet_by_size, frechet_error, frechet_limit, kernel_distance
+from .distributions import octaves, power_ratios
 from .towers import Seen, fit_square
 from .pictures import pair_up, says
 
@@ -247,17 +248,20 @@ def set_scores(
     "Distances of whole sets, with what equally many pictures make of no distance at all."
     if min(len(view), len(references)) < 4: return [], {}
     truth, features = references.dino.features, view.dino.features
+    groups = [one.prompt or one.stem for one in view.drawn]
+    number = min(len(set(groups)), len(references)) # of what can be left out, which the interval rests on
     by_size = frechet_by_size(features, truth, seeded("frechet", seed))
     parts, most = [half.dino.features for half in halves(references)], max(by_size)
     same = frechet_by_size(*parts, seeded("frechet", "same", seed)) if len(parts[0]) > 1 else {}
     base = frechet_by_size(before.dino.features, truth, seeded("frechet", "base",
         seed)) if before and len(before) > 3 else {}
     last = lambda found: found[max(found)] if found else None
-    kernel, error = kernel_distance(features, truth)
+    (kernel, error), frechet = kernel_distance(features, truth, groups), by_size[most]
+    low, high = interval_around(frechet, frechet_error(features, truth, groups), number)
     none = kernel_distance(*parts)[0] if len(parts[0]) > 2 else None
     usual = kernel_distance(before.dino.features, truth)[0] if base else None
-    scores = [Score("frechet_distance", by_size[most], -np.inf, np.inf, most, last(same), last(base)),
-        Score("kernel_distance", kernel, kernel - 1.96*error, kernel + 1.96*error, len(view), none, usual)]
+    scores = [Score("frechet_distance", frechet, max(low, 0.), high, most, last(same), last(base)),
+        Score("kernel_distance", kernel, *interval_around(kernel, error, number), len(view), none, usual)]
     limit = lambda found: frechet_limit(found) if len(found) > 1 else None
     rows = dict(frechet_by_size=by_size, same_by_size=same, base_by_size=base)
     return scores, rows | dict(frechet_limit=limit(by_size), same_limit=limit(same), base_limit=limit(base))

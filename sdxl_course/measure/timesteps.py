@@ -9,7 +9,7 @@ __all__ = ['middle_levels', 'encode_examples', 'loss_by_level']
 import torch
 from types import SimpleNamespace
 from ..core import CourseError, seeded
-from ..model.conditioning import encode_prompts
+from ..model.conditioning import encode_prompts, working_device
 from ..model.latents import native_resolution
 from ..model.noise import NoiseSchedule
 from ..model.sampling import eval_mode
@@ -54,7 +54,7 @@ def loss_by_level(
 )->torch.Tensor: # (pictures, levels) mean squared error
     "The validation loss of every picture at every noise level, with the same noise whenever it is asked for."
     unet, rows = components.unet, []
-    schedule, device = NoiseSchedule.of(components.scheduler), next(unet.parameters()).device
+    schedule, device = NoiseSchedule.of(components.scheduler), working_device(unet)
     t = torch.tensor(levels).repeat(times)
     with eval_mode(unet):
         for key, entry in examples:

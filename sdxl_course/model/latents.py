@@ -10,6 +10,7 @@ __all__ = ['posterior', 'sample_latents', 'vae_dtype', 'vae_scale_factor', 'side
 import math
 import torch
 from ..core import CourseError, to_pil
+from .conditioning import working_device
 
 # %% ../../nbs/library/model_latents.ipynb #4be7e10a
 @torch.no_grad()
@@ -18,9 +19,10 @@ def posterior(
     pixels, # (b, 3, h, w) in [-1, 1]
 )->tuple: # mean (b, 4, h/8, w/8), std of the same shape; float32, in the UNet's units
     "Mean and standard deviation of q(z|x), what the VAE knows of each picture's latents (Kingma and Welling, 2013)."
-    weight = next(vae.parameters()) # asking diffusers for device and dtype would walk through all modules each time
-    with torch.autocast(weight.device.type, enabled=False): # the VAE keeps its own number format
-        distribution = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+    dtype = next(vae.parameters()).dtype # asking diffusers for it would walk through all modules each time
+    device = working_device(vae)
+    with torch.autocast(device.type, enabled=False): # the VAE keeps its own number format
+        distribution = vae.encode(pixels.to(device, dtype)).latent_dist
     mean, std = distribution.mean.float(), distribution.std.float()
     scale = torch.as_tensor(vae.config.scaling_factor, device=mean.device)
     latents_mean, latents_std = vae.config.get("latents_mean"), vae.config.get("latents_std")
@@ -96,8 +98,7 @@ def decode_latents(
     latents, # (b, 4, h, w) in the UNet's units
 )->list: # PIL images
     "Decode latents to pictures, one at a time, in the VAE's own number format."
-    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device # offloaded: where it works
-    pictures = []
+    device, pictures = working_device(vae), []
     for one in latents.float().cpu().split(1):
         scaled = vae_units(vae, one).to(device, vae.dtype)
         pictures.append(to_pil(vae.decode(scaled).sample[0].float().clamp(-1, 1)))

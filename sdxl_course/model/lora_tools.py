@@ -123,8 +123,7 @@ def merge_notes(
     notes:list, # of each file
 )->dict: # word -> words
     "What several files say of themselves with one voice; trigger words one after the other."
-    kept = {word: text for word, text in (notes or [{}])[0].items()
-        if word not in STALE and all(one.get(word) == text for one in notes)}
+    kept = {word: text for word, text in (notes or [{}])[0].items() if all(one.get(word) == text for one in notes)}
     words = dict.fromkeys(one[key] for one in notes if one.get(key := "modelspec.trigger_phrase"))
     return kept | ({"modelspec.trigger_phrase": ", ".join(words)} if words else {})
 

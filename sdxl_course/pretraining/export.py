@@ -122,7 +122,9 @@ def fidelity_rows(
     rows = [row(f"power of the luminance over that of renders, {band} cycles per picture",
         lambda one, band=band: f"{one['power_ratio'][band]:.2f}") for band in pairs[0]["power_ratio"]]
     patches = lambda one: ", ".join(f"{distance:.2f}" for distance in one["sliced_wasserstein"])
-    return [*rows, row("Frechet distance to renders", lambda one: f"{one['frechet_distance']:.1f}"),
+    between = lambda ends: "" if None in ends else " [{:.1f}, {:.1f}]".format(*ends)
+    distance = lambda one: f"{one['frechet_distance']:.1f}" + between(one.get("frechet_distance_interval", [None]))
+    return [*rows, row("Frechet distance to renders", distance),
         row("sliced Wasserstein distance to renders, fine to coarse", patches)]
 
 # %% ../../nbs/library/pretraining_export.ipynb #0b084533

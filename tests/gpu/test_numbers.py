@@ -1,15 +1,26 @@
-"""What only a GPU shows: half precision with a scaler, fused attention, exact resume on its kernels, memory as `plan` foretold it.
+"""What only a GPU shows: half precision with a scaler, fused attention, exact resume on its kernels, memory as `plan` foretold it, drawing.
 
     pytest tests/gpu
 """
+import functools
 import shlex
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sdxl_course.core import seeded
+from sdxl_course.evaluate import EvaluateConfig
+from sdxl_course.inference import load_pipeline, main, set_lora_scale
+from sdxl_course.judge import level_report
 from sdxl_course.memory import fake_batch
+from sdxl_course.model.adapters import add_lora, lora_parameters
+from sdxl_course.model.components import load_components
+from sdxl_course.model.lora_files import save_lora
+from sdxl_course.model.sampling import generate
 from sdxl_course.plan import forecast, read_command
 from sdxl_course.train.prepare import optimizer_and_schedule
+from sdxl_course.world.samples import sample_dir
 from toy import files_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA or AMD")
@@ -59,7 +70,6 @@ def test_fused_attention_is_plain_attention_but_for_rounding(toy):
 @pytest.mark.parametrize("flags", ["", "--train_batch_size 8", "--train_batch_size 8 --gradient_checkpointing", "--resolution 256", "--train_batch_size 8 --rank 64"])
 def test_memory_is_what_plan_foretells(flags):
     "Activations, gradients and what the backward pass needs of one update, as torch's allocator counts them; a tenth more or less."
-    from sdxl_course.model.components import load_components
     words = f"text-to-image --pretrained_model_name_or_path tiny --train_data_dir none --center_crop --resolution 128 --train_batch_size 4 {flags}"
     method, config = read_command(shlex.split(words))
     parts = load_components("tiny")
@@ -80,3 +90,77 @@ def test_memory_is_what_plan_foretells(flags):
     moments = forecast(method, config).moments
     foretold = max(sum(moments[moment].get(part, 0) for part in ("activations", "backward", "gradients")) for moment in ("a step", "an update"))
     assert foretold == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+
+
+# ------------------------------------------------ drawing
+
+CARD, PROMPTS = "cuda", ["a photo of a red house in the snow", "a watercolour of a blue mug on the beach"]
+LEVELS = {torch.float32: 0.7, torch.float16: 2, torch.bfloat16: 8}  # mean difference to the CPU's float32 that rounding may make, in grey levels
+DTYPES = [dtype for dtype in LEVELS if dtype != torch.bfloat16 or "bf16" in HALVES]
+OPTIONS = [{}, dict(offload="model"), dict(offload="sequential"), dict(vae_slicing=True), dict(vae_tiling=True)]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    "A LoRA that changes every picture, in the UNet and in both text encoders."
+    parts = load_components("tiny")
+    networks = {name: add_lora(getattr(parts, name), rank=4, generator=seeded(name)) for name in ("unet", "text_encoder", "text_encoder_2")}
+    for name, network in networks.items():
+        for key, p in lora_parameters(network): p.data = 0.1*torch.randn(p.shape, generator=seeded(name, key))
+    return save_lora(tmp_path_factory.mktemp("lora"), **networks)
+
+
+def drawn(device, dtype=torch.float32, lora=None, **options):
+    "Pictures in grey levels (b, h, w, 3) and the pipeline; four times as large where tiles should matter."
+    pipeline = load_pipeline("tiny", lora, 0.7, device=device, dtype=dtype, **options)
+    size = 256 if options.get("vae_tiling") else None
+    return np.stack([np.asarray(one, float) for one in generate(pipeline, PROMPTS, [0, 1], 6, scheduler="euler", size=size)]), pipeline
+
+
+@functools.cache
+def on_cpu(lora=None, **options): return drawn("cpu", lora=lora, **options)[0]
+
+
+def gap(a, b): return np.abs(a - b).mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_card_draws_what_the_cpu_draws(dtype, options):
+    wanted = on_cpu(**{name: value for name, value in options.items() if name == "vae_tiling"})
+    found, pipeline = drawn(CARD, dtype, **options)
+    assert gap(found, wanted) <= LEVELS[dtype] < 20 < gap(found[:1], wanted[1:])
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        assert {p.device.type for p in part.parameters()} == {dict(model="cpu", sequential="meta").get(options.get("offload"), CARD)}
+        assert {p.dtype for p in part.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lora_draws_on_the_card_what_it_draws_on_the_cpu(lora, dtype, options):
+    plain, wanted = on_cpu(), on_cpu(lora)
+    found, pipeline = drawn(CARD, dtype, lora, **options)
+    assert gap(found, wanted) <= 1.5*LEVELS[dtype] < gap(found, plain)
+    set_lora_scale(pipeline, 0)
+    off = np.stack([np.asarray(one, float) for one in generate(pipeline, PROMPTS, [0, 1], 6, scheduler="euler")])
+    assert gap(off, plain) <= LEVELS[dtype]
+
+
+@pytest.mark.parametrize("words", ["", "--offload model", "--offload sequential", "--vae_slicing --vae_tiling --height 160", "--fuse_lora"])
+@pytest.mark.parametrize("precision", ["no", *HALVES])
+def test_a_picture_is_remade_on_the_card_to_the_last_bit(lora, tmp_path, capsys, precision, words):
+    line = ["--prompt", *PROMPTS, "--num_images", "2", "--num_inference_steps", "4", "--scheduler", "euler_a", "--lora", lora, "--lora_scale", "0.7", "--batch_size", "3",
+        "--mixed_precision", precision, "--device", CARD, *words.split()]
+    assert main([*map(str, line), "--output_dir", str(tmp_path / "out")]) == 0
+    for name in ("image_001.png", "image_003.png"):
+        capsys.readouterr()
+        assert main(["--from", str(tmp_path / "out" / name), "--output_dir", str(tmp_path / name)]) == 0
+        assert "to the last bit" in capsys.readouterr().out
+        assert Image.open(tmp_path / name / "image_000.png").tobytes() == Image.open(tmp_path / "out" / name).tobytes()
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_the_loss_by_level_is_the_same_where_networks_take_turns(lora, offload):
+    usual = dict(validation_data_dir=str(sample_dir("chairs")), lora=str(lora))
+    plain, spared = (level_report(EvaluateConfig(**usual, **more), 3) for more in ({}, dict(offload=offload)))
+    for name in ("base", "tuned"): assert spared[name] == pytest.approx(plain[name], rel=1e-2)
