@@ -359,6 +359,7 @@ def cache_dir(
                           f"set SDXL_COURSE_CACHE to a folder that you may write to") from error
     return folder
 
+# %% ../nbs/library/core.ipynb #913df770
 def shown_path(
     path, # of a file or a folder
 )->str: # with ~ for the home folder

@@ -217,6 +217,7 @@ def curve(
     found = {step: measurements(study, way, key, step) for step in steps}
     return {step: float(values.mean()) for step, values in found.items() if values.size}
 
+# %% ../nbs/library/overfit.ipynb #8cc40804
 def lowest(
     study:dict, # of `run_overfit`
     way:str, # a key of WAYS

@@ -189,6 +189,7 @@ def best_rate(
     loss = lambda row: row["validation_loss"] if row["validation_loss"] is not None else np.inf
     return max(tried, key=lambda row: (np.mean(row["trial"]), -loss(row), -row["rate"]))["rate"] if tried else None
 
+# %% ../nbs/library/sweep.ipynb #0e13fa01
 def rate_beyond(
     rows:list, # of a sweep
     task:str, # one of TASKS

@@ -59,6 +59,7 @@ def interval_around(
     half = error*np.sqrt(number - 1)*np.tan(np.interp(share, area/area[-1], angle))
     return float(value - half), float(value + half)
 
+# %% ../../nbs/library/measure_metrics.ipynb #cf5b6e65
 def student_interval(
     values, # (trainings, ...) numbers
     share:float = 0.95, # how often such intervals hold the truth

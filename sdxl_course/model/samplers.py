@@ -70,6 +70,7 @@ def sampler_of(
     found = [one for one in SAMPLERS.values() if one.kind == kind and like(one)]
     return found[0] if found else Sampler(kind, kind.removesuffix("Scheduler"))
 
+# %% ../../nbs/library/model_samplers.ipynb #ab08a994
 def steps_to_take(
     asked, # number of steps; None: nobody says
     own, # the model's scheduler

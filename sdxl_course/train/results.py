@@ -212,6 +212,7 @@ def evaluation_rows(
     if rows: return rows
     raise CourseError("it holds no scores: wanted a file that sdxl-course evaluate wrote, with --output")
 
+# %% ../../nbs/library/train_results.ipynb #5de0428e
 def evaluation_table(
     rows:list, # from `evaluation_rows`
 )->str: # Markdown
