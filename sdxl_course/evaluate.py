@@ -273,7 +273,8 @@ def fidelity_report(
     drawn, judge = to_pixels(resize_for_judges(pictures)), load_judge("attributes")
     features = [judge_features(judge, pixels) for pixels in (drawn, wanted)]
     distance = frechet_distance(*features)
-    low, high = interval_around(distance, frechet_error(*features, paired=True), len(scenes))
+    asked = [prompt_of(scene) for scene in scenes]
+    low, high = interval_around(distance, frechet_error(*features, asked, paired=True), len(set(asked)))
     return dict(power_ratio=power_ratios(drawn, wanted), frechet_distance=distance,
         frechet_distance_interval=[max(low, 0.), high], sliced_wasserstein=patch_distances(drawn, wanted, seed))
 

@@ -274,12 +274,14 @@ def read_config_file(
 def file_flags(
     cls, # config dataclass
     path, # config file
+    typed=(), # options that the command line gives as well; of those that add up the file's values are left out
 )->list: # command-line words
     "A config file as flags; CourseError for unknown names and for empty values that make no sense."
     words, known, kinds = [], {f.name: f for f in fields(cls)}, get_type_hints(cls)
     for name, value in read_config_file(path).items():
         if name not in known: raise CourseError(_unknown(f"{path} sets {name!r}", name, known))
         if isinstance(value, dict): raise CourseError(f"{path} sets {name!r} to a table: wanted a plain value")
+        if name in typed and known[name].metadata.get("action") == "extend": continue
         if isinstance(value, list):
             if list not in map(get_origin, (kinds[name], *get_args(kinds[name]))):
                 raise CourseError(f"{path} sets {name!r} to a list: wanted one value")
@@ -357,7 +359,8 @@ def _parse(cls, argv, prog, positional):
         parser.add_argument("without_flag", nargs="*" if several else "?", metavar=positional.upper())
     files = _Parser(allow_abbrev=False, add_help=False)
     files.add_argument("--config", action="append", default=[])
-    from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path)]
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path, typed)]
     words, known = from_files + argv, [f.name for f in fields(cls)]
     if left := parser.parse_known_args(words)[1]: raise CourseError(_unknown_words(left, known))
     config, extra = parser.parse_args_into_dataclasses(words, look_for_args_file=False)

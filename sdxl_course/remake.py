@@ -163,7 +163,10 @@ def read_record(
         with Image.open(Path(picture).expanduser()) as found:
             found.load() # the words may stand behind the picture
             record = json.loads(found.text[CHUNK])
-            record["settings"], record["batch"]["rows"][record["batch"]["index"]], record["files"]
+            settings, _ = record["settings"], record["batch"]["rows"][record["batch"]["index"]]
+            steered = any(one["option"] == "control_image" for one in record["files"])
+            if isinstance(settings.get("control_scale"), float): # of before there could be several networks
+                settings["control_scale"] = [settings["control_scale"]] if steered else None
             return record
     except OSError as error:
         raise CourseError(f"{picture} cannot be read as a picture ({error}): wanted a PNG of sdxl-course generate"

@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import ControlNetModel, MultiAdapter, StableDiffusionXLAdapterPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline, T2IAdapter
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from sdxl_course.cli import main as command
 from sdxl_course.controlnet import ControlNetConfig, main as controlnet_main, open_controlnet, train_controlnet
@@ -20,7 +21,7 @@ from sdxl_course.inference import load_pipeline, main as generate_main
 from sdxl_course.model.adapters import add_lora, lora_parameters
 from sdxl_course.model.components import count_parameters
 from sdxl_course.model.conditioning import encode_prompts
-from sdxl_course.model.control import control_residuals, follow_picture, generate_controlled, new_adapter, new_controlnet, save_control, steering
+from sdxl_course.model.control import control_residuals, follow_picture, for_each, generate_controlled, new_adapter, new_controlnet, save_control, steering
 from sdxl_course.model.lora_files import save_lora
 from sdxl_course.model.lora_scales import set_lora_scale
 from sdxl_course.model.refiner import load_refiner, refine
@@ -361,6 +362,30 @@ def test_a_steered_picture_says_so_and_is_drawn_again(kind, networks, lines, dra
     assert again("--control_image", moved) == 0 and "to the last bit" in capsys.readouterr().out
     one.parent.joinpath("lines.png").write_bytes(moved.read_bytes())
     assert again() == 0 and "to the last bit" in capsys.readouterr().out  # beside the picture, known by its hash
+
+
+def test_pictures_of_before_there_could_be_several_networks_are_drawn_again(networks, lines, drawn, tmp_path, capsys):
+    "Their records have one number for the strength, 1.0 too where nothing steered."
+    for flags, old in (([], 1.0), (["--controlnet", networks["controlnet"], "--control_image", lines, "--control_scale", "0.7"], 0.7)):
+        drawn("--prompt", "a cat", "--num_inference_steps", "3", "--height", "64", "--width", "64", *flags)
+        picture = tmp_path / "out" / "image_000.png"
+        text = Image.open(picture).text
+        record, notes = json.loads(text["sdxl_course"]), PngInfo()
+        record["settings"]["control_scale"] = old
+        for name, value in (text | dict(sdxl_course=json.dumps(record))).items(): notes.add_text(name, value)
+        Image.open(picture).save(picture, pnginfo=notes)
+        capsys.readouterr()
+        assert generate_main(["--from", str(picture), "--device", "cpu", "--output_dir", str(tmp_path / "again")]) == 0
+        assert "to the last bit" in capsys.readouterr().out
+
+
+def test_adapters_that_see_pictures_at_other_sizes_are_refused_together(networks, lines, toy, toy_model, tmp_path, capsys):
+    unlike = T2IAdapter(in_channels=3, channels=new_adapter(toy(), 0).config.channels, num_res_blocks=1, adapter_type="full_adapter_xl", downscale_factor=8)
+    save_control(unlike, tmp_path / "unlike")
+    assert generate_main(["--model", str(toy_model), "--prompt", "a cat", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--adapter", str(networks["adapter"]), str(tmp_path / "unlike"), "--control_image", str(lines), str(lines)]) == 2
+    told = capsys.readouterr().err
+    assert "made alike" in told and told.strip().count("\n") == 0
+    with pytest.raises(CourseError, match="2 strengths for 3 networks"): for_each([0.5, 1.0], 3)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from sdxl_course.core import CourseError, SampleRNG, seeded
 from sdxl_course.text_to_image import TextToImageConfig, main
 from sdxl_course.data.sampler import BatchSampler, epoch_order
+from sdxl_course.inference import GenerateConfig
 from sdxl_course.options import config_dict, parse_config
 from sdxl_course.train.optimizer import Ema, make_optimizer, make_schedule
 from sdxl_course.train.machine import usable_tracker
@@ -62,6 +63,13 @@ def test_a_config_file_goes_through_the_same_parser_and_the_command_line_wins(tm
     assert (config.snr_gamma, config.validation_prompt, config.validation_prompts) == (None, "yes, a house: red", ["a", "b c"])
     (tmp_path / "b.json").write_text(json.dumps(config_dict(config)))
     assert parse_config(TextToImageConfig, ["--config", str(tmp_path / "b.json")]) == config
+
+
+def test_the_command_line_wins_where_a_flag_may_be_given_again(tmp_path):
+    (tmp_path / "a.yaml").write_text("prompt: [a cat, a dog]\nnum_inference_steps: 4\n")
+    asked = lambda *words: parse_config(GenerateConfig, ["--config", str(tmp_path / "a.yaml"), *words])
+    assert asked().prompt == ["a cat", "a dog"] and asked("--prompt", "a duck", "--prompt", "a car").prompt == ["a duck", "a car"]
+    assert asked("--prompt=a duck").num_inference_steps == 4
 
 
 @pytest.mark.parametrize("words, message", [

@@ -178,8 +178,11 @@ def for_each(
     scales, # None, one number, or one for each network
     count:int, # networks
 )->list: # of numbers
-    "A strength for each network."
-    return listed(1.0 if scales in (None, []) else scales)*(1 if len(listed(scales)) > 1 else count)
+    "A strength for each network; CourseError for another number of them."
+    given = listed(1.0 if scales in (None, []) else scales)
+    if len(given) not in (1, count):
+        raise CourseError(f"got {len(given)} strengths for {count} networks: wanted one for all, or one for each")
+    return given*count if len(given) == 1 else given
 
 def list_options(
     config, # a config dataclass
@@ -266,6 +269,9 @@ def follow_picture(
     device, dtype = next(pipeline.unet.parameters()).device, pipeline.unet.dtype
     to = "cpu" if device.type == "meta" else device
     controls = [torch.nn.Module.to(load_control(kind, where, pipeline.unet), to, dtype) for where in places]
+    steps = [(one.total_downscale_factor, one.downscale_factor) for one in controls] if kind is T2IAdapter else []
+    if len(set(steps)) > 1: raise CourseError(f"{places[0]} and the others see pictures reduced {steps[0][0]} times and "
+        f"{', '.join(str(one) for one, _ in steps[1:])} times: wanted adapters that were made alike")
     return control_pipeline(pipeline, controls if len(controls) > 1 else controls[0])
 
 def steering(

@@ -326,7 +326,7 @@ def _sample(pipeline, rows:dict, seeds:list, size, init_image, mask, strength:fl
     many = lambda size: batch_size or pictures_at_once(size)
     if init_image is None:
         size = picture_size(pipeline, size)
-        with steered_rows(rows, control_image and [control_image]*len(seeds), size) as rows:
+        with steered_rows(rows, None if control_image is None else [control_image]*len(seeds), size) as rows:
             return sample_pictures(pipeline, rows, seeds, size, batch_size=many(size), **more)
     other, given, kept = start_from(pipeline, init_image, mask, size)
     size = (given.pop("height"), given.pop("width")) if kept else None
