@@ -227,12 +227,14 @@ def drawing_usage(
     resolution:int, # side in pixels
     pictures:int, # of one prompt, drawn together
 )->tuple: # (Usage of one step of the sampler, Usage of decoding a picture)
-    "What it takes to draw a prompt with guidance."
+    "What it takes to draw a prompt with guidance; a network that steers beside the UNet is not counted."
+    edits = components.unet.config.in_channels > components.vae.config.latent_channels
+    copies = 3 if edits else 2 # guidance by a picture wants one more
     side, dtype = resolution//vae_scale_factor(components.vae), next(components.unet.parameters()).dtype
     def predict(meter):
-        batch, _, times = fake_batch(components, 2*pictures, resolution, dtype)
+        batch, _, times = fake_batch(components, copies*pictures, resolution, dtype)
         condition = dict(text_embeds=batch.pooled_prompt_embeds, time_ids=batch.time_ids)
-        noisy = torch.empty(2*pictures, components.unet.config.in_channels, side, side, dtype=dtype)
+        noisy = torch.empty(copies*pictures, components.unet.config.in_channels, side, side, dtype=dtype)
         return components.unet(noisy, times, batch.prompt_embeds, added_cond_kwargs=condition).sample
     latents = lambda: torch.empty(1, 4, side, side, dtype=components.vae.dtype)
     with torch.no_grad(): return measured(predict), measured(lambda meter: components.vae.decode(latents()).sample)

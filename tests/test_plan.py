@@ -84,6 +84,11 @@ def test_moments_hold_what_lies_there(toy_model):
     assert state == dict(adamw=8 * lora.trained, prodigy=16 * lora.trained, adafactor=0)
 
 
+def test_a_drawing_guided_by_a_picture_too_takes_three_copies(toy_model):
+    drawing = lambda method, flags="": forecast(*asked(toy_model, f"--validation_prompt x --num_validation_images 64 {flags}", method)).moments["a drawing"]["activations"]
+    assert drawing("instruct-pix2pix", "--val_image_url_or_path y")/drawing("full") == pytest.approx(1.5, rel=0.1)
+
+
 @pytest.mark.parametrize("command, name", [("text-to-image", "text-to-image"), ("sdxl-course dreambooth --instance_prompt a", "dreambooth"), ("python -m sdxl_course.full", "full"),
     ("accelerate launch --mixed_precision fp16 -m sdxl_course.text_to_image", "text-to-image"), ("accelerate launch --mixed_precision='fp16' examples/text_to_image/train_text_to_image_lora_sdxl.py", "text-to-image"),
     ("python3 train_dreambooth_lora_sdxl.py --instance_prompt a", "dreambooth")])
