@@ -247,7 +247,8 @@ def remarks_on(
     if judged.sets.get("same_by_size"):
         n, same = max(judged.sets["same_by_size"]), judged.sets["same_by_size"]
         said.append(f"The Frechet distance depends on how many pictures there are: two halves of the references, {n} "
-            f"each, are {same[n]:.1f} apart, though nothing distinguishes them: hold distance and interval against such, not 0.")
+            f"each, are {same[n]:.1f} apart, though nothing distinguishes them: "
+                "hold distance and interval against such, not against 0.")
     if len({one.prompt for one in judged.view.drawn}) < 2: said.append("One prompt only: no interval can be told.")
     return said
 

@@ -256,15 +256,14 @@ def read_config_file(
     plain = lambda v: v if v is None or isinstance(v, (str, dict, list)) else json.dumps(v)
     text = lambda v: [plain(x) for x in v] if isinstance(v, list) else plain(v) # deeper ones are refused, not read
     if str(path).lower().endswith(".toml"):
-        raise CourseError(f"the config file {path} is TOML, as kohya's are: wanted YAML or JSON, with lines such as "
-            "rank: 8")
+        raise CourseError(f"the config file {path} is TOML, as kohya's are: wanted YAML or JSON, as in rank: 8")
     is_json = str(path).endswith(".json")
     try:
         content = Path(path).expanduser().read_text(encoding="utf-8")
         data = json.loads(content) if is_json else yaml.load(content, Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
-        raise CourseError(f"cannot read the config file {path}: {str(error).splitlines()[0]}; wanted YAML or "
-            "JSON") from None
+        told = str(error).splitlines()[0]
+        raise CourseError(f"cannot read the config file {path}: {told}; wanted YAML or JSON") from None
     if not isinstance(data, dict):
         raise CourseError(f"the config file {path} is not a table of names and values: wanted lines such as rank: 8")
     if not is_json: data = {k: None if v in ("", "null", "~") else v for k, v in data.items()}
@@ -349,8 +348,7 @@ def _unknown_words(words:list, known:list)->str: # words of a command line that 
 def _parse(cls, argv, prog, positional):
     "A command line as a config."
     parser = _Parser(cls, prog=prog, allow_abbrev=False, description=cls.__doc__)
-    help = "YAML or JSON file with any of these options; the command line wins"
-    parser.add_argument("--config", metavar="FILE", help=help)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with such options; the command line wins")
     parser.add_argument("--print_config", "--print-config", action="store_true",
         help="print the configuration as one JSON object and exit")
     if positional:
@@ -388,8 +386,7 @@ def signal_handler(
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)) # Windows: Ctrl-Break
 
-RESUMABLE = ("the same command with --resume_from_checkpoint latest goes on from the newest checkpoint, where there is "
-    "one")
+RESUMABLE = "the same command with --resume_from_checkpoint latest goes on from the newest checkpoint, if there is one"
 CONTINUED = "the same command goes on with the training that was stopped"
 
 # %% ../nbs/library/options.ipynb #6039414f

@@ -256,6 +256,16 @@ def edit_pipeline(
         from diffusers import StableDiffusionXLInstructPix2PixPipeline
         return pipeline_around(pipeline, StableDiffusionXLInstructPix2PixPipeline)
 
+# %% ../../nbs/library/model_control.ipynb #d57cd38c
+def _check_alike(
+    places, # folder or hub id of each network
+    controls, # the networks
+):
+    "CourseError for T2I-Adapters that see a picture at different sizes, which no drawing can follow together."
+    steps = [one.total_downscale_factor for one in controls if isinstance(one, T2IAdapter)]
+    if len(set(steps)) > 1: raise CourseError("; ".join(f"{place} sees a picture reduced {step} times" for place, step
+        in zip(places, steps)) + ": wanted adapters that were made alike")
+
 # %% ../../nbs/library/model_control.ipynb #55921adb
 def follow_picture(
     pipeline, # StableDiffusionXLPipeline
@@ -269,9 +279,7 @@ def follow_picture(
     device, dtype = next(pipeline.unet.parameters()).device, pipeline.unet.dtype
     to = "cpu" if device.type == "meta" else device
     controls = [torch.nn.Module.to(load_control(kind, where, pipeline.unet), to, dtype) for where in places]
-    steps = [(one.total_downscale_factor, one.downscale_factor) for one in controls] if kind is T2IAdapter else []
-    if len(set(steps)) > 1: raise CourseError(f"{places[0]} and the others see pictures reduced {steps[0][0]} times and "
-        f"{', '.join(str(one) for one, _ in steps[1:])} times: wanted adapters that were made alike")
+    _check_alike(places, controls)
     return control_pipeline(pipeline, controls if len(controls) > 1 else controls[0])
 
 def steering(
