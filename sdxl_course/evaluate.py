@@ -36,8 +36,8 @@ from .measure.distributions import power_ratios
 from .measure.judges import COLORED, PROMPT_SEED, is_colored, load_judge, name_attributes, right_answers
 from .measure.judges import vae_scores, vae_table
 from .measure.subject import SUBJECT_COLOR, SubjectJudge
-from .judge import JudgeOptions, changed_loading, check_general, check_output, drawing_options, is_general
-from .judge import judge_pictures
+from .judge import JudgeOptions, check_general, check_output, drawing_options, is_general, judge_pictures
+from .judge import refuse_loading
 from .checkpoint_sweep import sweep_run
 
 # %% ../nbs/library/evaluate.ipynb #c3346823
@@ -97,8 +97,7 @@ def check_sources(
             "what finished pictures show is in their metadata.jsonl, leave it out")
     if config.images and config.lora:
         raise CourseError("--lora came with --images: finished pictures take no LoRA, leave one of them out")
-    if config.images and (given := changed_loading(config)):
-        raise CourseError(f"--{given[0]} came with --images: finished pictures need no model, leave it out")
+    if config.images: refuse_loading(config)
 
 # %% ../nbs/library/evaluate.ipynb #3fa6c8f4
 _ABOUT = dict(

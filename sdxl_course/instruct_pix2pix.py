@@ -18,7 +18,7 @@ from typing import ClassVar
 from .data.records import Companion
 from .model.components import quiet, save_components
 from .model.conditioning import empty_prompt_embeds
-from .model.latents import vae_units
+from .model.latents import sees_picture, vae_units
 from .model.sampling import open_picture, pipeline_around
 from .options import is_set, option
 from .text_to_image import NO_DATA
@@ -88,7 +88,7 @@ def edit_weights(
     scale:float=1, # of the learning rate
 ): # Trained
     "Every weight of the widened UNet; the result is a whole pipeline that diffusers loads."
-    if components.unet.config.in_channels == components.vae.config.latent_channels: widen(components.unet)
+    if not sees_picture(components): widen(components.unet)
     kind, dtype = "StableDiffusionXLInstructPix2PixPipeline", PRECISIONS[config.save_precision]
     trained = unet_weights(components, config.learning_rate*scale, config.adam_weight_decay,
         config.gradient_checkpointing)

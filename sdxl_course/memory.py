@@ -26,7 +26,7 @@ from .model.architecture import sdxl_architecture
 from .model.components import NETWORKS, TEXT_ENCODERS, SDXLComponents, quiet, read_index, resolve_folder
 from .model.components import tiny_path
 from .model.folders import load_scheduler, named_class, read_json
-from .model.latents import vae_scale_factor
+from .model.latents import sees_picture, vae_scale_factor
 
 # %% ../nbs/library/memory.ipynb #96ce64fa
 class Meter(TorchDispatchMode):
@@ -228,8 +228,7 @@ def drawing_usage(
     pictures:int, # of one prompt, drawn together
 )->tuple: # (Usage of one step of the sampler, Usage of decoding a picture)
     "What it takes to draw a prompt with guidance; a network that steers beside the UNet is not counted."
-    edits = components.unet.config.in_channels > components.vae.config.latent_channels
-    copies = 3 if edits else 2 # guidance by a picture wants one more
+    copies = 3 if sees_picture(components) else 2 # guidance by a picture wants one more
     side, dtype = resolution//vae_scale_factor(components.vae), next(components.unet.parameters()).dtype
     def predict(meter):
         batch, _, times = fake_batch(components, copies*pictures, resolution, dtype)

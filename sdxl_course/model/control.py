@@ -20,7 +20,7 @@ from typing import ClassVar
 from ..core import CourseError, check_finite, save_tensors, seeded_rng, write_json
 from ..options import is_set, option
 from .components import quiet
-from .latents import check_from_noise, vae_scale_factor
+from .latents import check_from_noise, sees_picture, vae_scale_factor
 from .prompts import prompt_rows
 from .sampling import open_picture, picture_size, pictures_at_once, pipeline_around, sample_pictures
 from .sampling import steered_rows
@@ -249,9 +249,9 @@ def edit_pipeline(
     pipeline, # StableDiffusionXLPipeline whose UNet sees a picture beside the noise
 ): # StableDiffusionXLInstructPix2PixPipeline
     "diffusers' pipeline that changes a picture as told (Brooks et al., 2023); CourseError for another model."
-    own, seen = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
-    if seen != 2*own: raise CourseError(f"--edit_image wants a model of instruct-pix2pix, whose UNet takes {2*own} "
-        f"channels; this one takes {seen}: name the folder of such a run with --model")
+    if not sees_picture(pipeline): raise CourseError("--edit_image wants a model of instruct-pix2pix, whose UNet takes "
+        f"{2*pipeline.vae.config.latent_channels} channels; this one takes {pipeline.unet.config.in_channels}: name the "
+        "folder of such a run with --model")
     with quiet():
         from diffusers import StableDiffusionXLInstructPix2PixPipeline
         return pipeline_around(pipeline, StableDiffusionXLInstructPix2PixPipeline)
@@ -262,9 +262,10 @@ def _check_alike(
     controls, # the networks
 ):
     "CourseError for T2I-Adapters that see a picture at different sizes, which no drawing can follow together."
-    steps = [one.total_downscale_factor for one in controls if isinstance(one, T2IAdapter)]
-    if len(set(steps)) > 1: raise CourseError("; ".join(f"{place} sees a picture reduced {step} times" for place, step
-        in zip(places, steps)) + ": wanted adapters that were made alike")
+    steps = [(one.downscale_factor, one.total_downscale_factor) for one in controls if isinstance(one, T2IAdapter)]
+    told = (f"{place} sees a picture reduced {first} times, and {last} times in the end" for place, (first, last)
+        in zip(places, steps))
+    if len(set(steps)) > 1: raise CourseError("; ".join(told) + ": wanted adapters that were made alike")
 
 # %% ../../nbs/library/model_control.ipynb #55921adb
 def follow_picture(

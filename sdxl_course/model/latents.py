@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['posterior', 'sample_latents', 'vae_dtype', 'vae_scale_factor', 'side_step', 'native_resolution', 'check_resolution',
-           'vae_units', 'decode_latents', 'check_from_noise']
+           'vae_units', 'decode_latents', 'sees_picture', 'check_from_noise']
 
 # %% ../../nbs/library/model_latents.ipynb #1b6d5719
 import math
@@ -105,6 +105,12 @@ def decode_latents(
     return pictures
 
 # %% ../../nbs/library/model_latents.ipynb #c0ffee01
+def sees_picture(
+    parts, # SDXLComponents, or a pipeline
+)->bool:
+    "Whether a UNet sees a picture beside the noise, as one for editing does (Brooks et al., 2023)."
+    return parts.unet.config.in_channels == 2*parts.vae.config.latent_channels
+
 def check_from_noise(
     parts, # SDXLComponents, or a pipeline
     wanted:str, # what to do about it

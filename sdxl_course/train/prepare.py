@@ -24,7 +24,7 @@ from ..data.files import read_file
 from ..data.records import content_key
 from ..model.components import load_components, load_vae
 from ..model.conditioning import removed_text
-from ..model.latents import check_from_noise, check_resolution, vae_dtype
+from ..model.latents import check_from_noise, check_resolution, sees_picture, vae_dtype
 from ..model.noise import TimestepOptions, noise_schedule, timestep_weights
 from ..model.sampling import inference_scheduler
 from ..options import fields_of
@@ -89,7 +89,7 @@ def load_base(
     if components.tokenizer is None:
         raise CourseError("these components have no tokenizers: wanted a whole model, as load_components gives it")
     check_resolution(config.resolution, components)
-    if not (edits and components.unet.config.in_channels == 2*components.vae.config.latent_channels):
+    if not (edits and sees_picture(components)):
         check_from_noise(components, f"{components.name} is no base model to train, wanted one that does")
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
         network = getattr(components, part)

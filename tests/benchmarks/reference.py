@@ -6,7 +6,7 @@
 FOLDER holds train_text_to_image_lora_sdxl.py and train_dreambooth_lora_sdxl.py, as diffusers has them. They run unchanged: what is timed is
 patched in from outside. They want torchvision, which this project must not: --python names an interpreter that has it. Two processes work
 by turns, so that a machine that is now fast and now slow is so for both; the ratio is the median over pairs. Seconds are processor seconds
-on one thread. `large` wants 16 GiB of free memory and 15 GB of disk, `result` an hour.
+on one thread. `large` wants 16 GiB of free memory and 15 GB of disk, `result` many trainings.
 """
 import time
 
