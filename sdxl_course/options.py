@@ -27,7 +27,7 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 from .core import CourseError, Terminated, nearest, run_guarded
-from .foreign_flags import FOREIGN, foreign_answer, foreign_value
+from .foreign_flags import FOREIGN, foreign_answer, foreign_value, named_flags
 
 # %% ../nbs/library/options.ipynb #903ef20d
 RESUME = ("never", "fixed", "free", "machine")
@@ -357,8 +357,8 @@ def _parse(cls, argv, prog, positional):
         parser.add_argument("without_flag", nargs="*" if several else "?", metavar=positional.upper())
     files = _Parser(allow_abbrev=False, add_help=False)
     files.add_argument("--config", action="append", default=[])
-    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    from_files = [word for path in files.parse_known_args(argv)[0].config for word in file_flags(cls, path, typed)]
+    from_files = [word for path in files.parse_known_args(argv)[0].config
+        for word in file_flags(cls, path, named_flags(argv))]
     words, known = from_files + argv, [f.name for f in fields(cls)]
     if left := parser.parse_known_args(words)[1]: raise CourseError(_unknown_words(left, known))
     config, extra = parser.parse_args_into_dataclasses(words, look_for_args_file=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 from .core import CourseError
 from .devices import provenance
+from .foreign_flags import named_flags
 from .options import MARK, file_flags
 from .model.components import NETWORKS
 from .model.control import for_each
@@ -217,14 +218,11 @@ def picture_settings(
     return {name: value for name, value in found.items() if value is not None and name not in given}
 
 # %% ../nbs/library/remake.ipynb #14bfc6c5
-def _named(words)->list: # flags of a command line, without dashes
-    return [word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")]
-
 def _value_of(words, *names): # the last value of a flag, or None
     found = None
     for word, following in zip(words, [*words[1:], None]):
         name, equals, value = word.partition("=")
-        if word.startswith("--") and _named([word])[0] in names: found = value if equals else following
+        if word.startswith("--") and named_flags([word])[0] in names: found = value if equals else following
     return found
 
 def with_picture(
@@ -235,8 +233,8 @@ def with_picture(
     argv = [str(word) for word in argv]
     told = (file_flags(cls, config) if (config := _value_of(argv, "config")) else []) + argv
     if not (picture := _value_of(told, "from", "from_picture")): return argv
-    words = [] if "output_dir" in _named(told) else ["--output_dir=remade"]
-    for name, value in picture_settings(picture, _named(told)).items():
+    words = [] if "output_dir" in named_flags(told) else ["--output_dir=remade"]
+    for name, value in picture_settings(picture, named_flags(told)).items():
         if name == "from_picture": continue
         words += [f"--{name}", *(f"{MARK}{one}" for one in value)] if isinstance(value, list) else [f"--{name}={value}"]
     return words + argv

@@ -250,8 +250,8 @@ def edit_pipeline(
 ): # StableDiffusionXLInstructPix2PixPipeline
     "diffusers' pipeline that changes a picture as told (Brooks et al., 2023); CourseError for another model."
     if not sees_picture(pipeline): raise CourseError("--edit_image wants a model of instruct-pix2pix, whose UNet takes "
-        f"{2*pipeline.vae.config.latent_channels} channels; this one takes {pipeline.unet.config.in_channels}: name the "
-        "folder of such a run with --model")
+        f"{2*pipeline.vae.config.latent_channels} channels; this one takes {pipeline.unet.config.in_channels}: name "
+        "the folder of such a run with --model")
     with quiet():
         from diffusers import StableDiffusionXLInstructPix2PixPipeline
         return pipeline_around(pipeline, StableDiffusionXLInstructPix2PixPipeline)
